@@ -1,0 +1,24 @@
+"""Averages of the weights, and training with little communication, for JAX and Optax."""
+
+from emaopt._averaging import AveragedState as AveragedState
+from emaopt._averaging import average_params as average_params
+from emaopt._averaging import average_tree as average_tree
+from emaopt._averaging import averaged as averaged
+from emaopt._decays import half_life_decay as half_life_decay
+from emaopt._decays import inverse_gamma_decay as inverse_gamma_decay
+from emaopt._decays import polynomial_decay as polynomial_decay
+from emaopt._decays import power_decay as power_decay
+from emaopt._decays import scale_decay as scale_decay
+from emaopt._decays import uniform_decay as uniform_decay
+from emaopt._decays import warmup_decay as warmup_decay
+from emaopt._names import by_name as by_name
+from emaopt._reading import average_distance as average_distance
+from emaopt._reading import get_average as get_average
+from emaopt._reading import reset_average as reset_average
+from emaopt._reading import swap as swap
+from emaopt._recursion import Averager as Averager
+from emaopt._recursion import AverageState as AverageState
+from emaopt._recursion import SwappedState as SwappedState
+from emaopt._weights import WeightSummary as WeightSummary
+from emaopt._weights import decay_weights as decay_weights
+from emaopt._weights import weight_summary as weight_summary

@@ -1,0 +1,295 @@
+"""How an average is kept: of any tree, last in a chain, or around an optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from emaopt._checks import check_integer
+from emaopt._decays import DecayLike
+from emaopt._recursion import Averager, is_averaged, make_averager
+
+
+class AveragedState(NamedTuple):
+    """State of `averaged`."""
+
+    inner_state: Any  # of the wrapped optimizer
+    averaging: Any  # AverageState
+
+
+def average_tree(
+    decay: DecayLike,
+    *,
+    every: int = 1,
+    start: int = 0,
+    mask: Any = None,
+    accumulator_dtype: Any = None,
+    debias: bool = False,
+    zero_init: bool = False,
+    skip_nonfinite: bool = False,
+) -> Averager:
+    """Averages any pytree: statistics, target networks, metrics.
+
+    The same recursion and options as `average_params`, for values that no optimizer
+    returns.
+
+    Args:
+      decay: β in [0, 1] or a function t -> β.
+      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite: As in
+        `average_params`.
+
+    Returns:
+      An `Averager` with two pure functions:
+        init(tree) -> AverageState
+        update(tree, state, num_updates=None) -> AverageState, whose field `average` is
+        the average; `num_updates` replaces t.
+
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, and from `update` if the
+        tree has another structure than at `init` or the state is swapped.
+
+    Example:
+      >>> averager = average_tree(0.5)
+      >>> state = averager.init({"loss": 4.0})
+      >>> state = averager.update({"loss": 2.0}, state)
+      >>> print(state.average["loss"])
+      3.0
+    """
+    return make_averager(
+        "average_tree",
+        decay,
+        every=every,
+        start=start,
+        mask=mask,
+        accumulator_dtype=accumulator_dtype,
+        debias=debias,
+        zero_init=zero_init,
+        skip_nonfinite=skip_nonfinite,
+    )
+
+
+def average_params(
+    decay: DecayLike,
+    *,
+    every: int = 1,
+    start: int = 0,
+    mask: Any = None,
+    accumulator_dtype: Any = None,
+    debias: bool = False,
+    zero_init: bool = False,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Averages the parameters; the updates pass through unchanged.
+
+    Let θ_s be the parameters after the s-th update, s = 1, 2, 3, ..., exactly as
+    `optax.apply_updates` returns them. The average starts as a copy of θ_0 and
+
+        a_s = a_{s-1} + (1 - β_t) (θ_s - a_{s-1}),     t = s - start,
+
+    so that it always is a weighted sum of iterates: `decay_weights` returns the weights.
+
+    What to watch: θ_s is read as `params + updates`, so this belongs last in an
+    `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
+    `optax.MultiSteps` goes around the chain: the average then moves once per emitted
+    step.
+
+    Args:
+      decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as
+        `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by n.
+      every: Move the average on every k-th step only (when (s - start) % k == 0), by the
+        product of the decays since the last move: the window keeps its length in steps.
+        The steps between cost no pass over the parameters. Default 1.
+      start: For s < start the average is a copy of the parameters. Default 0.
+      mask: A tree of booleans like the parameters or a prefix of it, or a function from
+        the parameters to one (`by_name`). False leaves are not averaged and cost
+        nothing. Default: all are averaged.
+      accumulator_dtype: Real dtype of the average. Default: the parameter's own, and
+        float32 for narrower ones; complex parameters take the complex dtype of that
+        width. In bfloat16 a constant decay above 0.996 would round every step away; it
+        is refused.
+      debias: Forget the copy that the average starts from: with W_t = β_t W_{t-1} +
+        (1 - β_t), W_0 = 0, the step is (1 - β_t)/W_t. Default False.
+      zero_init: Start from zeros in place of a copy, as
+        tfm.optimization.ExponentialMovingAverage does. Default False.
+      skip_nonfinite: Leave the average as it is when an averaged leaf holds a NaN or inf,
+        and count it in the state's `num_skipped`. By default it propagates.
+
+    Returns:
+      A transformation whose state is an `AverageState`. Floating and complex leaves are
+      averaged; integer, boolean and PRNG-key leaves hold the newest value; None stays
+      None. The state shares no buffer with the parameters: both may be donated.
+
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, and from `update` if
+        `params` is missing or the state is swapped.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), average_params(0.5))
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates), state[-1].average)
+      [-1. -1.] [-0.5 -0.5]
+
+    References:
+      TensorFlow, tf.contrib.opt.MovingAverageOptimizer,
+      https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/contrib/opt/MovingAverageOptimizer
+    """
+    averager = make_averager(
+        "average_params",
+        decay,
+        every=every,
+        start=start,
+        mask=mask,
+        accumulator_dtype=accumulator_dtype,
+        debias=debias,
+        zero_init=zero_init,
+        skip_nonfinite=skip_nonfinite,
+    )
+
+    def init(params):
+        return averager.init(params)
+
+    def update(updates, state, params=None, *, num_updates=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "average_params averages the parameters, but update was called without "
+                "them: call tx.update(grads, state, params)."
+            )
+        return updates, averager.update(_apply(params, updates), state, num_updates)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged(
+    optimizer: optax.GradientTransformation,
+    decay: DecayLike,
+    *,
+    sequential: bool = True,
+    overwrite_every: int | None = None,
+    every: int = 1,
+    start: int = 0,
+    mask: Any = None,
+    accumulator_dtype: Any = None,
+    debias: bool = False,
+    zero_init: bool = False,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it averages the parameters that it makes.
+
+    The same as `optax.chain(optimizer, average_params(decay))`, where nothing can come
+    between the optimizer and its average, with two options more.
+
+    Args:
+      optimizer: Any Optax transformation. Extra arguments of `update` are passed to it.
+      decay: β in [0, 1] or a function t -> β.
+      sequential: Average the parameters after the step (True, the default) or those
+        before it (False).
+      overwrite_every: k: after every k-th step the parameters are set to the average
+        (Switch EMA). The updates then lead from the parameters to the average, exactly up
+        to the rounding of `optax.apply_updates`. None, the default: never.
+      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite: As in
+        `average_params`.
+
+    Returns:
+      A transformation whose state is an `AveragedState(inner_state, averaging)`.
+
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, and from `update` if
+        `params` is missing or the state is swapped.
+
+    Example:
+      >>> tx = averaged(optax.sgd(1.0), 0.5)
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(state.averaging.average)
+      [-0.5 -0.5]
+
+    References:
+      Li et al., 2024, Switch EMA: a free lunch for better flatness and sharpness,
+      https://arxiv.org/abs/2402.09240 (`overwrite_every`)
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "averaged: optimizer must be an optax.GradientTransformation such as "
+            f"optax.adam(1e-3), got {optimizer!r}."
+        )
+    if overwrite_every is not None:
+        check_integer("averaged", "overwrite_every", overwrite_every, 1)
+    averager = make_averager(
+        "averaged",
+        decay,
+        every=every,
+        start=start,
+        mask=mask,
+        accumulator_dtype=accumulator_dtype,
+        debias=debias,
+        zero_init=zero_init,
+        skip_nonfinite=skip_nonfinite,
+    )
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        return AveragedState(inner.init(params), averager.init(params))
+
+    def update(updates, state, params=None, *, num_updates=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "averaged averages the parameters, but update was called without them: "
+                "call tx.update(grads, state, params)."
+            )
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        seen = _apply(params, updates) if sequential else params
+        averaging = averager.update(seen, state.averaging, num_updates)
+        if overwrite_every is not None:
+            due = averaging.num_updates % overwrite_every == 0
+            updates = _lead_to(averaging.average, params, updates, due)
+        return updates, AveragedState(inner_state, averaging)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _apply(params: Any, updates: Any) -> Any:
+    """The parameters that `optax.apply_updates` returns, bit for bit also under jit.
+
+    XLA may keep a 16-bit sum in float32 for the consumers that are compiled with it, so
+    an average of it would be of values that the parameters never had. The rounding has to
+    be asked for.
+    """
+
+    def rounded(leaf):
+        dtype = jnp.asarray(leaf).dtype
+        if dtype in (jnp.bfloat16, jnp.float16):
+            info = jnp.finfo(dtype)
+            return lax.reduce_precision(leaf, info.nexp, info.nmant)
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            return lax.optimization_barrier(leaf)
+        return leaf
+
+    return jax.tree.map(rounded, optax.apply_updates(params, updates))
+
+
+def _lead_to(average: Any, params: Any, updates: Any, due: Any) -> Any:
+    """Updates that set the parameters to the average where `due`, the given ones else."""
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(
+        leaves,
+        treedef.flatten_up_to(updates),
+        treedef.flatten_up_to(average),
+        strict=True,
+    )
+
+    def lead(p, u, a):
+        if not is_averaged(a):
+            return u
+        p, u = jnp.asarray(p), jnp.asarray(u)
+        # 16-bit updates could not express the difference; apply_updates takes wider ones.
+        wide = u.dtype if u.dtype.itemsize >= 4 else jnp.float32
+        target = a.astype(p.dtype).astype(wide)
+        return jnp.where(due, target - p.astype(wide), u.astype(wide))
+
+    return jax.tree.unflatten(treedef, [lead(*pair) for pair in pairs])

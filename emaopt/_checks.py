@@ -1,0 +1,47 @@
+"""Checks of arguments; the message names the function, what it got and what it takes."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_decay(function: str, decay: Any) -> None:
+    """Raises unless `decay` is a number in [0, 1] or a function of t."""
+    if callable(decay) or isinstance(decay, jax.Array):
+        return
+    if isinstance(decay, bool) or not isinstance(decay, (float, int, np.number)):
+        raise TypeError(
+            f"{function}: decay must be a number in [0, 1] or a function t -> β such as "
+            f"emaopt.warmup_decay(0.999), got {decay!r}."
+        )
+    check_number(function, "decay", float(decay), 0, 1)
+
+
+def check_number(
+    function: str,
+    argument: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+) -> None:
+    """Raises unless low <= value <= high (low < value with `above`)."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, np.number)):
+        raise TypeError(f"{function}: {argument} must be a number, got {value!r}.")
+    if not (low < value if above else low <= value) or not value <= high:
+        bounds = f"{'greater than' if above else 'at least'} {low}"
+        if high < math.inf:
+            bounds = f"in {'(' if above else '['}{low}, {high}]"
+        raise ValueError(f"{function}: {argument} must be {bounds}, got {value!r}.")
+
+
+def check_integer(function: str, argument: str, value: Any, low: int) -> None:
+    """Raises unless `value` is a whole number that is at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"{function}: {argument} must be a whole number of steps, got {value!r}."
+        )
+    check_number(function, argument, value, low)

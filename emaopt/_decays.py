@@ -1,0 +1,363 @@
+"""β as a function of t.
+
+An average keeps β_t of its old value at step t and takes 1 - β_t of the newest
+iterate. Everything that is called a kind of average (exponential, uniform, tail,
+polynomial, power function) is a choice of β_t.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from emaopt._checks import check_decay, check_number
+
+DecayLike: TypeAlias = float | Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """A decay that also knows 1 - β, which β itself cannot carry in float32.
+
+    Near 1, float32 steps by 6e-8: of a uniform average over 1e6 iterates, 1 - β = 1e-6
+    would be read back with an error of several percent.
+    """
+
+    description: str
+    beta: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
+    complement: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
+
+    def __call__(self, t: ArrayLike) -> Any:
+        return self.beta(*_namespace(t))
+
+    def one_minus(self, t: ArrayLike) -> Any:
+        return self.complement(*_namespace(t))
+
+    def __repr__(self) -> str:
+        return self.description
+
+
+def _namespace(t: ArrayLike) -> tuple[Any, Any]:
+    """The array functions to compute with, and t as a floating-point array."""
+    if isinstance(t, np.ndarray):
+        return np, t.astype(np.float64)
+    return jnp, jnp.asarray(t, dtype=float)
+
+
+def one_minus(decay: DecayLike, t: ArrayLike) -> Any:
+    """Returns 1 - β at t, as exactly as the decay knows it.
+
+    A Python number is subtracted in Python (float32 holds 1 - 0.9999 only to 1.7e-4),
+    a decay of this module is asked, and what any other function returns is used as it
+    comes.
+    """
+    if isinstance(decay, Decay):
+        return decay.one_minus(t)
+    if callable(decay):
+        return 1 - jnp.asarray(decay(t))
+    return 1 - decay
+
+
+def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
+    """Rises as TensorFlow's `num_updates` rule: β(t) = min(max_decay, (1+t)/(10+t)).
+
+    The window grows with the run: about the newest tenth of the iterates weighs
+    anything until `max_decay` is reached, at t = (10 max_decay - 1)/(1 - max_decay).
+    β is computed in float32 as TensorFlow does, also under x64.
+
+    Args:
+      max_decay: The largest β, in [0, 1].
+
+    Returns:
+      A function t -> β. t = 1, the first update, gives 2/11; t = 0 gives 1/10.
+
+    Raises:
+      ValueError: If `max_decay` is outside [0, 1].
+
+    Example:
+      >>> print(warmup_decay(0.999)(1))
+      0.18181819
+
+    References:
+      TensorFlow, `tf.train.ExponentialMovingAverage`,
+      https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    """
+    check_number("warmup_decay", "max_decay", max_decay, 0, 1)
+
+    def beta(xp, t):
+        t = t if xp is np else t.astype(jnp.float32)
+        return xp.minimum(t.dtype.type(max_decay), (1 + t) / (10 + t))
+
+    return Decay(f"warmup_decay({max_decay})", beta, lambda xp, t: 1 - beta(xp, t))
+
+
+def uniform_decay() -> Callable[[ArrayLike], Any]:
+    """Weighs all iterates alike: β(t) = (t-1)/t.
+
+    This is the Polyak-Ruppert average; with `start`, the tail average of stochastic
+    weight averaging; with `every`, the mean of every k-th iterate.
+
+    Returns:
+      A function t -> β. t <= 1 gives 0: the average is the first iterate itself.
+
+    Example:
+      >>> print(uniform_decay()(4))
+      0.75
+
+    References:
+      Polyak & Juditsky, 1992, Acceleration of stochastic approximation by averaging,
+      eq. 3, https://doi.org/10.1137/0330046
+      Izmailov et al., 2018, Averaging weights leads to wider optima and better
+      generalization, https://arxiv.org/abs/1803.05407
+    """
+
+    def complement(xp, t):
+        return 1 / xp.maximum(t, 1)
+
+    def beta(xp, t):
+        t = xp.maximum(t, 1)
+        return (t - 1) / t
+
+    return Decay("uniform_decay()", beta, complement)
+
+
+def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
+    """Weighs iterate i about as i^eta: the newest one weighs 1 - β(t) = (1+η)/(t+η).
+
+    η = 0 is the uniform average; η = 3 is a common choice. The window stays the same
+    fraction of the run, whatever its length.
+
+    Args:
+      eta: η, at least 0.
+
+    Returns:
+      A function t -> β. t <= 1 gives 0.
+
+    Raises:
+      ValueError: If `eta` is negative.
+
+    Example:
+      >>> print(polynomial_decay(3)(5))
+      0.5
+
+    References:
+      Shamir & Zhang, 2013, Stochastic gradient descent for non-smooth optimization,
+      eq. 2, https://arxiv.org/abs/1212.1824
+    """
+    check_number("polynomial_decay", "eta", eta, 0)
+
+    def complement(xp, t):
+        return (1 + eta) / (xp.maximum(t, 1) + eta)
+
+    def beta(xp, t):
+        t = xp.maximum(t, 1)
+        return (t - 1) / (t + eta)
+
+    return Decay(f"polynomial_decay({eta})", beta, complement)
+
+
+def power_decay(
+    *, sigma_rel: float | None = None, gamma: float | None = None
+) -> Callable[[ArrayLike], Any]:
+    """Weighs iterate i as i^γ: β(t) = (1 - 1/t)^(γ+1), the power-function average.
+
+    σ_rel is the standard deviation of the weights' positions as a fraction of the run:
+
+        σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
+
+    Args:
+      sigma_rel: In (0, 0.2886...); 0.05 to 0.1 is common. γ is solved from it.
+      gamma: γ, greater than -1. Give exactly one of the two.
+
+    Returns:
+      A function t -> β. t <= 1 gives 0.
+
+    Raises:
+      ValueError: If none or both are given, or the value is out of range.
+
+    Example:
+      >>> print(power_decay(gamma=1.0)(2))
+      0.25
+
+    References:
+      Karras et al., 2024, Analyzing and improving the training dynamics of diffusion
+      models, §3.1 and appendix C, https://arxiv.org/abs/2312.02696
+    """
+    if (sigma_rel is None) == (gamma is None):
+        raise ValueError(
+            "power_decay: give exactly one of sigma_rel and gamma, got "
+            f"sigma_rel={sigma_rel!r}, gamma={gamma!r}."
+        )
+    if gamma is None:
+        gamma = gamma_of_sigma_rel("power_decay", sigma_rel)
+        description = f"power_decay(sigma_rel={sigma_rel})"
+    else:
+        check_number("power_decay", "gamma", gamma, -1, above=True)
+        description = f"power_decay(gamma={gamma})"
+    exponent = gamma + 1
+
+    def log_beta(xp, t):
+        t = xp.maximum(t, 2)
+        return exponent * xp.log1p(-1 / t)
+
+    def beta(xp, t):
+        return xp.where(t > 1, xp.exp(log_beta(xp, t)), 0.0)
+
+    def complement(xp, t):
+        return xp.where(t > 1, -xp.expm1(log_beta(xp, t)), 1.0)
+
+    return Decay(description, beta, complement)
+
+
+def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
+    """Solves σ_rel² = (γ+1)/((γ+2)²(γ+3)) for the γ > 0 that the field uses.
+
+    The right-hand side rises from 0 at γ = -1 to a maximum near γ = -0.38 and falls
+    from there, so a σ_rel below 1/√12 (γ = 0, the uniform average) has one root > 0.
+    """
+    check_number(function, "sigma_rel", sigma_rel, 0, above=True)
+    if sigma_rel >= 12**-0.5:
+        raise ValueError(
+            f"{function}: sigma_rel must be below 1/sqrt(12) = 0.2887, the uniform "
+            f"average, got {sigma_rel!r}."
+        )
+    # Multiplied out: γ³ + 7γ² + (16 - σ⁻²)γ + 12 - σ⁻² = 0.
+    inverse = float(sigma_rel) ** -2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(np.max(roots.real))
+
+
+def inverse_gamma_decay(
+    inv_gamma: float = 1.0,
+    power: float = 2 / 3,
+    *,
+    min_decay: float = 0.0,
+    max_decay: float = 0.9999,
+) -> Callable[[ArrayLike], Any]:
+    """Rises as β(t) = 1 - (1 + t/inv_gamma)^-power, clipped to [min_decay, max_decay].
+
+    Args:
+      inv_gamma: The step at which the rise sets in, greater than 0.
+      power: How fast it rises: 2/3 for runs of a million steps and more, 3/4 for
+        shorter ones.
+      min_decay: The smallest β, in [0, 1].
+      max_decay: The largest β, in [min_decay, 1].
+
+    Returns:
+      A function t -> β. t = 0 gives `min_decay`.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> print(inverse_gamma_decay(power=1.0)(3))
+      0.75
+    """
+    name = "inverse_gamma_decay"
+    check_number(name, "inv_gamma", inv_gamma, 0, above=True)
+    check_number(name, "power", power, 0, above=True)
+    check_number(name, "min_decay", min_decay, 0, 1)
+    check_number(name, "max_decay", max_decay, min_decay, 1)
+
+    def complement(xp, t):
+        newest = xp.exp(-power * xp.log1p(t / inv_gamma))
+        return xp.clip(newest, 1 - max_decay, 1 - min_decay)
+
+    def beta(xp, t):
+        return xp.clip(1 - complement(xp, t), min_decay, max_decay)
+
+    return Decay(
+        f"{name}({inv_gamma}, {power}, min_decay={min_decay}, max_decay={max_decay})",
+        beta,
+        complement,
+    )
+
+
+def half_life_decay(
+    half_life: float, *, ramp: float | None = None
+) -> Callable[[ArrayLike], Any]:
+    """Halves an iterate's weight every `half_life` steps: β(t) = 0.5^(1/h).
+
+    h is `half_life`, or with `ramp` the smaller of it and ramp·t, so that early in the
+    run the window is a fixed fraction of what there is.
+
+    Args:
+      half_life: In steps, greater than 0. From a half-life in examples: examples divided
+        by the batch size.
+      ramp: The half-life as a fraction of the steps so far, greater than 0; 0.05 is
+        common. None for none.
+
+    Returns:
+      A function t -> β. With `ramp`, t = 0 gives 0.
+
+    Raises:
+      ValueError: If an argument is not greater than 0.
+
+    Example:
+      >>> print(half_life_decay(1)(100))
+      0.5
+    """
+    check_number("half_life_decay", "half_life", half_life, 0, above=True)
+    if ramp is not None:
+        check_number("half_life_decay", "ramp", ramp, 0, above=True)
+
+    def exponent(xp, t):
+        if ramp is None:
+            return xp.full_like(t, -math.log(2) / half_life)
+        # At t = 0 the half-life is 0: a copy. The floor keeps the division finite.
+        tiny = xp.finfo(t.dtype).tiny
+        return xp.maximum(-math.log(2) / xp.clip(ramp * t, tiny, half_life), -1e3)
+
+    return Decay(
+        f"half_life_decay({half_life}" + (f", ramp={ramp})" if ramp else ")"),
+        lambda xp, t: xp.exp(exponent(xp, t)),
+        lambda xp, t: -xp.expm1(exponent(xp, t)),
+    )
+
+
+def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], Any]:
+    """Adapts a decay to a batch κ times larger: β(t)^κ, the EMA scaling rule.
+
+    A run with κ times the batch takes κ times fewer steps; β^κ keeps the window the same
+    in examples.
+
+    Args:
+      decay: The decay that suits the original batch.
+      batch_factor: κ, new batch over original batch, greater than 0.
+
+    Returns:
+      A function t -> β.
+
+    Raises:
+      ValueError: If `batch_factor` is not greater than 0.
+
+    Example:
+      >>> print(f"{scale_decay(0.99, 2)(1):.4f}")
+      0.9801
+
+    References:
+      Busbridge et al., 2023, How to scale your EMA, definition 1.2,
+      https://arxiv.org/abs/2307.13813
+    """
+    check_decay("scale_decay", decay)
+    check_number("scale_decay", "batch_factor", batch_factor, 0, above=True)
+
+    def log_beta(xp, t):
+        newest = xp.asarray(one_minus(decay, t), dtype=t.dtype)
+        copies = newest >= 1
+        safe = xp.where(copies, 0.0, newest)
+        return copies, batch_factor * xp.log1p(-safe) + xp.zeros_like(t)
+
+    def beta(xp, t):
+        copies, exponent = log_beta(xp, t)
+        return xp.where(copies, 0.0, xp.exp(exponent))
+
+    def complement(xp, t):
+        copies, exponent = log_beta(xp, t)
+        return xp.where(copies, 1.0, -xp.expm1(exponent))
+
+    return Decay(f"scale_decay({decay}, {batch_factor})", beta, complement)

@@ -1,0 +1,69 @@
+"""Names of the leaves of a tree, and masks by name."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def by_name(*regexes: str) -> Callable[[Any], Any]:
+    """Returns a mask that is True for the leaves whose path matches any of `regexes`.
+
+    Args:
+      *regexes: Regular expressions, searched for in the leaf's path: its keys joined with
+        "/", as in "encoder/layers/0/kernel".
+
+    Returns:
+      A function from a tree to a tree of booleans of the same structure.
+
+    Raises:
+      TypeError: If a regex is not a string.
+      ValueError: If a regex does not compile; from the mask, if one matches no leaf.
+
+    Example:
+      >>> print(by_name("kernel$")({"dense": {"bias": 0.0, "kernel": 0.0}}))
+      {'dense': {'bias': False, 'kernel': True}}
+    """
+    patterns = []
+    for regex in regexes:
+        if not isinstance(regex, str):
+            raise TypeError(f"by_name takes regular expressions, got {regex!r}.")
+        try:
+            patterns.append(re.compile(regex))
+        except re.error as error:
+            raise ValueError(f"by_name: {regex!r} does not compile: {error}.") from None
+
+    def mask(tree):
+        names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
+        for pattern in patterns:
+            if names and not any(pattern.search(name) for name in names):
+                raise ValueError(
+                    f"by_name: {pattern.pattern!r} matches no leaf; the leaves are "
+                    f"{', '.join(names)}."
+                )
+        chosen = [any(p.search(name) for p in patterns) for name in names]
+        return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+    return mask
+
+
+def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of a tree with the names that lead to them, whatever the containers.
+
+    A dict key, an attribute and a position all become a string. The `.value` inside of a
+    Flax variable is dropped, so that a parameter has one name in every container.
+    """
+    leaves = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        if path and getattr(path[-1], "name", None) == "value":
+            path = path[:-1]
+        leaves.append((tuple(key_name(key) for key in path), leaf))
+    return leaves
+
+
+def key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,264 @@
+"""The one recursion behind every average."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from emaopt._checks import check_decay, check_integer
+from emaopt._decays import DecayLike, one_minus
+
+
+class AverageState(NamedTuple):
+    """State of an average; read it with `get_average`, exchange it with `swap`."""
+
+    num_updates: Any  # () int32, s: the updates so far, skipped ones included
+    num_skipped: Any  # () int32, updates left out for a NaN or inf (skip_nonfinite)
+    weight: Any  # () float, W: what the iterates weigh in all; None without debias
+    pending: Any  # () float, 1 - Πβ over the steps since the average last moved (every)
+    average: Any  # like the parameters, in the accumulator's dtype; MaskedNode if masked
+
+
+class SwappedState(NamedTuple):
+    """What `swap` leaves in an `AverageState`'s place while the average is in use.
+
+    The fields are the same but for the name of the first, so that neither an update nor
+    a restore can take one state for the other.
+    """
+
+    swapped_at: Any  # () int32, num_updates
+    num_skipped: Any  # () int32
+    weight: Any  # () float
+    pending: Any  # () float
+    average: Any  # like the parameters: here stand the raw parameters
+
+
+class Averager(NamedTuple):
+    """A pair of pure functions, as `average_tree` returns it."""
+
+    init: Callable[[Any], AverageState]
+    update: Callable[..., AverageState]
+
+
+def make_averager(
+    function: str,
+    decay: DecayLike,
+    *,
+    every: int,
+    start: int,
+    mask: Any,
+    accumulator_dtype: Any,
+    debias: bool,
+    zero_init: bool,
+    skip_nonfinite: bool,
+) -> Averager:
+    """The recursion behind `average_tree`, `average_params` and `averaged`."""
+    check_decay(function, decay)
+    check_integer(function, "every", every, 1)
+    check_integer(function, "start", start, 0)
+    if accumulator_dtype is not None:
+        accumulator_dtype = _checked_accumulator(
+            function, accumulator_dtype, decay, every
+        )
+
+    def init(tree):
+        leaves, treedef = jax.tree.flatten(tree)
+        chosen = _chosen(function, mask, tree, len(leaves))
+        entries = [
+            _start(leaf, accumulator_dtype, zero_init) if keep else optax.MaskedNode()
+            for leaf, keep in zip(leaves, chosen, strict=True)
+        ]
+        return AverageState(
+            num_updates=jnp.zeros((), jnp.int32),
+            num_skipped=jnp.zeros((), jnp.int32),
+            weight=jnp.zeros((), float) if debias else None,
+            pending=jnp.zeros((), float),
+            average=jax.tree.unflatten(treedef, entries),
+        )
+
+    def update(tree, state, num_updates=None):
+        _check_state(function, state)
+        leaves, treedef = jax.tree.flatten(tree)
+        entries = _entries(function, treedef, state.average)
+        moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
+        old = [entries[i] for i in moving]
+        new = [jnp.asarray(leaves[i]) for i in moving]
+
+        # All of it scalar: by how much the average moves, and whether it moves now.
+        s: Any = optax.safe_increment(state.num_updates)
+        t: Any = jnp.maximum(s - start, 0) if num_updates is None else num_updates
+        copying = s < start
+        newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
+        pending = _move(state.pending, 1.0, newest, copying)
+        weight, step = state.weight, pending
+        if debias:
+            weight = _move(weight, 1.0, pending, False)
+            # Where nothing has weighed anything yet, both are 0.
+            step = pending / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        copying = copying | (step == 1)
+
+        def move(old, new):
+            moved = [_move(a, q, step, copying) for a, q in zip(old, new, strict=True)]
+            if not skip_nonfinite:
+                return moved, jnp.bool_(True)
+            finite = functools.reduce(
+                jnp.logical_and, [jnp.all(jnp.isfinite(q)) for q in new], jnp.bool_(True)
+            )
+            kept = [jnp.where(finite, m, a) for m, a in zip(moved, old, strict=True)]
+            return kept, finite
+
+        if every == 1:
+            due = jnp.bool_(True)
+            moved, finite = move(old, new)
+        else:
+            # The conditional holds the averages alone: around the whole optimizer step it
+            # would break donation.
+            due = (s < start) | ((s - start) % every == 0)
+            moved, finite = lax.cond(
+                due, move, lambda old, new: (old, jnp.bool_(True)), old, new
+            )
+
+        for i, entry in enumerate(entries):
+            if not is_averaged(entry) and not isinstance(entry, optax.MaskedNode):
+                entries[i] = _newest(leaves[i])
+        for i, leaf in zip(moving, moved, strict=True):
+            entries[i] = leaf
+        if debias:
+            weight = jnp.where(due & finite & (s >= start), weight, state.weight)
+        pending = jnp.where(finite, jnp.where(due, 0.0, pending), state.pending)
+        return AverageState(
+            num_updates=s,
+            num_skipped=state.num_skipped + ~finite,
+            weight=weight,
+            pending=pending.astype(state.pending.dtype),
+            average=jax.tree.unflatten(treedef, entries),
+        )
+
+    return Averager(init, update)
+
+
+def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any) -> Any:
+    """Returns old + step (new - old), or `new` itself where `copying`, in old's dtype.
+
+    Every operation is rounded by itself: the bits are the same in and out of jit.
+    """
+    old = jnp.asarray(old)
+    dtype = old.dtype if old.dtype.itemsize >= 4 else jnp.float32
+    a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
+    step = jnp.asarray(step, jnp.finfo(dtype).dtype)
+    return jnp.where(copying, q, a + _rounded(step * (q - a))).astype(old.dtype)
+
+
+def _rounded(product: Any) -> Any:
+    """The product, rounded before a compiler can fuse a sum with it (FMA).
+
+    XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
+    and a select or xor with a scalar (they hoist it out of the loop). A select on the
+    data stays: it would make every NaN the same NaN.
+    """
+    if jnp.iscomplexobj(product):
+        return lax.complex(_rounded(product.real), _rounded(product.imag))
+    return jnp.where(jnp.isnan(product), jnp.nan, product)
+
+
+def _checked_accumulator(function: str, dtype: Any, decay: DecayLike, every: int) -> Any:
+    """The accumulator's dtype, unless the average could not move in it."""
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."
+        )
+    if not callable(decay) and not isinstance(decay, jax.Array):
+        step = 1 - float(decay) ** every
+        half_ulp = float(jnp.finfo(dtype).eps) / 2
+        if 0 < step < half_ulp:
+            raise ValueError(
+                f"{function}: an average in {dtype} would not move: one step takes "
+                f"1 - {decay}{f'**{every}' if every > 1 else ''} = {step:.2g} of the "
+                f"difference, less than half a unit in the last place, {half_ulp:.2g} of "
+                "the value, and is rounded away. Use accumulator_dtype=jnp.float32 (the "
+                "default), a smaller decay or a larger `every`."
+            )
+    return dtype
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
+
+
+def is_averaged(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(
+        jnp.asarray(leaf).dtype if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact
+    )
+
+
+def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
+    """The average before the first update: a copy, never an alias."""
+    if not is_averaged(leaf):
+        return _newest(leaf)
+    leaf = jnp.asarray(leaf)
+    real = accumulator_dtype or _at_least_float32(leaf.dtype)
+    dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(leaf) else real
+    if zero_init:
+        return jnp.zeros_like(leaf, dtype=dtype)
+    return jnp.array(leaf, dtype=dtype, copy=True)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    real = jnp.finfo(dtype).dtype
+    return real if real.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def _newest(leaf: Any) -> Any:
+    return jnp.array(leaf, copy=True) if _is_array(leaf) else leaf
+
+
+def _chosen(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
+    """Whether each leaf is averaged, in flattening order."""
+    if mask is None:
+        return [True] * num_leaves
+    flags = mask(tree) if callable(mask) else mask
+    try:
+        flags = jax.tree.map(
+            lambda flag, subtree: jax.tree.map(lambda _: flag, subtree), flags, tree
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{function}: mask must be like the parameters or a prefix of them: {error}"
+        ) from None
+    flags = jax.tree.leaves(flags)
+    for flag in flags:
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
+    return [bool(flag) for flag in flags]
+
+
+def _check_state(function: str, state: Any) -> None:
+    if isinstance(state, SwappedState):
+        raise TypeError(
+            f"{function}: this state is swapped: the parameters are the average, and "
+            "training on would lose the raw ones. Call params, opt_state = "
+            "emaopt.swap(params, opt_state) to swap back first."
+        )
+    if not isinstance(state, AverageState):
+        raise TypeError(
+            f"{function}: the state must be an AverageState as init makes it, got "
+            f"{type(state).__name__}."
+        )
+
+
+def _entries(function: str, treedef: Any, average: Any) -> list[Any]:
+    """The average's leaves (MaskedNode where masked) in the order of the tree's."""
+    try:
+        return treedef.flatten_up_to(average)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{function}: the parameters have another structure than the ones that init "
+            f"was called with: {error}"
+        ) from None

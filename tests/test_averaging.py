@@ -1,0 +1,469 @@
+"""Averages against their definition, and each option against what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import weighted_average
+
+import emaopt
+
+DECAYS = {
+    "0.9": (0.9, lambda t: 0.9),
+    "warmup": (emaopt.warmup_decay(0.95), lambda t: min(0.95, (1 + t) / (10 + t))),
+    "uniform": (emaopt.uniform_decay(), lambda t: (t - 1) / t if t > 1 else 0.0),
+    "polynomial": (
+        emaopt.polynomial_decay(2),
+        lambda t: (t - 1) / (t + 2) if t > 1 else 0.0,
+    ),
+    "power": (
+        emaopt.power_decay(gamma=4),
+        lambda t: (1 - 1 / t) ** 5 if t > 1 else 0.0,
+    ),
+    "own": (lambda t: jnp.where(t % 3 == 0, 1.0, 0.5), lambda t: 0.5 if t % 3 else 1.0),
+}
+
+
+def follow(averager, iterates):
+    """The average after each of the iterates θ_1 ... θ_T, as [T, ...]."""
+
+    def step(state, iterate):
+        state = averager.update({"w": iterate}, state)
+        return state, state.average["w"]
+
+    state = averager.init({"w": iterates[0]})
+    return jax.lax.scan(step, state, iterates[1:])
+
+
+def path(steps, shape=(3, 2), seed=0):
+    walk = np.random.default_rng(seed).standard_normal((steps + 1, *shape))
+    return jnp.asarray(np.cumsum(walk, axis=0), jnp.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    decay=st.sampled_from(sorted(DECAYS)),
+    every=st.integers(1, 5),
+    start=st.integers(0, 8),
+    debias=st.booleans(),
+    steps=st.integers(1, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_average_is_its_weighted_sum(decay, every, start, debias, steps, seed):
+    decay, betas = DECAYS[decay]
+    iterates = path(steps, seed=seed)
+    averager = emaopt.average_tree(decay, every=every, start=start, debias=debias)
+    _, averages = follow(averager, iterates)
+    expected, weights = weighted_average(
+        betas, start, every, debias, np.asarray(iterates, np.float64)
+    )
+    scale = np.abs(iterates).max()
+    np.testing.assert_allclose(averages[-1], expected, rtol=1e-6, atol=2e-6 * scale)
+    np.testing.assert_allclose(
+        emaopt.decay_weights(decay, steps, every=every, start=start, debias=debias),
+        weights,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("every, rtol", [(1, 2e-3), (100, 2e-5)])
+def test_long_uniform_average_is_limited_by_float32_unless_thinned(every, rtol):
+    steps = 200_000
+    ramp = jnp.arange(steps + 1, dtype=jnp.float32) / steps
+    final, _ = follow(emaopt.average_tree(emaopt.uniform_decay(), every=every), ramp)
+    np.testing.assert_allclose(final.average["w"], 0.5 + 0.5 * every / steps, rtol=rtol)
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_between_updates_the_average_stands_still(every):
+    iterates = path(20)
+    _, averages = follow(emaopt.average_tree(0.9, every=every), iterates)
+    moved = np.any(np.diff(averages, axis=0) != 0, axis=(1, 2))
+    np.testing.assert_array_equal(moved, np.arange(2, 21) % every == 0)
+
+
+def test_until_start_the_average_is_a_copy_bit_for_bit():
+    iterates = path(10).at[3].set(-0.0).at[4].set(jnp.inf)
+    _, averages = follow(emaopt.average_tree(0.9, start=8), iterates)
+    assert averages[:7].tobytes() == np.asarray(iterates[1:8]).tobytes()
+
+
+def test_zero_init_starts_from_zeros():
+    averager = emaopt.average_tree(0.9, zero_init=True)
+    state = averager.init({"w": jnp.ones(2)})
+    state = averager.update({"w": jnp.ones(2)}, state)
+    np.testing.assert_allclose(state.average["w"], 0.1, rtol=1e-6)
+
+
+def test_num_updates_replaces_t():
+    tx = emaopt.average_params(emaopt.warmup_decay(0.999))
+    params = jnp.zeros(1)
+    _, state = tx.update(jnp.ones(1), tx.init(params), params, num_updates=90)
+    np.testing.assert_allclose(state.average, 1 - 0.91, rtol=1e-6)
+
+
+def test_num_updates_passes_through_a_chain_and_a_wrapper():
+    params = jnp.zeros(1)
+    for tx in (
+        optax.chain(optax.sgd(1.0), emaopt.average_params(emaopt.warmup_decay())),
+        emaopt.averaged(optax.sgd(1.0), emaopt.warmup_decay()),
+    ):
+        _, state = tx.update(-jnp.ones(1), tx.init(params), params, num_updates=90)
+        np.testing.assert_allclose(emaopt.get_average(state), 0.09, rtol=1e-5)
+
+
+# Leaves and dtypes.
+
+
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.complex64, jnp.complex64),
+        (jnp.int32, jnp.int32),
+        (jnp.bool_, jnp.bool_),
+    ],
+)
+def test_average_is_kept_at_least_in_float32(dtype, expected):
+    averager = emaopt.average_tree(0.5)
+    state = averager.init(jnp.ones(3, dtype))
+    state = averager.update(jnp.zeros(3, dtype), state)
+    assert state.average.dtype == expected
+    newest_or_average = 0 if expected in (jnp.int32, jnp.bool_) else 0.5
+    np.testing.assert_array_equal(state.average, np.full(3, newest_or_average, expected))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_accumulator_dtype_is_the_averages_dtype(dtype):
+    averager = emaopt.average_tree(0.5, accumulator_dtype=dtype)
+    state = averager.init({"real": jnp.ones(2), "complex": jnp.ones(2, jnp.complex64)})
+    assert state.average["real"].dtype == dtype
+    assert state.average["complex"].dtype == jnp.complex64
+
+
+def test_float64_parameters_keep_a_float64_average_under_x64():
+    with jax.enable_x64(True):
+        iterates = np.random.default_rng(0).standard_normal((30, 4))
+        final, _ = follow(emaopt.average_tree(0.999), jnp.asarray(iterates))
+        expected, _ = weighted_average(lambda t: 0.999, 0, 1, False, iterates)
+        assert final.average["w"].dtype == jnp.float64
+        np.testing.assert_allclose(final.average["w"], expected, rtol=1e-13)
+
+
+def test_leaves_that_no_average_exists_of_hold_the_newest_value():
+    tree = {
+        "int": jnp.int32(1),
+        "bool": jnp.array([True]),
+        "key": jax.random.key(0),
+        "none": None,
+        "function": jax.nn.relu,
+        "empty": jnp.zeros((0, 3)),
+        "float": 1.0,
+    }
+    newer = {
+        **tree,
+        "int": jnp.int32(7),
+        "bool": jnp.array([False]),
+        "key": jax.random.key(1),
+        "float": 3.0,
+    }
+    averager = emaopt.average_tree(0.5, every=2)
+    average = averager.update(newer, averager.init(tree)).average
+    assert average["int"] == 7 and not average["bool"][0] and average["none"] is None
+    assert average["key"] == jax.random.key(1) and average["function"] is jax.nn.relu
+    assert average["empty"].shape == (0, 3) and average["float"] == 1.0
+
+
+@pytest.mark.parametrize("tree", [{}, (), None, {"a": None}])
+def test_trees_without_leaves(tree):
+    averager = emaopt.average_tree(0.5, every=2, debias=True, skip_nonfinite=True)
+    state = averager.update(tree, averager.init(tree))
+    assert state.average == tree and state.num_updates == 1 and state.num_skipped == 0
+
+
+def test_masked_leaves_are_not_averaged_and_cost_nothing():
+    params = {"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    for mask in (
+        emaopt.by_name("kernel$"),
+        {"dense": {"kernel": True, "bias": False}},
+        lambda tree: jax.tree.map_with_path(lambda p, _: p[-1].key == "kernel", tree),
+    ):
+        state = emaopt.average_tree(0.5, mask=mask).init(params)
+        assert state.average["dense"]["bias"] == optax.MaskedNode()
+        assert len(jax.tree.leaves(state.average)) == 1
+    prefix = emaopt.average_tree(0.5, mask={"dense": False}).init(params)
+    assert not jax.tree.leaves(prefix.average)
+
+
+def test_average_never_aliases_the_parameters():
+    params = {"w": jnp.ones(4), "n": jnp.int32(3)}
+    tx = emaopt.averaged(optax.set_to_zero(), 0.5, start=3)
+
+    def pointers(tree):
+        return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)}
+
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        assert not pointers(params) & pointers(state)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
+        assert not pointers(params) & pointers(state)
+
+
+# The exact values that apply_updates returns.
+
+
+@pytest.mark.parametrize("wrap", ["chain", "averaged"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.05), optax.sgd(0.05, 0.9, nesterov=True), optax.adamw(1e-2)],
+    ids=["sgd", "nesterov", "adamw"],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("every", [1, 3])
+def test_average_under_jit_is_bit_for_bit_of_the_parameters_that_the_step_returned(
+    dtype, optimizer, wrap, every
+):
+    if wrap == "chain":
+        tx = optax.chain(optimizer, emaopt.average_params(0.99, every=every))
+    else:
+        tx = emaopt.averaged(optimizer, 0.99, every=every)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((64, 33)), dtype)}
+    state = tx.init(params)
+    expected = np.asarray(params["w"], np.float32)
+    step_size = np.float32(1 - 0.99**every)
+    for s in range(1, 101):
+        grads = {"w": jnp.asarray(rng.uniform(0.5, 2, (64, 33)), dtype)}
+        params, state = step(params, state, grads)
+        if s % every == 0:
+            newest = np.asarray(params["w"], np.float32)
+            expected = expected + step_size * (newest - expected)
+    actual = emaopt.get_average(state)["w"]
+    if every == 1:
+        np.testing.assert_array_equal(actual, expected)
+    else:  # the step size itself is a float32 product
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("decay", [0.9, *(d for d, _ in DECAYS.values())])
+def test_bits_are_the_same_in_and_out_of_jit(decay, debias, every):
+    averager = emaopt.average_tree(decay, debias=debias, every=every)
+    iterates = path(12, shape=(257,))
+    eager = compiled = averager.init(iterates[0])
+    update = jax.jit(averager.update)
+    for iterate in iterates[1:]:
+        eager, compiled = averager.update(iterate, eager), update(iterate, compiled)
+        np.testing.assert_array_equal(eager.average, compiled.average)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("decay", [0.9, emaopt.uniform_decay()])
+def test_bits_are_the_same_in_a_scan_that_holds_init(decay, every):
+    averager = emaopt.average_tree(decay, every=every)
+    iterates = path(12, shape=(257,))
+    state = averager.init({"w": iterates[0]})
+    for iterate in iterates[1:]:
+        state = averager.update({"w": iterate}, state)
+    compiled, _ = jax.jit(lambda iterates: follow(averager, iterates))(iterates)
+    np.testing.assert_array_equal(state.average["w"], compiled.average["w"])
+
+
+def test_updates_pass_through_untouched():
+    tx = emaopt.average_params(0.9)
+    params = {"w": jnp.ones(2), "none": None}
+    updates = {"w": jnp.ones(2), "none": None}
+    returned, _ = tx.update(updates, tx.init(params), params)
+    assert returned is updates
+
+
+# averaged
+
+
+def test_not_sequential_averages_the_parameters_before_the_step():
+    tx = emaopt.averaged(optax.sgd(1.0), 0.5, sequential=False)
+    params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+    seen = []
+    for _ in range(3):
+        updates, state = tx.update(-jnp.ones(1), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(float(emaopt.get_average(state)[0]))
+    assert seen == [0.0, 0.5, 1.25]  # of 0, 1, 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_overwrite_sets_the_parameters_to_the_average_every_k_steps(dtype):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.9, overwrite_every=3)
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.standard_normal(1000), dtype),
+        "b": jnp.zeros(2, dtype),
+    }
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for s in range(1, 10):
+        grads = jax.tree.map(
+            lambda p: jnp.asarray(rng.standard_normal(p.shape), dtype), params
+        )
+        params, state = step(params, state, grads)
+        distance = emaopt.average_distance(state, params)
+        assert (distance < 1e-7 if dtype == jnp.float32 else distance < 3e-3) == (
+            s % 3 == 0
+        )
+        assert params["w"].dtype == dtype
+    assert step._cache_size() == 1
+
+
+# Numbers that are not finite.
+
+
+def test_nan_propagates_by_default():
+    averager = emaopt.average_tree(0.5)
+    state = averager.update(jnp.array([jnp.nan]), averager.init(jnp.ones(1)))
+    assert np.isnan(state.average[0])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):
+    averager = emaopt.average_tree(0.5, skip_nonfinite=True, every=every, debias=True)
+    update = jax.jit(averager.update)
+    good = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    state = averager.init(jax.tree.map(jnp.zeros_like, good))
+    for _ in range(2 * every):
+        state = update(good, state)
+    for _ in range(every):
+        skipped = update({"a": jnp.array([1.0, bad, 1.0]), "b": 2 * jnp.ones(2)}, state)
+        state = skipped
+    np.testing.assert_array_equal(state.average["a"], np.ones(3))
+    np.testing.assert_array_equal(state.average["b"], np.ones(2))
+    assert state.num_skipped == 1 and state.num_updates == 3 * every
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda f: f(1.5), ValueError, r"NAME: decay must be in \[0, 1\], got 1\.5"),
+        (lambda f: f(-0.1), ValueError, r"NAME: decay must be in \[0, 1\], got -0\.1"),
+        (lambda f: f(float("nan")), ValueError, "NAME: decay must be in"),
+        (lambda f: f("0.9"), TypeError, "NAME: decay must be a number.*got '0.9'"),
+        (lambda f: f(True), TypeError, "NAME: decay must be a number"),
+        (
+            lambda f: f(0.9, start=-1),
+            ValueError,
+            "NAME: start must be at least 0, got -1",
+        ),
+        (lambda f: f(0.9, start=1.5), TypeError, "NAME: start must be a whole number"),
+        (lambda f: f(0.9, every=0), ValueError, "NAME: every must be at least 1, got 0"),
+        (
+            lambda f: f(0.9, accumulator_dtype=jnp.int32),
+            TypeError,
+            "NAME: accumulator_dtype must be a real floating dtype, got int32",
+        ),
+        (
+            lambda f: f(0.999, accumulator_dtype=jnp.bfloat16),
+            ValueError,
+            r"NAME: an average in bfloat16 would not move.*1 - 0\.999 = 0\.001.*0\.0039",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["average_tree", "average_params", "averaged"])
+def test_bad_argument_says_what_and_where(name, build, error, message):
+    make = getattr(emaopt, name)
+    if name == "averaged":
+        make = lambda *args, **kwargs: emaopt.averaged(optax.sgd(1.0), *args, **kwargs)  # noqa: E731
+    with pytest.raises(error, match=message.replace("NAME", name)):
+        build(make)
+
+
+def test_bfloat16_accumulator_is_taken_where_it_can_move():
+    emaopt.average_params(0.99, accumulator_dtype=jnp.bfloat16)
+    emaopt.average_params(0.999, every=10, accumulator_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "tx", [emaopt.average_params(0.9), emaopt.averaged(optax.sgd(1.0), 0.9)]
+)
+def test_update_without_parameters_says_what_to_call(tx):
+    state = tx.init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"call tx.update\(grads, state, params\)"):
+        tx.update(jnp.ones(2), state)
+
+
+def test_update_with_other_parameters_says_so():
+    averager = emaopt.average_tree(0.9)
+    state = averager.init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match="average_tree: the parameters have another"):
+        averager.update({"b": jnp.ones(2)}, state)
+
+
+def test_update_with_a_foreign_state_says_so():
+    averager = emaopt.average_tree(0.9)
+    with pytest.raises(TypeError, match=r"must be an AverageState.*got dict"):
+        averager.update(jnp.ones(2), {"average": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda: emaopt.averaged("sgd", 0.9), TypeError, "averaged: optimizer must be"),
+        (
+            lambda: emaopt.averaged(optax.sgd(1.0), 0.9, overwrite_every=0),
+            ValueError,
+            "averaged: overwrite_every must be at least 1, got 0",
+        ),
+        (
+            lambda: emaopt.by_name(3),
+            TypeError,
+            "by_name takes regular expressions, got 3",
+        ),
+        (lambda: emaopt.by_name("("), ValueError, "by_name: '\\(' does not compile"),
+        (
+            lambda: emaopt.by_name("kernl")({"kernel": 0.0}),
+            ValueError,
+            "'kernl' matches no leaf; the leaves are kernel",
+        ),
+        (
+            lambda: emaopt.average_tree(0.9, mask={"a": 1.0}).init({"a": 0.0}),
+            TypeError,
+            "average_tree: mask must hold booleans, got 1.0",
+        ),
+        (
+            lambda: emaopt.average_tree(0.9, mask={"b": True}).init({"a": 0.0}),
+            ValueError,
+            "average_tree: mask must be like the parameters",
+        ),
+    ],
+)
+def test_other_bad_arguments(build, error, message):
+    with pytest.raises(error, match=message):
+        build()

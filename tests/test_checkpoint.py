@@ -1,0 +1,438 @@
+"""Checkpoints hold the averages under the names, and give training back bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import emaopt
+from emaopt import checkpoint
+
+TX = optax.chain(optax.adam(1e-1), emaopt.average_params(0.9))
+
+
+def mixed_params():
+    return {
+        "dense": {"kernel": jnp.full((3, 2), 0.5, jnp.bfloat16), "bias": jnp.zeros(2)},
+        "blocks": [jnp.arange(4.0), jnp.ones(())],
+        "none": None,
+        "empty": jnp.zeros((0, 3)),
+    }
+
+
+def train(params, opt_state, steps=3, tx=TX):
+    @jax.jit
+    def step(params, opt_state, i):
+        grads = jax.tree.map(lambda p: (0.1 * p + i).astype(p.dtype), params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for i in range(steps):
+        params, opt_state = step(params, opt_state, i + 1)
+    return params, opt_state
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
+
+
+def trained_nnx():
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: m(jnp.arange(6.0).reshape(2, 3)).sum())(model)
+        optimizer.update(model, grads)
+
+    for _ in range(3):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def as_dict():
+    params, opt_state = train(mixed_params(), TX.init(mixed_params()))
+    key = jax.random.key(3)
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(3), "key": key}
+
+
+def as_tuple():
+    return train(mixed_params(), TX.init(mixed_params()))
+
+
+def as_train_state():
+    params, opt_state = as_tuple()
+    state = TrainState.create(apply_fn=jnp.dot, params=mixed_params(), tx=TX)
+    return state.replace(step=jnp.int32(3), params=params, opt_state=opt_state)
+
+
+def as_nested_frozen_dict():
+    params, opt_state = as_tuple()
+    return freeze({"train": {"params": params, "opt_state": opt_state}, "epoch": 2})
+
+
+def as_nnx_states():
+    model, optimizer = trained_nnx()
+    return {"params": nnx.state(model, nnx.Param), "opt_state": nnx.state(optimizer)}
+
+
+def as_nnx_pure():
+    model, optimizer = trained_nnx()
+    pure = getattr(nnx, "as_pure", None) or nnx.pure  # the name before Flax 0.12.7
+    params = pure(nnx.state(model, nnx.Param))
+    return {"params": params, "opt_state": pure(optimizer.opt_state)}
+
+
+def as_nnx_split():
+    return nnx.split(trained_nnx())[1]
+
+
+def as_equinox():
+    model = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    return {"model": model, "opt_state": train(model, TX.init(model))[1]}
+
+
+CONTAINERS = {
+    "dict": (as_dict, ("params",)),
+    "tuple": (as_tuple, (0,)),
+    "TrainState": (as_train_state, ("params",)),
+    "nested FrozenDict": (as_nested_frozen_dict, ("train", "params")),
+    "nnx states": (as_nnx_states, ("params",)),
+    "nnx pure": (as_nnx_pure, ("params",)),
+    "nnx split": (as_nnx_split, ("0",)),
+    "nnx modules": (trained_nnx, (0,)),
+    "equinox": (as_equinox, ("model",)),
+}
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            if isinstance(x, jax.Array)
+            else x
+        ),
+        state,
+    )
+
+
+def bits(x):
+    if jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).dtype, np.shape(x), np.asarray(x).tobytes()
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert list(map(bits, actual)) == list(map(bits, expected))
+
+
+def as_states(state):
+    """Modules compare by identity; their states by value."""
+    return jax.tree.map(
+        lambda node: nnx.state(node) if isinstance(node, nnx.Pytree) else node,
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Pytree),
+    )
+
+
+def strip_value(tree):
+    """The values of a raw restore, by name; nnx keeps each under a key `value`."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [
+            str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
+        ]
+        leaves["/".join(n for n in names if n != "value")] = leaf
+    return leaves
+
+
+@pytest.mark.parametrize("make, path_to_params", CONTAINERS.values(), ids=CONTAINERS)
+def test_round_trip_is_bit_exact_and_the_file_holds_the_averages(
+    make, path_to_params, tmp_path
+):
+    state = make()
+    checkpoint.save(tmp_path / "c", state)
+    for target in (state, abstract(state)):
+        assert_same(
+            as_states(checkpoint.restore(tmp_path / "c", target)), as_states(state)
+        )
+
+    # A reader that knows nothing of emaopt finds the averages under the names.
+    raw = ocp.StandardCheckpointer().restore(tmp_path / "c")
+    for key in path_to_params:
+        raw = raw[key]
+    in_file = strip_value(raw)
+    averages = strip_value(emaopt.get_average(state))
+    assert averages
+    for name, average in averages.items():
+        if average.size:
+            assert bits(in_file[name]) == bits(average)
+
+    loaded = strip_value(checkpoint.load_averaged(tmp_path / "c"))
+    for name, average in averages.items():
+        assert bits(loaded[name]) == bits(average)
+
+
+@pytest.mark.parametrize(
+    "make", [make for make, _ in CONTAINERS.values()], ids=CONTAINERS
+)
+def test_swap_state_is_an_involution(make):
+    state = as_states(make())
+    assert_same(checkpoint.swap_state(checkpoint.swap_state(state)), state)
+
+
+def test_any_process_without_emaopt_serves_the_average(tmp_path):
+    state = as_dict()
+    checkpoint.save(tmp_path / "c", state)
+    program = """
+        import json, sys
+        sys.modules["emaopt"] = None  # importing it raises from here on
+        try:
+            import emaopt
+        except ImportError:
+            pass
+        import numpy as np
+        import orbax.checkpoint as ocp
+        params = ocp.StandardCheckpointer().restore(sys.argv[1])["params"]
+        print(json.dumps(np.asarray(params["blocks"][0]).tolist()))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "c")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = emaopt.get_average(state["opt_state"])["blocks"][0]
+    assert json.loads(run.stdout) == np.asarray(expected).tolist()
+
+
+def test_resuming_equals_training_on_bit_for_bit(tmp_path):
+    params = mixed_params()
+    tx = emaopt.averaged(
+        optax.adamw(1e-2), emaopt.warmup_decay(0.99), every=2, debias=True
+    )
+    halfway = train(params, tx.init(params), 5, tx)
+    checkpoint.save(tmp_path / "c", halfway)
+    resumed = checkpoint.restore(tmp_path / "c", jax.eval_shape(lambda: halfway))
+    assert_same(train(*resumed, 6, tx), train(*halfway, 6, tx))
+
+
+def test_disk_size_is_that_of_the_plain_state(tmp_path):
+    params = {"w": jax.random.normal(jax.random.key(0), (512, 1024))}
+    state = {"params": params, "opt_state": TX.init(params)}
+    checkpoint.save(tmp_path / "swapped", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "plain", state)
+
+    def size(path):
+        return sum(
+            file.stat().st_size for file in Path(path).rglob("*") if file.is_file()
+        )
+
+    assert size(tmp_path / "swapped") <= 1.01 * size(tmp_path / "plain")
+
+
+def test_masked_parameters_stand_under_their_names_as_they_are(tmp_path):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.9, mask=emaopt.by_name("kernel"))
+    params = {"kernel": jnp.ones(3), "bias": jnp.ones(3)}
+    state = train(params, tx.init(params), tx=tx)
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    assert_same(
+        checkpoint.load_averaged(tmp_path / "c"), emaopt.get_average(state[1], state[0])
+    )
+
+
+def test_of_several_averages_one_is_served(tmp_path):
+    tx = optax.named_chain(
+        ("sgd", optax.sgd(0.1)),
+        ("fast", emaopt.average_params(0.5)),
+        ("slow", emaopt.average_params(0.99)),
+    )
+    params, opt_state = train({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), tx=tx)
+    state = {"params": params, "opt_state": opt_state}
+    checkpoint.save(tmp_path / "c", state, name="slow")
+    assert_same(checkpoint.restore(tmp_path / "c", state, name="slow"), state)
+    assert_same(
+        checkpoint.load_averaged(tmp_path / "c"),
+        emaopt.get_average(opt_state, name="slow"),
+    )
+    with pytest.raises(
+        ValueError, match=r"several averages in this state, at.*fast.*name="
+    ):
+        checkpoint.save(tmp_path / "d", state)
+    with pytest.raises(ValueError, match="saved with the average at opt_state/slow"):
+        checkpoint.restore(tmp_path / "c", state, name="fast")
+
+
+def test_load_averaged_takes_containers_dtypes_and_shardings(tmp_path):
+    params = {"w": jnp.arange(16.0).reshape(8, 2), "t": (jnp.ones(8, jnp.bfloat16),)}
+    state = train(params, TX.init(params))
+    checkpoint.save(tmp_path / "c", state)
+    average = emaopt.get_average(state[1])
+    path = tmp_path / "c"
+
+    assert_same(
+        checkpoint.load_averaged(path, target=params),
+        emaopt.get_average(state[1], params),
+    )
+    half = checkpoint.load_averaged(path, target=params, dtype=jnp.float16)
+    assert_same(half, jax.tree.map(lambda x: x.astype(jnp.float16), average))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
+    for sharding in (sharded, {"w": sharded, "t": (sharded,)}):
+        loaded = checkpoint.load_averaged(path, target=params, sharding=sharding)
+        assert loaded["w"].sharding == sharded and loaded["t"][0].sharding == sharded
+        np.testing.assert_array_equal(loaded["w"], average["w"])
+
+
+def test_restore_to_another_sharding(tmp_path):
+    params = {"w": jnp.arange(16.0).reshape(8, 2)}
+    state = train(params, TX.init(params))
+    checkpoint.save(tmp_path / "c", state)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def placed(x):
+        spec = PartitionSpec("data") if x.ndim else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    restored = checkpoint.restore(tmp_path / "c", jax.tree.map(placed, state))
+    assert_same(restored, state)
+    assert len(restored[1][1].average["w"].sharding.device_set) == 8
+
+
+def test_a_swapped_state_is_saved_as_it_is(tmp_path):
+    state = as_dict()
+    checkpoint.save(tmp_path / "c", checkpoint.swap_state(state))
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    swapped = checkpoint.restore(tmp_path / "c", checkpoint.swap_state(state))
+    assert_same(checkpoint.swap_state(swapped), state)
+
+
+def test_plain_orbax_cannot_take_the_averages_for_raw_parameters(tmp_path):
+    params = {"w": jnp.ones(2)}
+    state = (params, TX.init(params))
+    checkpoint.save(tmp_path / "c", state)
+    with pytest.raises(ValueError, match="num_updates"):
+        ocp.StandardCheckpointer().restore(tmp_path / "c", abstract(state))
+
+
+def test_custom_metadata_is_kept_beside_the_marker(tmp_path):
+    checkpoint.save(tmp_path / "c", as_tuple(), custom_metadata={"run": "a"})
+    metadata = ocp.StandardCheckpointer().metadata(tmp_path / "c").custom_metadata
+    assert metadata["run"] == "a"
+    assert metadata["emaopt"]["params"] == ["0"]
+    assert metadata["emaopt"]["average"] == ["1", "1"]
+
+
+def test_force_replaces(tmp_path):
+    first, second = as_tuple(), train(*as_tuple())
+    checkpoint.save(tmp_path / "c", first)
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoint.save(tmp_path / "c", second)
+    assert_same(checkpoint.restore(tmp_path / "c", first), first)
+    checkpoint.save(tmp_path / "c", second, force=True)
+    assert_same(checkpoint.restore(tmp_path / "c", first), second)
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("c", as_tuple())
+    assert_same(checkpoint.restore("c", as_tuple()), as_tuple())
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_trees_without_parameters(tmp_path):
+    state = {"params": {}, "opt_state": TX.init({})}
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("use", ["restore", "load_averaged"])
+def test_path_that_does_not_exist(use, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"{use}: there is no checkpoint at .*nowhere"
+    ):
+        if use == "restore":
+            checkpoint.restore(tmp_path / "nowhere", as_tuple())
+        else:
+            checkpoint.load_averaged(tmp_path / "nowhere")
+
+
+def test_directory_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="is not a complete Orbax checkpoint"):
+        checkpoint.load_averaged(tmp_path)
+
+
+def test_checkpoint_of_another_writer(tmp_path):
+    state = {"w": jnp.ones(2)}, TX.init({"w": jnp.ones(2)})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", state)
+    with pytest.raises(ValueError, match=r"was not written by emaopt\.checkpoint\.save"):
+        checkpoint.load_averaged(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"was not written by emaopt\.checkpoint\.save"):
+        checkpoint.restore(tmp_path / "c", state)
+
+
+def test_target_with_another_shape_or_other_names(tmp_path):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    checkpoint.save(tmp_path / "c", (params, TX.init(params)))
+
+    other = {"w": jnp.ones((2, 4)), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"0/w has shape \(2, 3\) there and \(2, 4\) in"):
+        checkpoint.restore(tmp_path / "c", (other, TX.init(other)))
+    with pytest.raises(ValueError, match=r"w has shape \(2, 3\) there and \(2, 4\) in"):
+        checkpoint.load_averaged(tmp_path / "c", target=other)
+
+    other = {"w": jnp.ones((2, 3)), "scale": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"it lacks 0/scale.*it also holds 0/b"):
+        checkpoint.restore(tmp_path / "c", (other, TX.init(other)))
+    with pytest.raises(ValueError, match="it lacks scale; it also holds b"):
+        checkpoint.load_averaged(tmp_path / "c", target=other)
+    with pytest.raises(ValueError, match=r"sharding must be.*they differ at"):
+        checkpoint.load_averaged(tmp_path / "c", sharding={"w": None})
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"params": {"w": jnp.ones(2)}}, "save: no average in this state. Train with"),
+        (
+            {"opt_state": TX.init({"w": jnp.ones(2)})[1]},
+            "no parameters with its names and shapes",
+        ),
+        (
+            {"a": jnp.ones(2), "b": jnp.ones(2), "opt_state": TX.init(jnp.ones(2))},
+            "could be of any of a, b. Save the parameters under the key 'params'",
+        ),
+    ],
+)
+def test_state_that_cannot_be_swapped_is_not_saved(state, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(tmp_path / "c", state)
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,288 @@
+"""The average is found, read, exchanged and started anew in any optimizer state."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
+
+import emaopt
+
+AVERAGE = emaopt.average_params(0.9)
+SGD = optax.sgd(0.1)
+PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.arange(3.0)}}
+
+
+def labels(params):
+    return jax.tree.map_with_path(lambda path, _: path[-1].key, params)
+
+
+WRAPPERS = {
+    "chain": optax.chain(SGD, AVERAGE),
+    "named_chain": optax.named_chain(("sgd", SGD), ("average", AVERAGE)),
+    "averaged": emaopt.averaged(SGD, 0.9),
+    "averaged twice wrapped": optax.chain(optax.clip(1.0), emaopt.averaged(SGD, 0.9)),
+    "inject_hyperparams": optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(optax.sgd(learning_rate), AVERAGE)
+    )(0.1),
+    "injected decay": optax.chain(
+        SGD,
+        optax.inject_hyperparams(emaopt.average_params, static_args=("every", "start"))(
+            0.9
+        ),
+    ),
+    "MultiSteps": optax.MultiSteps(
+        optax.chain(SGD, AVERAGE), every_k_schedule=1
+    ).gradient_transformation(),
+    "apply_if_finite": optax.apply_if_finite(optax.chain(SGD, AVERAGE), 3),
+    "masked": optax.chain(SGD, optax.masked(AVERAGE, {"dense": True})),
+    "partition": optax.partition(
+        {"all": optax.chain(SGD, AVERAGE)},
+        lambda tree: jax.tree.map(lambda _: "all", tree),
+    ),
+}
+
+
+def train(tx, params, steps=3):
+    """Steps under jit; returns parameters, state and the average by its definition."""
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda p: 0.3 * p + 1, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    expected = jax.tree.map(np.asarray, params)
+    for _ in range(steps):
+        params, state = step(params, state)
+        expected = jax.tree.map(
+            lambda a, q: a + np.float32(1 - 0.9) * (np.asarray(q) - a), expected, params
+        )
+    return params, state, expected
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("tx", WRAPPERS.values(), ids=WRAPPERS)
+def test_average_is_read_through_the_wrapper(tx):
+    params, state, expected = train(tx, PARAMS)
+    tolerance = {"rtol": 1e-6} if tx is WRAPPERS["injected decay"] else {"rtol": 0}
+    for average in (emaopt.get_average(state), emaopt.get_average(state, params)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, **tolerance), average, expected
+        )
+
+
+@pytest.mark.parametrize("tx", WRAPPERS.values(), ids=WRAPPERS)
+def test_swap_is_an_involution_through_the_wrapper(tx):
+    params, state, _ = train(tx, PARAMS)
+    served, kept = emaopt.swap(params, state)
+    assert_same(served, emaopt.get_average(state, params))
+    again = emaopt.swap(served, kept)
+    assert_same(again, (params, state))
+
+
+@pytest.mark.parametrize("tx", WRAPPERS.values(), ids=WRAPPERS)
+def test_swapped_state_refuses_to_train_and_to_be_read(tx):
+    served, kept = emaopt.swap(*train(tx, PARAMS)[:2])
+    with pytest.raises(TypeError, match=r"this state is swapped.*swap back first"):
+        jax.jit(tx.update)(served, kept, served)
+    with pytest.raises(ValueError, match="get_average: this state is swapped"):
+        emaopt.get_average(kept)
+
+
+DTYPES = [
+    jnp.bool_, jnp.int8, jnp.int32, jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16,
+    jnp.float32, jnp.complex64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swap_keeps_every_bit_of_every_dtype(dtype):
+    params = {"w": jnp.asarray([0, 1, 1, 0], dtype)}
+    averager = emaopt.average_tree(0.7)
+    state = averager.update(
+        {"w": jnp.asarray([1, 0, 1, 0], dtype)}, averager.init(params)
+    )
+    assert_same(emaopt.swap(*emaopt.swap(params, state)), (params, state))
+
+
+def test_swap_works_under_jit_and_donated():
+    params, state, expected = train(WRAPPERS["chain"], PARAMS)
+    swapped = jax.jit(emaopt.swap, donate_argnums=(0, 1))(params, state)
+    assert_same(swapped[0], jax.tree.map(jnp.asarray, expected))
+
+
+def test_masked_leaves_are_taken_from_the_parameters():
+    tx = optax.chain(SGD, emaopt.average_params(0.9, mask=emaopt.by_name("kernel")))
+    params, state, expected = train(tx, PARAMS)
+    average = emaopt.get_average(state, params)
+    np.testing.assert_array_equal(average["dense"]["kernel"], expected["dense"]["kernel"])
+    assert average["dense"]["bias"] is params["dense"]["bias"]
+    served, kept = emaopt.swap(params, state)
+    assert_same(served, average)
+    assert_same(emaopt.swap(served, kept), (params, state))
+    with pytest.raises(ValueError, match="1 of 2 leaves are not averaged"):
+        emaopt.get_average(state)
+
+
+def test_partition_averages_its_own_part():
+    tx = optax.partition({"kernel": optax.chain(SGD, AVERAGE), "bias": SGD}, labels)
+    params, state, expected = train(tx, PARAMS)
+    average = emaopt.get_average(state, params)
+    np.testing.assert_array_equal(average["dense"]["kernel"], expected["dense"]["kernel"])
+    np.testing.assert_array_equal(average["dense"]["bias"], params["dense"]["bias"])
+
+
+def test_average_of_bfloat16_parameters_is_read_in_either_dtype():
+    params = jnp.ones(3, jnp.bfloat16)
+    state = AVERAGE.init(params)
+    assert emaopt.get_average(state).dtype == jnp.float32
+    assert emaopt.get_average(state, params).dtype == jnp.bfloat16
+
+
+def test_several_averages_are_told_apart_by_name():
+    tx = optax.named_chain(
+        ("sgd", SGD),
+        ("fast", emaopt.average_params(0.5)),
+        ("slow", emaopt.average_params(0.99)),
+    )
+    params, state, _ = train(tx, PARAMS)
+    fast = emaopt.average_distance(state, params, name="fast")
+    slow = emaopt.average_distance(state, params, name="slow")
+    assert 0 < fast < slow
+    served, kept = emaopt.swap(params, state, name="slow")
+    assert_same(served, emaopt.get_average(state, params, name="slow"))
+    assert_same(emaopt.swap(served, kept, name="slow"), (params, state))
+    with pytest.raises(ValueError, match=r"several averages.*fast, slow.*name="):
+        emaopt.get_average(state)
+    with pytest.raises(ValueError, match=r"no average.*under the name 'medium'"):
+        emaopt.get_average(state, name="medium")
+
+
+def test_reset_starts_the_average_anew():
+    for debias in (False, True):
+        tx = emaopt.averaged(SGD, 0.9, debias=debias, every=2)
+        params, state, _ = train(tx, PARAMS)
+        fresh = emaopt.reset_average(state, params)
+        assert_same(fresh.averaging, tx.init(params).averaging)
+        assert_same(fresh.inner_state, state.inner_state)
+
+
+def test_distance_is_relative_to_the_parameters():
+    state = emaopt.average_tree(0.9).init({"a": jnp.ones(4), "n": jnp.int32(5)})
+    params = {"a": jnp.array([1.0, 1.0, 1.0, 3.0]), "n": jnp.int32(9)}
+    distance = jax.jit(emaopt.average_distance)(state, params)
+    np.testing.assert_allclose(distance, 2 / np.sqrt(12), rtol=1e-6)
+    assert emaopt.average_distance(emaopt.average_tree(0.9).init({}), {}) == 0
+
+
+# Other containers.
+
+
+def test_frozen_dict_and_train_state():
+    state = TrainState.create(
+        apply_fn=jnp.dot, params=freeze(PARAMS), tx=WRAPPERS["chain"]
+    )
+    state = state.apply_gradients(grads=state.params)
+    assert_same(emaopt.get_average(state), state.opt_state[1].average)
+    assert type(emaopt.get_average(state, state.params)) is type(state.params)
+    params, opt_state = emaopt.swap(state.params, state.opt_state)
+    swapped = state.replace(params=params, opt_state=opt_state)
+    with pytest.raises(TypeError, match="this state is swapped"):
+        swapped.apply_gradients(grads=state.params)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
+
+
+def test_nnx_model_with_dropout_and_batch_norm():
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, WRAPPERS["chain"], wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: m(jnp.arange(6.0).reshape(2, 3)).sum())(model)
+        optimizer.update(model, grads)
+
+    expected = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+    for _ in range(3):
+        step(model, optimizer)
+        expected = jax.tree.map(
+            lambda a, q: a + np.float32(1 - 0.9) * (np.asarray(q) - a),
+            expected,
+            nnx.state(model, nnx.Param),
+        )
+    params = nnx.state(model, nnx.Param)
+    average = emaopt.get_average(optimizer, params)
+    assert_same(average, jax.tree.map(jnp.asarray, expected))
+    served, kept = emaopt.swap(params, optimizer.opt_state)
+    assert_same(served, average)
+    assert_same(emaopt.swap(served, kept), (params, optimizer.opt_state))
+    nnx.update(model, served)
+    np.testing.assert_array_equal(
+        model.layers[0].kernel[...], expected["layers"][0]["kernel"][...]
+    )
+
+
+def test_equinox_model_with_callables_among_its_leaves():
+    model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    params, state, expected = train(WRAPPERS["chain"], params)
+    served, kept = emaopt.swap(params, state)
+    assert_same(served, jax.tree.map(jnp.asarray, expected))
+    assert eqx.combine(served, static)(jnp.ones(2)).shape == (2,)
+    assert_same(emaopt.swap(served, kept), (params, state))
+    whole = emaopt.average_tree(0.5)
+    average = whole.update(model, whole.init(model)).average
+    assert average.activation is model.activation
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("read", [emaopt.get_average, lambda s: emaopt.swap(PARAMS, s)])
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (
+            SGD.init(PARAMS),
+            r"no average in this optimizer state\. Put emaopt\.average_params",
+        ),
+        (
+            {"0": None, "1": emaopt.average_tree(0.9).init(PARAMS)._asdict()},
+            r"at 1 stands a plain dict.*restore without a target.*load_averaged\(path\)",
+        ),
+    ],
+)
+def test_state_without_a_readable_average_says_what_to_do(read, state, message):
+    with pytest.raises(ValueError, match=message):
+        read(state)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [emaopt.swap, *(lambda p, s, f=f: f(s, p) for f in (
+        emaopt.get_average, emaopt.reset_average, emaopt.average_distance))],
+)  # fmt: skip
+def test_average_of_other_parameters_says_which(use):
+    state = AVERAGE.init(PARAMS)
+    with pytest.raises(ValueError, match=r"other parameters.*it holds dense/bias, which"):
+        use({"dense": {"kernel": PARAMS["dense"]["kernel"]}}, state)

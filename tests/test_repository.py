@@ -1,0 +1,113 @@
+"""The house as CONTRIBUTING and README describe it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = {path.stem: path for path in (ROOT / "emaopt").glob("*.py")}
+
+# Whom a module may import, of the package and of what costs a dependency.
+LAYERS = {
+    "_checks": set(),
+    "_names": set(),
+    "_decays": {"_checks"},
+    "_weights": {"_checks", "_decays"},
+    "_recursion": {"_checks", "_decays"},
+    "_averaging": {"_checks", "_decays", "_recursion"},
+    "_reading": {"_names", "_recursion"},
+    "_swapping": {"_names", "_reading", "_recursion"},
+    "checkpoint": {"_names", "_swapping", "orbax"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_imports_run_one_way(name):
+    guarded = {"orbax", "flax", "matplotlib", "chex", "sklearn", "rich", "typer"}
+    found = set()
+    for module in imports(MODULES[name]):
+        top, _, rest = module.partition(".")
+        if top == "emaopt":
+            found.add(rest)
+        elif top in guarded:
+            found.add(top)
+    assert found <= LAYERS[name]
+
+
+def test_every_core_module_has_its_place():
+    assert {name for name in MODULES if re.fullmatch("_[a-z]+", name)} <= set(LAYERS)
+
+
+def test_core_needs_neither_orbax_nor_flax_nor_matplotlib():
+    program = (
+        "import sys, emaopt; print(*({m.partition('.')[0] for m in sys.modules}"
+        " & {'orbax', 'flax', 'matplotlib', 'chex', 'sklearn', 'rich', 'typer'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "\n"), run.stderr
+
+
+@pytest.mark.slow
+def test_import_costs_little_over_optax():
+    program = (
+        "import time; t = time.perf_counter(); import optax; u = time.perf_counter(); "
+        "import emaopt; print((time.perf_counter() - u) / (u - t))"
+    )
+    command = [sys.executable, "-c", program]
+    shares = [float(subprocess.check_output(command)) for _ in range(3)]
+    assert min(shares) <= 0.15
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_example_runs_and_has_ten_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example, *others = python_blocks()
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 14  # ten of the user's own, four of imports
+    scope = {}
+    for block in (example, *others):
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_readme_commands_are_two_lines_that_ci_runs():
+    for name in ("demo", "tests"):
+        block = re.search(
+            rf"<!-- {name} -->\n```sh\n(.*?)```\n<!-- end -->", README, re.S
+        )
+        assert block and len(block[1].splitlines()) == 1
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_names_what_exists():
+    import emaopt
+
+    for name in re.findall(r"`emaopt\.([a-z_]+)`", README):
+        assert hasattr(emaopt, name) or name in MODULES, name
+
+
+def test_no_registry_and_no_private_path_is_named():
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    for file in files:
+        if file.endswith(
+            (".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".ipynb", "run")
+        ):
+            text = (ROOT / file).read_text()
+            assert not re.search(r"index[-_]url\s*=|/work/|/root/", text), file
