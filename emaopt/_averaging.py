@@ -29,6 +29,7 @@ def average_tree(
     debias: bool = False,
     zero_init: bool = False,
     skip_nonfinite: bool = False,
+    stochastic_rounding: bool = False,
 ) -> Averager:
     """Averages any pytree: statistics, target networks, metrics.
 
@@ -37,8 +38,8 @@ def average_tree(
 
     Args:
       decay: β in [0, 1] or a function t -> β.
-      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite: As in
-        `average_params`.
+      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
+        stochastic_rounding: As in `average_params`.
 
     Returns:
       An `Averager` with two pure functions:
@@ -67,6 +68,7 @@ def average_tree(
         debias=debias,
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
+        stochastic_rounding=stochastic_rounding,
     )
 
 
@@ -80,6 +82,7 @@ def average_params(
     debias: bool = False,
     zero_init: bool = False,
     skip_nonfinite: bool = False,
+    stochastic_rounding: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters; the updates pass through unchanged.
 
@@ -115,6 +118,11 @@ def average_params(
         tfm.optimization.ExponentialMovingAverage does. Default False.
       skip_nonfinite: Leave the average as it is when an averaged leaf holds a NaN or inf,
         and count it in the state's `num_skipped`. By default it propagates.
+      stochastic_rounding: For accumulator_dtype=jnp.bfloat16: round up or down at random,
+        so that an average in 2 bytes follows any decay without bias. Its noise is about
+        sqrt(|θ - a| ulp / 2), whatever the decay. The bits depend on the element's index
+        and the update's number alone: alike on all replicas and after a restart. Default
+        False.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are
@@ -146,6 +154,7 @@ def average_params(
         debias=debias,
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
+        stochastic_rounding=stochastic_rounding,
     )
 
     def init(params):
@@ -176,6 +185,7 @@ def averaged(
     debias: bool = False,
     zero_init: bool = False,
     skip_nonfinite: bool = False,
+    stochastic_rounding: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it averages the parameters that it makes.
 
@@ -190,8 +200,8 @@ def averaged(
       overwrite_every: k: after every k-th step the parameters are set to the average
         (Switch EMA). The updates then lead from the parameters to the average, exactly up
         to the rounding of `optax.apply_updates`. None, the default: never.
-      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite: As in
-        `average_params`.
+      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
+        stochastic_rounding: As in `average_params`.
 
     Returns:
       A transformation whose state is an `AveragedState(inner_state, averaging)`.
@@ -228,6 +238,7 @@ def averaged(
         debias=debias,
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
+        stochastic_rounding=stochastic_rounding,
     )
     inner = optax.with_extra_args_support(optimizer)
 

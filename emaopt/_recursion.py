@@ -1,6 +1,5 @@
 """The one recursion behind every average."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,6 +56,7 @@ def make_averager(
     debias: bool,
     zero_init: bool,
     skip_nonfinite: bool,
+    stochastic_rounding: bool,
 ) -> Averager:
     """The recursion behind `average_tree`, `average_params` and `averaged`."""
     check_decay(function, decay)
@@ -64,7 +64,12 @@ def make_averager(
     check_integer(function, "start", start, 0)
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
-            function, accumulator_dtype, decay, every
+            function, accumulator_dtype, decay, every, stochastic_rounding
+        )
+    if stochastic_rounding and accumulator_dtype != jnp.bfloat16:
+        raise ValueError(
+            f"{function}: stochastic_rounding is for accumulator_dtype=jnp.bfloat16, got "
+            f"{accumulator_dtype}."
         )
 
     def init(tree):
@@ -105,11 +110,16 @@ def make_averager(
 
         def move(old, new):
             moved = [_move(a, q, step, copying) for a, q in zip(old, new, strict=True)]
+            if stochastic_rounding:
+                moved = [_rounded_stochastically(m, s) for m in moved]
+            moved = [m.astype(a.dtype) for m, a in zip(moved, old, strict=True)]
             if not skip_nonfinite:
                 return moved, jnp.bool_(True)
-            finite = functools.reduce(
-                jnp.logical_and, [jnp.all(jnp.isfinite(q)) for q in new], jnp.bool_(True)
-            )
+            # q - q is 0, or NaN where q is not finite. Unlike jnp.isfinite, it fuses with
+            # its reduction on CPU.
+            finite = jnp.bool_(True)
+            for q in new:
+                finite &= jnp.sum(q - q) == 0
             kept = [jnp.where(finite, m, a) for m, a in zip(moved, old, strict=True)]
             return kept, finite
 
@@ -144,15 +154,16 @@ def make_averager(
 
 
 def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any) -> Any:
-    """Returns old + step (new - old), or `new` itself where `copying`, in old's dtype.
+    """Returns old + step (new - old), or `new` itself where `copying`.
 
-    Every operation is rounded by itself: the bits are the same in and out of jit.
+    In old's dtype, or float32 if that is narrower. Every operation is rounded by itself:
+    the bits are the same in and out of jit.
     """
     old = jnp.asarray(old)
     dtype = old.dtype if old.dtype.itemsize >= 4 else jnp.float32
     a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
     step = jnp.asarray(step, jnp.finfo(dtype).dtype)
-    return jnp.where(copying, q, a + _rounded(step * (q - a))).astype(old.dtype)
+    return jnp.where(copying, q, a + _rounded(step * (q - a)))
 
 
 def _rounded(product: Any) -> Any:
@@ -167,14 +178,46 @@ def _rounded(product: Any) -> Any:
     return jnp.where(jnp.isnan(product), jnp.nan, product)
 
 
-def _checked_accumulator(function: str, dtype: Any, decay: DecayLike, every: int) -> Any:
+def _rounded_stochastically(value: Any, s: Any) -> Any:
+    """Rounds float32 to bfloat16 up or down at random, in proportion to the distances.
+
+    The noise is a hash of the element's index and the update's number: nothing to store,
+    the same on every replica and after a restart, and fused into the update, where
+    `jax.random` bits would cost a multiple of it. Leaves of one shape share it (a
+    constant per leaf would compile a kernel per leaf); each stays unbiased.
+    """
+    if value.dtype != jnp.float32:
+        return value  # complex
+    index = jnp.zeros(value.shape, jnp.uint32)
+    for axis, size in enumerate(value.shape):
+        index = index * size + lax.broadcasted_iota(jnp.uint32, value.shape, axis)
+    noise = _hash(index + _hash(jnp.asarray(s, jnp.uint32))) >> 16
+    bits = lax.bitcast_convert_type(value, jnp.uint32) + noise
+    rounded = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value)
+
+
+def _hash(x: Any) -> Any:
+    """Mixes 32 bits: two rounds of xor-shift and multiply.
+
+    The constants are those that C. Wellons found to have the least bias,
+    https://nullprogram.com/blog/2018/07/31/
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _checked_accumulator(
+    function: str, dtype: Any, decay: DecayLike, every: int, stochastic: bool
+) -> Any:
     """The accumulator's dtype, unless the average could not move in it."""
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."
         )
-    if not callable(decay) and not isinstance(decay, jax.Array):
+    if not (stochastic or callable(decay) or isinstance(decay, jax.Array)):
         step = 1 - float(decay) ** every
         half_ulp = float(jnp.finfo(dtype).eps) / 2
         if 0 < step < half_ulp:
@@ -183,7 +226,7 @@ def _checked_accumulator(function: str, dtype: Any, decay: DecayLike, every: int
                 f"1 - {decay}{f'**{every}' if every > 1 else ''} = {step:.2g} of the "
                 f"difference, less than half a unit in the last place, {half_ulp:.2g} of "
                 "the value, and is rounded away. Use accumulator_dtype=jnp.float32 (the "
-                "default), a smaller decay or a larger `every`."
+                "default), stochastic_rounding=True, a smaller decay or a larger `every`."
             )
     return dtype
 

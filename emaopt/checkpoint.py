@@ -41,7 +41,7 @@ def save(
         state with an average of them: a dict, a tuple (params, opt_state), a Flax
         TrainState, an NNX model and its `nnx.Optimizer` or the `nnx.state` of them.
       name: Which average, if the state holds several: a key on the way to it.
-      force: Replace a checkpoint that stands at `path`. It is removed first.
+      force: Replace what stands at `path`. It is removed first, whatever it is.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
 
     Raises:
@@ -84,8 +84,9 @@ def restore(path: str | os.PathLike, target: Any, *, name: str | None = None) ->
 
     Args:
       path: A checkpoint that `save` wrote.
-      target: A state like the saved one: arrays, or `jax.ShapeDtypeStruct` with the
-        shardings to restore to. Shapes must agree; dtypes are cast to the target's.
+      target: A state like the saved one: arrays, or `jax.ShapeDtypeStruct`. Arrays are
+        restored to the target's dtypes and shardings, to the default device where it has
+        none. Shapes must agree.
       name: Which average, if the state holds several; the one it was saved with.
 
     Returns:

@@ -1,0 +1,116 @@
+"""Handwritten digits: the data, a small network, and a server that knows only Orbax.
+
+Run by itself, `python serve.py CHECKPOINT`, this file is the server. It makes
+`import emaopt` impossible, restores the checkpoint with plain Orbax, evaluates what
+stands under "params" on digits that training never saw, and prints one line of JSON.
+`emaopt demo` trains the network and copies this file to OUT/serve.py as it is.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.typing import ArrayLike
+from sklearn.datasets import load_digits
+
+HELD_OUT = 500  # of 1,797
+
+
+class Digits(NamedTuple):
+    """Images of handwritten digits, and which digit each one shows."""
+
+    images: np.ndarray  # [n, 8, 8, 1] float32 in [0, 1]
+    labels: np.ndarray  # [n] int32 in 0..9
+
+
+class Network(nnx.Module):
+    """Two convolutions, each with a pooling, and a linear layer: 6,090 parameters."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.linear = nnx.Linear(2 * 2 * 32, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), (2, 2))
+        x = nnx.max_pool(nnx.relu(self.conv2(x)), (2, 2), (2, 2))
+        return self.linear(x.reshape(len(x), -1))
+
+
+def load() -> tuple[Digits, Digits]:
+    """Loads the digits that ship with scikit-learn.
+
+    Returns:
+      (train, held_out): 1,297 and 500 digits, always the same ones.
+    """
+    data: Any = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    images = data.images[order, :, :, None].astype(np.float32) / 16
+    labels = data.target[order].astype(np.int32)
+    return (
+        Digits(images[:-HELD_OUT], labels[:-HELD_OUT]),
+        Digits(images[-HELD_OUT:], labels[-HELD_OUT:]),
+    )
+
+
+def init_params(seed: int) -> dict[str, Any]:
+    """Draws the network's parameters: nested dicts of arrays."""
+    return nnx.to_pure_dict(nnx.split(Network(nnx.Rngs(seed)))[1])
+
+
+def apply(params: Any, images: ArrayLike) -> jax.Array:
+    """Runs the network: images [n, 8, 8, 1] to logits [n, 10]."""
+    return nnx.merge(_graph(), params)(images)
+
+
+def loss(params: Any, images: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Returns the mean cross-entropy in nats, a scalar."""
+    logits = apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def evaluate(params: Any, digits: Digits) -> tuple[float, float]:
+    """Returns (loss, accuracy): the mean cross-entropy in nats, the fraction correct."""
+    value, correct = _scores(params, *digits)
+    return float(value), int(correct) / len(digits.labels)
+
+
+@jax.jit
+def _scores(params, images, labels):
+    correct = apply(params, images).argmax(axis=-1) == labels
+    return loss(params, images, labels), correct.sum()
+
+
+@functools.cache
+def _graph() -> nnx.GraphDef:
+    """The network without its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))[0]
+
+
+def main() -> None:
+    """Serves a checkpoint: one line of JSON about the digits held out."""
+    # An entry of None makes every `import emaopt` from here on an ImportError.
+    sys.modules["emaopt"] = None  # pyright: ignore[reportArgumentType]
+    import orbax.checkpoint as ocp
+
+    jax.config.update("jax_platforms", "cpu")
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} CHECKPOINT")
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(pathlib.Path(sys.argv[1]).resolve())
+    _, held_out = load()
+    value, accuracy = evaluate(restored["params"], held_out)
+    importable = importlib.util.find_spec("emaopt") is not None
+    answer = {"accuracy": accuracy, "loss": value, "emaopt_importable": importable}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
