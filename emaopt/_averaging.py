@@ -95,8 +95,14 @@ def average_params(
 
     What to watch: θ_s is read as `params + updates`, so this belongs last in an
     `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
-    `optax.MultiSteps` goes around the chain: the average then moves once per emitted
-    step.
+    Wrappers that call the chain decide when the average moves:
+      optax.MultiSteps: inside, once per emitted step (though MultiSteps computes it, and
+        discards it, at every mini-step); outside, at every mini-step.
+      optax.apply_if_finite, optax.MultiSteps(should_skip_update_fn=...): inside, not on
+        rejected steps; outside, on them too, with unchanged parameters.
+      optax.contrib.schedule_free: inside, the average is of its base iterates z, which
+        nobody serves; outside, of y. `schedule_free_eval_params` is an average already.
+      optax.lookahead: inside, of the fast weights before they synchronise.
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as

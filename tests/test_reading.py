@@ -123,6 +123,129 @@ def test_swap_works_under_jit_and_donated():
     assert_same(swapped[0], jax.tree.map(jnp.asarray, expected))
 
 
+LOSS_WRAPPERS = {
+    "freeze": optax.chain(
+        optax.transforms.freeze({"dense": {"kernel": False, "bias": True}}), SGD, AVERAGE
+    ),
+    "around MultiSteps": optax.chain(
+        optax.MultiSteps(SGD, 3).gradient_transformation(), AVERAGE
+    ),
+    "skip_not_finite": optax.chain(
+        optax.MultiSteps(SGD, 2, should_skip_update_fn=optax.skip_not_finite), AVERAGE
+    ),
+    "around apply_if_finite": optax.chain(optax.apply_if_finite(SGD, 3), AVERAGE),
+    "around schedule_free": optax.chain(optax.contrib.schedule_free_sgd(0.01), AVERAGE),
+    "around lbfgs": emaopt.averaged(optax.lbfgs(), 0.9),
+    "polyak_sgd": emaopt.averaged(optax.polyak_sgd(), 0.9),
+    "reduce_on_plateau": optax.chain(SGD, optax.contrib.reduce_on_plateau(), AVERAGE),
+    "muon": emaopt.averaged(optax.contrib.muon(0.01), 0.9),
+    "keep_params_nonnegative": optax.chain(SGD, optax.keep_params_nonnegative(), AVERAGE),
+    "flatten": optax.chain(optax.flatten(optax.adam(0.1)), AVERAGE),
+}
+
+
+def train_on_a_loss(tx, params, steps):
+    """Steps that pass what line searches and others ask for."""
+
+    def loss(params):
+        return sum(jnp.sum((x - 0.3) ** 2) for x in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optax.with_extra_args_support(tx).update(
+            grads, state, params, value=value, grad=grads, value_fn=loss
+        )
+        return optax.apply_updates(params, updates), state
+
+    state, iterates = tx.init(params), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        iterates.append(params)
+    return iterates, state
+
+
+def by_definition(start, iterates):
+    average = jax.tree.map(np.asarray, start)
+    for iterate in iterates:
+        average = jax.tree.map(
+            lambda a, q: a + np.float32(1 - 0.9) * (np.asarray(q) - a), average, iterate
+        )
+    return average
+
+
+@pytest.mark.parametrize("tx", LOSS_WRAPPERS.values(), ids=LOSS_WRAPPERS)
+def test_average_is_of_what_these_transformations_return(tx):
+    iterates, state = train_on_a_loss(tx, PARAMS, 6)
+    average = emaopt.get_average(state, iterates[-1])
+    jax.tree.map(np.testing.assert_array_equal, average, by_definition(PARAMS, iterates))
+
+
+def test_inside_multisteps_the_average_moves_once_per_emitted_step():
+    tx = optax.MultiSteps(optax.chain(SGD, AVERAGE), 3).gradient_transformation()
+    iterates, state = train_on_a_loss(tx, PARAMS, 9)
+    average = emaopt.get_average(state)
+    jax.tree.map(
+        np.testing.assert_array_equal, average, by_definition(PARAMS, iterates[2::3])
+    )
+
+
+def test_inside_apply_if_finite_the_average_does_not_see_rejected_steps():
+    def mean_of(tx):
+        state = tx.init(jnp.zeros(1))
+        for grad in (1.0, jnp.nan, 1.0):
+            _, state = tx.update(jnp.array([grad]), state, jnp.zeros(1))
+        return emaopt.get_average(state)
+
+    inside = optax.apply_if_finite(optax.chain(SGD, AVERAGE), 3)
+    around = optax.chain(optax.apply_if_finite(SGD, 3), AVERAGE)
+    assert mean_of(inside) != mean_of(around)
+
+
+def test_inside_schedule_free_the_average_is_of_its_base_iterates():
+    # z, not the parameters y: documented, because it is seldom what one wants.
+    inner = optax.chain(optax.sgd(0.01), AVERAGE)
+    tx = optax.contrib.schedule_free(inner, 0.01, b1=0.9)
+    iterates, state = train_on_a_loss(tx, PARAMS, 6)
+    average = emaopt.get_average(state)["dense"]["kernel"]
+    expected = by_definition(PARAMS, iterates)["dense"]["kernel"]
+    assert np.abs(average - expected).max() > 1e-4
+
+
+def test_inside_sam_the_average_is_of_the_steps_that_count():
+    sharpness = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    tx = optax.contrib.sam(optax.chain(SGD, AVERAGE), sharpness, sync_period=2)
+    params, state, _ = train(tx, PARAMS, steps=6)
+    outer = []
+    p, s = PARAMS, tx.init(PARAMS)
+    for i in range(6):
+        updates, s = tx.update(jax.tree.map(lambda x: 0.3 * x + 1, p), s, p)
+        p = optax.apply_updates(p, updates)
+        if i % 2:
+            outer.append(p)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        emaopt.get_average(state, params),
+        by_definition(PARAMS, outer),
+    )
+
+
+def test_lookahead_parameters_are_averaged_pair_by_pair():
+    tx = optax.lookahead(optax.chain(SGD, AVERAGE), sync_period=2, slow_step_size=0.5)
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    _, state = tx.update(params.fast, tx.init(params), params)
+    fast = emaopt.get_average(
+        state
+    )  # inside: of the fast weights before they synchronise
+    assert jax.tree.structure(fast) == jax.tree.structure(PARAMS)
+    around = optax.chain(
+        optax.lookahead(SGD, sync_period=2, slow_step_size=0.5),
+        emaopt.average_params(0.9),
+    )
+    _, state = around.update(params.fast, around.init(params), params)
+    assert isinstance(emaopt.get_average(state), optax.LookaheadParams)
+
+
 def test_masked_leaves_are_taken_from_the_parameters():
     tx = optax.chain(SGD, emaopt.average_params(0.9, mask=emaopt.by_name("kernel")))
     params, state, expected = train(tx, PARAMS)

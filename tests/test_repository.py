@@ -22,6 +22,7 @@ LAYERS = {
     "_averaging": {"_checks", "_decays", "_recursion"},
     "_reading": {"_names", "_recursion"},
     "_swapping": {"_names", "_reading", "_recursion"},
+    "batch_stats": {"_averaging", "_decays"},
     "checkpoint": {"_names", "_swapping", "orbax"},
 }
 

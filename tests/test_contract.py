@@ -1,0 +1,371 @@
+"""The laws that every way of averaging keeps, over containers, wrappers and dtypes."""
+
+import re
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import emaopt
+
+SGD = optax.sgd(0.05, momentum=0.9)
+ADAM = optax.adam(0.05)
+
+WAYS = {
+    "chained": lambda inner, decay, **kw: optax.chain(
+        inner, emaopt.average_params(decay, **kw)
+    ),
+    "averaged": emaopt.averaged,
+    "before the step": lambda inner, decay, **kw: emaopt.averaged(
+        inner, decay, sequential=False, **kw
+    ),
+}
+OPTIONS = {
+    "plain": {},
+    "every": {"every": 3},
+    "start and debias": {"start": 2, "debias": True},
+    "zero_init": {"zero_init": True},
+    "skip_nonfinite": {"skip_nonfinite": True},
+    "bfloat16": {"accumulator_dtype": jnp.bfloat16, "stochastic_rounding": True},
+}
+DECAYS = {
+    "constant": 0.9,
+    "warmup": emaopt.warmup_decay(0.99),
+    "power": emaopt.power_decay(sigma_rel=0.1),
+}
+
+
+def leaves(dtype=jnp.float32):
+    return [jnp.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4), jnp.ones(4, dtype)]
+
+
+class Linear(nnx.Module):
+    def __init__(self):
+        self.kernel, self.bias = map(nnx.Param, leaves())
+
+
+CONTAINERS = {
+    "dict": lambda: dict(zip("wb", leaves(), strict=True)),
+    "nested": lambda: {"a": {"w": leaves()[0]}, "b": [leaves()[1], None, ()]},
+    "tuple": lambda: tuple(leaves()),
+    "FrozenDict": lambda: freeze(dict(zip("wb", leaves(), strict=True))),
+    "nnx.State": lambda: nnx.state(Linear()),
+    "equinox": lambda: eqx.filter(
+        eqx.nn.Linear(4, 3, key=jax.random.key(0)), eqx.is_array
+    ),
+    "bare array": lambda: leaves()[0],
+    "scalar": lambda: jnp.float32(2.0),
+    "size 0": lambda: {"w": leaves()[0], "none": jnp.zeros((0, 4))},
+    "empty": lambda: {},
+}
+DTYPES = [jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64]
+
+
+def gradients(params, i):
+    return jax.tree.map(lambda p: (0.5 * p + 0.1 * i).astype(p.dtype), params)
+
+
+def step(tx, params, state, i):
+    updates, state = tx.update(gradients(params, i), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def run(tx, params, steps, compiled=True):
+    """Returns the parameters θ_0 ... θ_T as lists of arrays, and the last state."""
+    one = jax.jit(lambda *args: step(tx, *args)) if compiled else lambda *a: step(tx, *a)
+    state = tx.init(params)
+    iterates = [params]
+    for i in range(steps):
+        params, state = one(params, state, float(i))
+        iterates.append(params)
+    return iterates, state
+
+
+def float64(tree):
+    kind = [
+        np.complex128 if jnp.iscomplexobj(x) else np.float64
+        for x in jax.tree.leaves(tree)
+    ]
+    return [
+        np.asarray(x).astype(k) for x, k in zip(jax.tree.leaves(tree), kind, strict=True)
+    ]
+
+
+def defined(iterates, decay, way, **options):
+    """The average by its definition: Σ w_i θ_i in float64, leaf by leaf."""
+    options = {k: v for k, v in options.items() if k in ("every", "start", "debias")}
+    if way == "before the step":
+        iterates = [iterates[0], *iterates[:-1]]
+    weights = emaopt.decay_weights(decay, len(iterates) - 1, **options)
+    return weights, [
+        np.tensordot(weights, np.stack(leaf), axes=1)
+        for leaf in zip(*map(float64, iterates), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_average_is_its_definition_in_every_container(way, container):
+    params = CONTAINERS[container]()
+    iterates, state = run(WAYS[way](SGD, 0.9), params, 7)
+    average = emaopt.get_average(state, iterates[-1])
+    assert jax.tree.structure(average) == jax.tree.structure(params)
+    for actual, expected in zip(
+        float64(average), defined(iterates, 0.9, way)[1], strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_average_is_its_definition_with_every_option(way, options, decay):
+    decay, options = DECAYS[decay], OPTIONS[options]
+    iterates, state = run(WAYS[way](ADAM, decay, **options), leaves(), 11)
+    weights, expected = defined(iterates, decay, way, **options)
+    if "zero_init" in options:  # θ_0's weight is that of the zeros
+        expected = [
+            e - weights[0] * x
+            for e, x in zip(expected, float64(iterates[0]), strict=True)
+        ]
+    for actual, value in zip(float64(emaopt.get_average(state)), expected, strict=True):
+        np.testing.assert_allclose(actual, value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_average_is_of_the_values_that_the_parameters_had(way, dtype):
+    params = leaves(dtype)
+    iterates, state = run(WAYS[way](optax.sgd(0.05), 0.9), params, 7)
+    for actual, expected in zip(
+        float64(emaopt.get_average(state)), defined(iterates, 0.9, way)[1], strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_second_call_compiles_nothing_and_the_state_keeps_its_types(way, options):
+    tx = WAYS[way](ADAM, DECAYS["warmup"], **OPTIONS[options])
+    params = leaves()
+    state = tx.init(params)
+    types = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+    traces = []
+
+    @jax.jit
+    def one(*args):
+        traces.append(args)
+        return step(tx, *args)
+
+    for i in range(5):
+        params, state = one(params, state, jnp.float32(i))
+    assert len(traces) == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == types
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_scan_and_donation_give_the_bits_of_the_loop(way, options):
+    tx = WAYS[way](SGD, 0.9, **OPTIONS[options])
+    iterates, state = run(tx, leaves(), 6)
+
+    donated = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
+    carry = (leaves(), tx.init(leaves()))
+    for i in range(6):
+        carry = donated(*carry, float(i))
+    chex.assert_trees_all_equal(carry, (iterates[-1], state))
+
+    def body(carry, i):
+        return step(tx, *carry, i), None
+
+    scanned, _ = jax.lax.scan(
+        body, (leaves(), tx.init(leaves())), jnp.arange(6, dtype=jnp.float32)
+    )
+    chex.assert_trees_all_close(scanned, (iterates[-1], state), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_vmap_gives_the_averages_one_by_one(way, options):
+    tx = WAYS[way](SGD, 0.9, **OPTIONS[options])
+    batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), leaves())
+    _, together = jax.jit(jax.vmap(lambda p: last_two(tx, p)))(batch)
+    for k in range(3):
+        _, alone = last_two(tx, jax.tree.map(lambda x, k=k: x[k], batch))
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, k=k: x[k], together), alone, rtol=1e-5, atol=1e-5
+        )
+
+
+def last_two(tx, params):
+    state = tx.init(params)
+    for i in range(3):
+        params, state = step(tx, params, state, float(i))
+    return params, emaopt.get_average(state)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_swap_is_an_involution_and_the_swapped_state_refuses_to_train(way, options):
+    tx = WAYS[way](SGD, 0.9, **OPTIONS[options])
+    iterates, state = run(tx, leaves(), 3)
+    served, kept = emaopt.swap(iterates[-1], state)
+    chex.assert_trees_all_equal(served, emaopt.get_average(state))
+    chex.assert_trees_all_equal(emaopt.swap(served, kept), (iterates[-1], state))
+    with pytest.raises(TypeError, match="swap back first"):
+        tx.update(iterates[-1], kept, served)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_average_under_x64_is_exact_to_float64(way):
+    with jax.enable_x64(True):
+        params = [jnp.linspace(-1, 1, 12, dtype=jnp.float64)]
+        iterates, state = run(WAYS[way](SGD, 0.999), params, 9)
+        average = emaopt.get_average(state)
+        assert average[0].dtype == jnp.float64
+        np.testing.assert_allclose(
+            average[0], defined(iterates, 0.999, way)[1][0], rtol=1e-13, atol=1e-15
+        )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_map_params_and_tree_get_know_the_state(way):
+    tx = WAYS[way](ADAM, 0.9)
+    params = dict(zip("wb", leaves(), strict=True))
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    chex.assert_trees_all_equal(
+        emaopt.get_average(doubled), jax.tree.map(lambda x: 2 * x, params)
+    )
+    chex.assert_trees_all_equal(optax.tree.get(state, "average"), params)
+
+
+# Sharding and the compiled step.
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("options", ["plain", "every", "skip_nonfinite", "bfloat16"])
+def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, options):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        params = jax.device_put({"w": jnp.arange(32.0).reshape(8, 4)}, sharding)
+        collectives = []
+        for tx in (SGD, emaopt.averaged(SGD, 0.9, **OPTIONS[options])):
+            state = tx.init(params)
+            one = jax.jit(lambda *args, tx=tx: step(tx, *args))
+            text = one.lower(params, state, 0.0).compile().as_text()
+            collectives.append(len(re.findall(r"all-gather|all-to-all|permute", text)))
+            new, state = one(params, state, 0.0)
+        assert collectives[0] == collectives[1] == 0
+        assert state.averaging.average["w"].sharding.is_equivalent_to(sharding, 2)
+        assert new["w"].sharding.is_equivalent_to(sharding, 2)
+
+
+PASS = 12  # bytes per float32 parameter: read and write the average, read the parameter
+
+
+@pytest.mark.parametrize(
+    "averages, options, extra",
+    [
+        (1, {}, PASS),
+        (1, {"start": 10}, PASS),
+        (1, {"debias": True}, PASS),
+        (1, {"every": 10}, PASS),
+        (1, {"skip_nonfinite": True}, PASS + 4),  # every value is looked at once before
+        (2, {}, 2 * PASS),
+        (1, {"mask": emaopt.by_name("w[01]")}, PASS / 4),
+    ],
+)
+def test_compiled_step_makes_one_pass_over_the_average_and_no_copy(
+    averages, options, extra
+):
+    params = {f"w{i}": jnp.ones((256, 512)) for i in range(8)}
+    count = 8 * 256 * 512
+
+    def compiled(tx):
+        state = tx.init(params)
+        one = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
+        program = one.lower(params, state, 0.0).compile()
+        size = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+        memory = program.memory_analysis()
+        return program.cost_analysis()["bytes accessed"] / count, memory, size, program
+
+    alone = compiled(ADAM)[0]
+    names = [(f"a{i}", emaopt.average_params(0.9, **options)) for i in range(averages)]
+    traffic, memory, size, program = compiled(optax.named_chain(("adam", ADAM), *names))
+    assert traffic == pytest.approx(alone + extra, abs=0.1)
+    assert memory.temp_size_in_bytes < 0.01 * count
+    assert memory.alias_size_in_bytes == pytest.approx(size, abs=64)  # all donated
+    assert not re.search(r"f32\[256,512\]\S* copy\(", program.as_text())
+
+
+# bfloat16 accumulators.
+
+
+@pytest.mark.parametrize("decay, steps", [(0.99, 1000), (0.999, 3000), (0.9999, 20_000)])
+def test_stochastic_rounding_follows_any_decay_without_bias(decay, steps):
+    averager = emaopt.average_tree(
+        decay, accumulator_dtype=jnp.bfloat16, stochastic_rounding=True
+    )
+    state, _ = jax.lax.scan(
+        lambda state, _: (averager.update(jnp.full((64, 64), 2.0), state), None),
+        averager.init(jnp.ones((64, 64))),
+        None,
+        length=steps,
+    )
+    average = np.asarray(state.average, np.float64)
+    exact = 2 - decay**steps
+    spread = average.std() / np.sqrt(average.size)
+    assert abs(average.mean() - exact) < 4 * spread + 2e-5
+    noise = np.sqrt((2 - exact + 1e-3) * 2**-7 / 2)
+    assert np.sqrt(np.mean((average - exact) ** 2)) < 1.5 * noise + 2**-8
+
+
+def test_stochastic_rounding_is_the_same_on_replicas_shards_and_after_a_restart():
+    averager = emaopt.average_tree(
+        0.999, accumulator_dtype=jnp.bfloat16, stochastic_rounding=True
+    )
+    start = jax.random.normal(jax.random.key(0), (16, 8))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    placements = [
+        jax.devices()[0],
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec("data")),
+    ]
+    averages = []
+    for placement in placements:
+        tree = jax.device_put(start, placement)
+        state = averager.init(tree)
+        for i in range(5):
+            state = jax.jit(averager.update)(tree + i, state)
+            if i == 2:  # through the disk and back
+                state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
+                state = state._replace(average=jax.device_put(state.average, placement))
+        averages.append(np.asarray(state.average))
+    assert averages[0].tobytes() == averages[1].tobytes() == averages[2].tobytes()
+
+
+def test_stochastic_rounding_keeps_what_is_exact_and_what_is_not_finite():
+    averager = emaopt.average_tree(
+        0.5, accumulator_dtype=jnp.bfloat16, stochastic_rounding=True
+    )
+    values = jnp.array([0.0, -0.0, 1.5, jnp.inf, -jnp.inf, jnp.nan])
+    state = averager.init(values)
+    assert state.average[:3].tolist() == [0.0, -0.0, 1.5]
+    state = averager.update(values, state)
+    assert state.average[:3].tolist() == [0.0, -0.0, 1.5]
+    assert jnp.isnan(state.average[5]) and not jnp.any(jnp.isfinite(state.average[3:]))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float16, jnp.float32])
+def test_stochastic_rounding_is_for_bfloat16(dtype):
+    with pytest.raises(ValueError, match="stochastic_rounding is for accumulator_dtype"):
+        emaopt.average_params(0.9, accumulator_dtype=dtype, stochastic_rounding=True)
