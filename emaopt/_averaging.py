@@ -116,19 +116,20 @@ def average_params(
         nothing. Default: all are averaged.
       accumulator_dtype: Real dtype of the average. Default: the parameter's own, and
         float32 for narrower ones; complex parameters take the complex dtype of that
-        width. In bfloat16 a constant decay above 0.996 would round every step away; it
-        is refused.
+        width. In bfloat16 a decay above 0.996 rounds every step away; a constant one is
+        refused, a schedule that gets there is not.
       debias: Forget the copy that the average starts from: with W_t = β_t W_{t-1} +
         (1 - β_t), W_0 = 0, the step is (1 - β_t)/W_t. Default False.
       zero_init: Start from zeros in place of a copy, as
         tfm.optimization.ExponentialMovingAverage does. Default False.
       skip_nonfinite: Leave the average as it is when an averaged leaf holds a NaN or inf,
-        and count it in the state's `num_skipped`. By default it propagates.
+        and count it in the state's `num_skipped`. By default it propagates. Not for
+        sharded parameters inside of shard_map, where each device sees its own part only.
       stochastic_rounding: For accumulator_dtype=jnp.bfloat16: round up or down at random,
         so that an average in 2 bytes follows any decay without bias. Its noise is about
         sqrt(|θ - a| ulp / 2), whatever the decay. The bits depend on the element's index
-        and the update's number alone: alike on all replicas and after a restart. Default
-        False.
+        (inside of shard_map, in the device's part) and the update's number alone: alike
+        on all replicas and after a restart. Default False.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are
@@ -205,7 +206,8 @@ def averaged(
         before it (False).
       overwrite_every: k: after every k-th step the parameters are set to the average
         (Switch EMA). The updates then lead from the parameters to the average, exactly up
-        to the rounding of `optax.apply_updates`. None, the default: never.
+        to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
+        None, the default: never.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
         stochastic_rounding: As in `average_params`.
 
@@ -257,6 +259,8 @@ def averaged(
                 "averaged averages the parameters, but update was called without them: "
                 "call tx.update(grads, state, params)."
             )
+        if num_updates is not None:
+            extra_args["num_updates"] = num_updates
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
@@ -304,8 +308,9 @@ def _lead_to(average: Any, params: Any, updates: Any, due: Any) -> Any:
         if not is_averaged(a):
             return u
         p, u = jnp.asarray(p), jnp.asarray(u)
-        # 16-bit updates could not express the difference; apply_updates takes wider ones.
-        wide = u.dtype if u.dtype.itemsize >= 4 else jnp.float32
+        # Narrow updates could not express the difference; apply_updates takes wider ones.
+        widths = [x.dtype for x in (p, u) if x.dtype.itemsize >= 4]
+        wide = jnp.result_type(jnp.float32, *widths)
         target = a.astype(p.dtype).astype(wide)
         return jnp.where(due, target - p.astype(wide), u.astype(wide))
 

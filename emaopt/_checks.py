@@ -9,7 +9,11 @@ import numpy as np
 
 def check_decay(function: str, decay: Any) -> None:
     """Raises unless `decay` is a number in [0, 1] or a function of t."""
-    if callable(decay) or isinstance(decay, jax.Array):
+    if callable(decay):
+        return
+    if isinstance(decay, jax.Array):
+        if decay.ndim:
+            raise ValueError(f"{function}: decay must be a scalar, got {decay!r}.")
         return
     if isinstance(decay, bool) or not isinstance(decay, (float, int, np.number)):
         raise TypeError(
@@ -39,9 +43,19 @@ def check_number(
 
 
 def check_integer(function: str, argument: str, value: Any, low: int) -> None:
-    """Raises unless `value` is a whole number that is at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    """Raises unless `value` is a whole number, at least `low`, that int32 holds."""
+    if isinstance(value, jax.Array):
         raise TypeError(
-            f"{function}: {argument} must be a whole number of steps, got {value!r}."
+            f"{function}: {argument} must be a Python number, got {value!r}. Under "
+            f"optax.inject_hyperparams, name it in static_args."
         )
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {argument} must be a whole number, got {value!r}.")
     check_number(function, argument, value, low)
+    check_number(function, argument, value, low, 2**31 - 1)
+
+
+def check_flag(function: str, argument: str, value: Any) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {argument} must be True or False, got {value!r}.")

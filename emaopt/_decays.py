@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -62,6 +63,14 @@ def one_minus(decay: DecayLike, t: ArrayLike) -> Any:
     return 1 - decay
 
 
+def evaluate(decay: DecayLike, t: np.ndarray) -> np.ndarray:
+    """1 - β at every t, float64; decays of other makers at the precision they have."""
+    if callable(decay) and not isinstance(decay, Decay):
+        steps = jnp.asarray(t, jnp.int32)
+        return np.asarray(jax.vmap(lambda i: one_minus(decay, i))(steps), np.float64)
+    return np.broadcast_to(np.asarray(one_minus(decay, t), np.float64), t.shape)
+
+
 def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
     """Rises as TensorFlow's `num_updates` rule: β(t) = min(max_decay, (1+t)/(10+t)).
 
@@ -89,7 +98,7 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
     check_number("warmup_decay", "max_decay", max_decay, 0, 1)
 
     def beta(xp, t):
-        t = t if xp is np else t.astype(jnp.float32)
+        t = t.astype(np.float32)
         return xp.minimum(t.dtype.type(max_decay), (1 + t) / (10 + t))
 
     return Decay(f"warmup_decay({max_decay})", beta, lambda xp, t: 1 - beta(xp, t))
@@ -287,7 +296,7 @@ def half_life_decay(
 
     Args:
       half_life: In steps, greater than 0. From a half-life in examples: examples divided
-        by the batch size.
+        by the batch size. math.inf with a ramp: a fixed fraction of the run to the end.
       ramp: The half-life as a fraction of the steps so far, greater than 0; 0.05 is
         common. None for none.
 
@@ -347,7 +356,9 @@ def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], 
     check_number("scale_decay", "batch_factor", batch_factor, 0, above=True)
 
     def log_beta(xp, t):
-        newest = xp.asarray(one_minus(decay, t), dtype=t.dtype)
+        steps = t.astype(np.int32)
+        newest = evaluate(decay, steps) if xp is np else one_minus(decay, steps)
+        newest = xp.asarray(newest, dtype=t.dtype)
         copies = newest >= 1
         safe = xp.where(copies, 0.0, newest)
         return copies, batch_factor * xp.log1p(-safe) + xp.zeros_like(t)

@@ -1,6 +1,7 @@
 """Names of the leaves of a tree, and masks by name."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
       >>> print(by_name("kernel$")({"dense": {"bias": 0.0, "kernel": 0.0}}))
       {'dense': {'bias': False, 'kernel': True}}
     """
+    if not regexes:
+        raise ValueError("by_name: give at least one regular expression.")
     patterns = []
     for regex in regexes:
         if not isinstance(regex, str):
@@ -51,15 +54,27 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
 def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree with the names that lead to them, whatever the containers.
 
-    A dict key, an attribute and a position all become a string. The `.value` inside of a
-    Flax variable is dropped, so that a parameter has one name in every container.
+    A dict key, an attribute and a position all become a string. What a Flax variable
+    holds is its only leaf, under the name "value"; that name is dropped, so that a
+    parameter has one name in memory, in every container and on disk.
     """
-    leaves = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
-        if path and getattr(path[-1], "name", None) == "value":
-            path = path[:-1]
-        leaves.append((tuple(key_name(key) for key in path), leaf))
-    return leaves
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    names = [tuple(key_name(key) for key in path) for path, _ in flat]
+    siblings = Counter(name[:-1] for name in names)
+    parents = Counter(prefix for name in names for prefix in _prefixes(name))
+    return [
+        (name[:-1] if _is_variable(name, siblings, parents) else name, leaf)
+        for name, (_, leaf) in zip(names, flat, strict=True)
+    ]
+
+
+def _prefixes(name: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [name[:i] for i in range(len(name))]
+
+
+def _is_variable(name: tuple[str, ...], siblings: Counter, parents: Counter) -> bool:
+    alone = siblings[name[:-1]] == parents[name[:-1]] == 1
+    return len(name) > 1 and name[-1] == "value" and alone
 
 
 def key_name(key: Any) -> str:

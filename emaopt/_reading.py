@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from emaopt._names import leaves_with_keys
-from emaopt._recursion import AverageState, SwappedState
+from emaopt._recursion import AverageState, SwappedState, is_averaged
 
 
 def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) -> Any:
@@ -50,13 +50,13 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
                 "get_average(opt_state, params) to take them from the parameters."
             )
         return average
-    averages = dict(leaves_with_keys(average))
+    averages, _ = _paired("get_average", average, params)
 
     def read(keys, leaf):
         value = averages.get(keys, leaf)
-        return value.astype(leaf.dtype) if hasattr(leaf, "dtype") else value
+        return value.astype(jnp.asarray(leaf).dtype) if is_averaged(value) else value
 
-    return _map_with_keys("get_average", read, params, averages)
+    return _map_with_keys(read, params)
 
 
 def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, Any]:
@@ -86,13 +86,11 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
       [0. 0.] [1. 1.]
     """
     node = find_node("swap", opt_state, name)
+    refuse_crossed_swap("swap", opt_state, node)
     state = as_state(node)
-    averages = dict(leaves_with_keys(state.average))
-    raw = dict(leaves_with_keys(params))
-    swapped = _map_with_keys(
-        "swap", lambda keys, leaf: averages.get(keys, leaf), params, averages
-    )
-    kept = _map_with_keys("swap", lambda keys, leaf: raw[keys], state.average, averages)
+    averages, raw = _paired("swap", state.average, params)
+    swapped = _map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)
+    kept = _map_with_keys(lambda keys, leaf: raw[keys], state.average)
     return swapped, _replace(opt_state, node, exchanged(node, kept))
 
 
@@ -123,17 +121,15 @@ def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> An
     """
     node = find_node("reset_average", opt_state, name)
     state = find_average("reset_average", node, None)
-    averages = dict(leaves_with_keys(state.average))
-    raw = dict(leaves_with_keys(params))
-    if missing := averages.keys() - raw.keys():
-        raise ValueError(_other_params("reset_average", missing))
+    _, raw = _paired("reset_average", state.average, params)
 
     def restart(keys, leaf):
-        return jnp.array(raw[keys], dtype=leaf.dtype) if hasattr(leaf, "dtype") else leaf
+        new = raw[keys]
+        return jnp.array(new, dtype=leaf.dtype) if hasattr(leaf, "dtype") else new
 
     fresh = AverageState(
         *jax.tree.map(jnp.zeros_like, state[:-1]),
-        average=_map_with_keys("reset_average", restart, state.average, averages),
+        average=_map_with_keys(restart, state.average),
     )
     return _replace(opt_state, node, in_place_of(node, fresh))
 
@@ -149,8 +145,8 @@ def average_distance(
       name: Which average, if there are several.
 
     Returns:
-      Scalar of the accumulator's dtype, over all averaged leaves together; 0 if there are
-      none. May be called under jit.
+      Scalar of the accumulator's dtype, at least float32, over all averaged leaves
+      together; 0 if there are none. May be called under jit.
 
     Raises:
       ValueError: As for `get_average`.
@@ -163,13 +159,13 @@ def average_distance(
       1.0
     """
     state = find_average("average_distance", opt_state, name)
-    averages = dict(leaves_with_keys(state.average))
-    raw = dict(leaves_with_keys(params))
-    if missing := averages.keys() - raw.keys():
-        raise ValueError(_other_params("average_distance", missing))
-    inexact = {k: a for k, a in averages.items() if jnp.issubdtype(a.dtype, jnp.inexact)}
-    theta = {k: raw[k].astype(a.dtype) for k, a in inexact.items()}
-    difference = {k: theta[k] - a for k, a in inexact.items()}
+    averages, raw = _paired("average_distance", state.average, params)
+    theta, difference = {}, {}
+    for keys, average in averages.items():
+        if is_averaged(average):
+            dtype = average.dtype if average.dtype.itemsize >= 4 else jnp.float32
+            theta[keys] = jnp.asarray(raw[keys], dtype)
+            difference[keys] = theta[keys] - average.astype(dtype)
     norm = optax.tree.norm(theta)
     return jnp.where(norm > 0, optax.tree.norm(difference) / norm, 0.0)
 
@@ -196,28 +192,50 @@ def find_node(function: str, opt_state: Any, name: str | None) -> Any:
             "emaopt.averaged(optimizer, decay), before init."
         )
     if len(found) > 1:
+        where = ", ".join(repr("/".join(names)) for names in found)
         raise ValueError(
-            f"{function}: several averages in this optimizer state, at "
-            f"{', '.join(map('/'.join, found))}. Say which with name=, a key on the way "
-            "to it; optax.named_chain gives them names."
+            f"{function}: several averages in this optimizer state, at {where}. Say "
+            "which with name=, one of these or a key on its way; optax.named_chain gives "
+            "them names."
         )
     names, node = found.popitem()
     if type(node) is dict and isinstance(node["pending"], (jax.Array, np.ndarray)):
         raise ValueError(
-            f"{function}: at {'/'.join(names)} stands a plain dict, as a restore without "
-            "a target gives it. Use emaopt.checkpoint.restore(path, target) to resume "
-            "training, or emaopt.checkpoint.load_averaged(path) for the average."
+            f"{function}: at {'/'.join(names) or 'the root'} stands a plain dict, as a "
+            "restore without a target gives it. Use emaopt.checkpoint.restore(path, "
+            "target) to resume training, or emaopt.checkpoint.load_averaged(path) for "
+            "the average."
         )
     return node
 
 
 def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
-    """All nodes that hold an average, by name; only those with `name` on their way."""
-    return {
+    """All nodes that hold an average, by name.
+
+    With `name`, the one that it is the whole name of, or those with it on their way.
+    """
+    nodes = {
         names: node
         for names, node in leaves_with_keys(tree, is_leaf=is_average_node)
-        if is_average_node(node) and (name is None or name in names)
+        if is_average_node(node)
     }
+    if name is None:
+        return nodes
+    exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
+    return exact or {names: node for names, node in nodes.items() if name in names}
+
+
+def refuse_crossed_swap(function: str, state: Any, node: Any) -> None:
+    """Raises if another average of the state is swapped than the given one.
+
+    The parameters would go from one average's slot to the other's, and be lost.
+    """
+    for names, other in average_nodes(state).items():
+        if other is not node and isinstance(as_state(other), SwappedState):
+            raise ValueError(
+                f"{function}: the average at {'/'.join(names)} is swapped: it stands in "
+                f"the parameters' place. Swap it back first, with name={names[-1]!r}."
+            )
 
 
 def is_average_node(node: Any) -> bool:
@@ -266,14 +284,23 @@ def _replace(opt_state: Any, old: Any, new: Any) -> Any:
     )
 
 
-def _map_with_keys(function: str, f: Any, tree: Any, averages: dict) -> Any:
-    """Maps f(keys, leaf) over a tree that holds at least the averaged leaves."""
-    leaves = leaves_with_keys(tree)
-    if missing := averages.keys() - dict(leaves).keys():
+def _paired(function: str, average: Any, params: Any) -> tuple[dict, dict]:
+    """The leaves of the average and of the parameters by name, checked to belong."""
+    averages, raw = dict(leaves_with_keys(average)), dict(leaves_with_keys(params))
+    if missing := averages.keys() - raw.keys():
         raise ValueError(_other_params(function, missing))
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), [f(keys, leaf) for keys, leaf in leaves]
-    )
+    for names, leaf in averages.items():
+        if np.shape(leaf) != np.shape(raw[names]):
+            raise ValueError(
+                f"{function}: {'/'.join(names) or 'the leaf'} has shape "
+                f"{np.shape(raw[names])}, its average {np.shape(leaf)}."
+            )
+    return averages, raw
+
+
+def _map_with_keys(f: Any, tree: Any) -> Any:
+    leaves = [f(keys, leaf) for keys, leaf in leaves_with_keys(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _other_params(function: str, missing: Any) -> str:

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from emaopt._checks import check_decay, check_integer
+from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._decays import DecayLike, one_minus
 
 
@@ -62,6 +64,15 @@ def make_averager(
     check_decay(function, decay)
     check_integer(function, "every", every, 1)
     check_integer(function, "start", start, 0)
+    check_flag(function, "debias", debias)
+    check_flag(function, "zero_init", zero_init)
+    check_flag(function, "skip_nonfinite", skip_nonfinite)
+    check_flag(function, "stochastic_rounding", stochastic_rounding)
+    if isinstance(mask, (int, float, str)) and not isinstance(mask, bool):
+        raise TypeError(
+            f"{function}: mask must be a tree of booleans or a function that makes one, "
+            f"got {mask!r}."
+        )
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
             function, accumulator_dtype, decay, every, stochastic_rounding
@@ -79,18 +90,19 @@ def make_averager(
             _start(leaf, accumulator_dtype, zero_init) if keep else optax.MaskedNode()
             for leaf, keep in zip(leaves, chosen, strict=True)
         ]
+        zero = _replicated_beside(leaves)
         return AverageState(
-            num_updates=jnp.zeros((), jnp.int32),
-            num_skipped=jnp.zeros((), jnp.int32),
-            weight=jnp.zeros((), float) if debias else None,
-            pending=jnp.zeros((), float),
+            num_updates=zero(jnp.int32),
+            num_skipped=zero(jnp.int32),
+            weight=zero(float) if debias else None,
+            pending=zero(float),
             average=jax.tree.unflatten(treedef, entries),
         )
 
     def update(tree, state, num_updates=None):
         _check_state(function, state)
         leaves, treedef = jax.tree.flatten(tree)
-        entries = _entries(function, treedef, state.average)
+        entries = _entries(function, leaves, treedef, state.average)
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
         old = [entries[i] for i in moving]
         new = [jnp.asarray(leaves[i]) for i in moving]
@@ -212,10 +224,19 @@ def _checked_accumulator(
     function: str, dtype: Any, decay: DecayLike, every: int, stochastic: bool
 ) -> Any:
     """The accumulator's dtype, unless the average could not move in it."""
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{function}: accumulator_dtype must be a dtype, got {dtype!r}."
+        ) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{function}: accumulator_dtype={dtype} needs jax_enable_x64, which is off."
         )
     if not (stochastic or callable(decay) or isinstance(decay, jax.Array)):
         step = 1 - float(decay) ** every
@@ -249,7 +270,8 @@ def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
     real = accumulator_dtype or _at_least_float32(leaf.dtype)
     dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(leaf) else real
     if zero_init:
-        return jnp.zeros_like(leaf, dtype=dtype)
+        # From the leaf, for its sharding; a NaN in it stays out.
+        return jnp.where(jnp.isnan(leaf), 0, jnp.zeros_like(leaf)).astype(dtype)
     return jnp.array(leaf, dtype=dtype, copy=True)
 
 
@@ -259,12 +281,29 @@ def _at_least_float32(dtype: Any) -> Any:
 
 
 def _newest(leaf: Any) -> Any:
-    return jnp.array(leaf, copy=True) if _is_array(leaf) else leaf
+    if not _is_array(leaf):
+        return leaf
+    return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
+
+
+def _replicated_beside(leaves: list[Any]) -> Callable[[Any], Any]:
+    """Makes scalar zeros on the devices of the leaves.
+
+    Left on the default device, they would come back from the first step replicated over
+    the parameters' mesh, and the second step would be compiled anew.
+    """
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf.sharding, NamedSharding):
+                everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+                return lambda dtype: jnp.zeros((), dtype, device=everywhere)
+    return lambda dtype: jnp.zeros((), dtype)
 
 
 def _chosen(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
     """Whether each leaf is averaged, in flattening order."""
-    if mask is None:
+    # Without leaves: an empty tree, or what optax.tree.map_params puts in its place.
+    if mask is None or num_leaves == 0:
         return [True] * num_leaves
     flags = mask(tree) if callable(mask) else mask
     try:
@@ -296,12 +335,28 @@ def _check_state(function: str, state: Any) -> None:
         )
 
 
-def _entries(function: str, treedef: Any, average: Any) -> list[Any]:
+def _entries(function: str, leaves: list[Any], treedef: Any, average: Any) -> list[Any]:
     """The average's leaves (MaskedNode where masked) in the order of the tree's."""
     try:
-        return treedef.flatten_up_to(average)
+        entries = treedef.flatten_up_to(average)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{function}: the parameters have another structure than the ones that init "
             f"was called with: {error}"
         ) from None
+    for leaf, entry in zip(leaves, entries, strict=True):
+        if not isinstance(entry, optax.MaskedNode) and _kind(leaf) != _kind(entry):
+            raise ValueError(
+                f"{function}: a leaf was {_kind(entry)} at init and is {_kind(leaf)} now."
+            )
+    return entries
+
+
+def _kind(leaf: Any) -> str:
+    """What must not change between init and update, in words."""
+    if not _is_array(leaf):
+        return "no array"
+    dtype = jnp.asarray(leaf).dtype
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
+    names = [kind.__name__ for kind in kinds if jnp.issubdtype(dtype, kind)] or ["key"]
+    return f"{names[0]} of shape {np.shape(leaf)}"

@@ -1,11 +1,18 @@
 """Which parameters of a training state an average is of, and their exchange in it."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from emaopt._names import leaves_with_keys
-from emaopt._reading import as_state, average_nodes, exchanged, is_average_node
+from emaopt._reading import (
+    as_state,
+    average_nodes,
+    exchanged,
+    is_average_node,
+    refuse_crossed_swap,
+)
 from emaopt._recursion import SwappedState
 
 
@@ -37,17 +44,22 @@ def swap_state(state: Any, *, name: str | None = None) -> Any:
     return exchange(state, locate("swap_state", state, name))
 
 
+Names = tuple[str, ...]
+
+
 class Where(NamedTuple):
     """Where in a state an average stands, and the parameters that it is of."""
 
-    params: tuple[str, ...]  # names that lead to the parameters
-    average: tuple[str, ...]  # names that lead to the AverageState
+    params: Names  # names that lead to the parameters
+    average: Names  # names that lead to the AverageState
     swapped: bool
     pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
 
 
-def locate(function: str, state: Any, name: str | None) -> Where:
+def locate(function: str, state: Any, name: str | None, at: Names | None = None) -> Where:
     found = average_nodes(state, name)
+    if at is not None:
+        found = {at: found[at]}
     if not found:
         which = "" if name is None else f" under the name {name!r}"
         raise ValueError(
@@ -63,6 +75,7 @@ def locate(function: str, state: Any, name: str | None) -> Where:
             "parameters' names."
         )
     average, node = found.popitem()
+    refuse_crossed_swap(function, state, node)
     swapped = isinstance(as_state(node), SwappedState)
     leaves = leaves_with_keys(state)
     position = {names: i for i, (names, _) in enumerate(leaves)}
@@ -74,47 +87,83 @@ def locate(function: str, state: Any, name: str | None) -> Where:
     }
     if not averaged:
         return Where((), average, swapped, [])
-    params = _locate_params(function, leaves, position, average, averaged)
+    prefixes = _alike(leaves, position, average, averaged)
+    params = _choose(function, state, average, prefixes)
     pairs = [(position[params + names], i) for names, i in averaged.items()]
     return Where(params, average, swapped, pairs)
 
 
-def _locate_params(
-    function: str, leaves: list, position: dict, average: tuple, averaged: dict
-) -> tuple[str, ...]:
-    """The names that lead to the tree that the average is like.
-
-    Optimizer slots look the same; the parameters are the one nearest to the root, and
-    among several there the one called "params".
-    """
+def _alike(leaves: list, position: dict, average: Names, averaged: dict) -> list[Names]:
+    """The names that lead to other trees with the average's names and shapes."""
     first = next(iter(averaged))
-    candidates = []
+    prefixes = []
     for names in position:
         prefix = names[: len(names) - len(first)]
-        if names[len(prefix) :] != first or prefix[: len(average)] == average:
+        if names[len(prefix) :] != first:
             continue
+        if prefix == average[: len(prefix)] or prefix[: len(average)] == average:
+            continue  # the average itself, or what holds it
         if all(
             (i := position.get(prefix + rest)) is not None
             and shape_of(leaves[i][1]) == shape_of(leaves[j][1])
             for rest, j in averaged.items()
         ):
-            candidates.append(prefix)
-    if not candidates:
+            prefixes.append(prefix)
+    return prefixes
+
+
+def _choose(function: str, state: Any, average: Names, alike: list[Names]) -> Names:
+    """The parameters among the trees that look like the average.
+
+    Not the slots of an optimizer: they stand below the key "opt_state" that the average
+    does, or in a NamedTuple, as Optax's states are. Of the rest, the one that branches
+    off last on the way to the average; it and no other if one is called "params".
+    """
+    found = [p for p in alike if not _is_slot(state, p, average)]
+    where = "/".join(average) or "the root"
+    if not found:
         raise ValueError(
-            f"{function}: the state holds the average at {'/'.join(average)}, but no "
-            "parameters with its names and shapes. Pass the parameters and the optimizer "
-            "state together, as {'params': params, 'opt_state': opt_state}."
+            f"{function}: the state holds the average at {where}, but no parameters with "
+            "its names and shapes. Pass the parameters and the optimizer state together, "
+            "as {'params': params, 'opt_state': opt_state}."
         )
-    depth = min(map(len, candidates))
-    nearest = [prefix for prefix in candidates if len(prefix) == depth]
-    named = [prefix for prefix in nearest if prefix[-1:] == ("params",)]
-    if len(named or nearest) > 1:
+    closest = max(_common(p, average) for p in found)
+    best = [p for p in found if _common(p, average) == closest]
+    named = [p for p in found if p[-1] == "params"]
+    choice = [p for p in best if p in named] or (best if not named else [])
+    typed = not isinstance(_node(state, average), Mapping) or "opt_state" in average
+    if len(choice) != 1 or (len(found) > 1 and not named and not typed):
         raise ValueError(
-            f"{function}: the average at {'/'.join(average)} could be of any of "
-            f"{', '.join(map('/'.join, nearest))}. Save the parameters under the key "
-            "'params'."
+            f"{function}: the average at {where} could be of any of "
+            f"{', '.join(map('/'.join, found))}. Keep the parameters under the key "
+            "'params', beside the optimizer state."
         )
-    return (named or nearest)[0]
+    return choice[0]
+
+
+def _is_slot(state: Any, prefix: Names, average: Names) -> bool:
+    common = _common(prefix, average)
+    if "opt_state" in average and common > average.index("opt_state"):
+        return True
+    nodes = (_node(state, prefix[:i]) for i in range(common + 1, len(prefix) + 1))
+    return any(isinstance(node, tuple) and hasattr(node, "_fields") for node in nodes)
+
+
+def _common(a: Names, b: Names) -> int:
+    """How many names two ways have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+
+
+def _node(tree: Any, names: Names) -> Any:
+    """What stands at a name, None where the containers cannot be walked."""
+    for name in names:
+        if isinstance(tree, Mapping):
+            tree = {str(key): child for key, child in tree.items()}.get(name)
+        elif isinstance(tree, (list, tuple)) and name.isdigit():
+            tree = tree[int(name)]
+        else:
+            tree = getattr(tree, name, None)
+    return tree
 
 
 def exchange(state: Any, where: Where) -> Any:
@@ -132,4 +181,7 @@ def exchange(state: Any, where: Where) -> Any:
 
 
 def shape_of(leaf: Any) -> Any:
+    """The shape of an array or number; None for what has none, such as a sharding."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return ()
     return getattr(leaf, "shape", None)

@@ -2,12 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_decay, check_integer
-from emaopt._decays import Decay, DecayLike, one_minus
+from emaopt._decays import DecayLike, evaluate
 
 
 def decay_weights(
@@ -49,7 +47,7 @@ def decay_weights(
 
     steps = np.arange(1, num_steps + 1)
     t = np.maximum(steps - start, 0)
-    newest = _evaluate(decay, t)
+    newest = evaluate(decay, t)
     # The recursion of the average itself, on its scalars: `taken` is the share of the new
     # value at each step, `total` the weight so far, `pending` what the steps since the
     # last update have taken together.
@@ -67,15 +65,6 @@ def decay_weights(
 
     kept = np.cumprod(np.append(1.0, (1 - taken)[::-1]))[::-1]  # [T+1], kept after step i
     return np.append(1.0, taken) * kept
-
-
-def _evaluate(decay: DecayLike, t: np.ndarray) -> np.ndarray:
-    """1 - β at every t, float64; decays of other makers at the precision they have."""
-    if callable(decay) and not isinstance(decay, Decay):
-        t_int32 = jnp.asarray(t, jnp.int32)
-        return np.asarray(jax.vmap(lambda i: one_minus(decay, i))(t_int32), np.float64)
-    newest = np.asarray(one_minus(decay, t), np.float64)
-    return np.broadcast_to(newest, t.shape)
 
 
 class WeightSummary(NamedTuple):

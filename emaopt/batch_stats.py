@@ -3,7 +3,18 @@
 BatchNorm's running statistics belong to the weights that they were gathered with. Served
 with averaged weights, there are three policies: keep the newest ones, average them as
 the weights are (`emaopt.average_tree`), or recompute them from data (`recalibrate`).
-`benchmarks/batch_stats.py` compares the three on a real run.
+
+Recompute them. `benchmarks/batch_stats.py` compares the three on handwritten digits (5
+seeds, a high constant learning rate). Held-out loss of the averaged weights:
+
+    BatchNorm momentum   decay    keep     average   recompute
+    0.9                  0.99     0.2264   0.0306    0.0189
+    0.9                  0.998    0.3780   0.0405    0.0179
+    0.99                 0.99     0.0331   0.1090    0.0189
+    0.99                 0.998    0.1452   0.0540    0.0179
+
+Running statistics of a momentum near the decay are such an average already: averaging
+them again doubles their lag.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +38,8 @@ def recalibrate(
 
     Each batch counts alike, whatever the layers' momentum and whatever stands in
     `batch_stats`: with m the momentum, a layer returns m·old + (1-m)·(statistic of the
-    batch). A zero in old's place leaves the batch's own, times 1-m, and m is what the
-    result grows by when old grows by 1.
+    batch). A zero in old's place leaves the batch's own, times 1-m, and m is the share of
+    old's growth that the result grows by.
 
     What to watch: the batches should be drawn as the training batches were, and be as
     large: the variance of a small batch is not that of the data.
@@ -65,7 +76,7 @@ def recalibrate(
             mutable=["batch_stats"])
 
         def apply_fn(params, stats, x):
-            model = nnx.merge(graphdef, params, stats, others)
+            model = nnx.merge(graphdef, params, stats, others, copy=True)
             model.train()
             model(x)
             return nnx.state(model, nnx.BatchStat)
@@ -76,9 +87,10 @@ def recalibrate(
     """
     treedef = jax.tree.structure(batch_stats)
 
+    # The weights are an argument: as constants, they would be compiled into the program.
     @jax.jit
-    def forward(stats, batch):
-        returned = apply_fn(averaged_params, stats, batch)
+    def forward(params, stats, batch):
+        returned = apply_fn(params, stats, batch)
         if isinstance(returned, tuple) and jax.tree.structure(returned) != treedef:
             returned = returned[1]["batch_stats"]
         if jax.tree.structure(returned) != treedef:
@@ -88,15 +100,20 @@ def recalibrate(
             )
         return returned
 
-    zeros = _filled(batch_stats, 0)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros_like(x) if _is_floating(x) else x, batch_stats
+    )
     mean = average_tree(uniform_decay())
     state, kept = None, None
     for batch in batches:
-        scaled = forward(zeros, batch)
+        scaled = forward(averaged_params, zeros, batch)
         if state is None:
-            kept = _kept_shares(scaled, forward(_filled(batch_stats, 1), batch))
+            probe = jax.tree.map(_probe, scaled)
+            kept = _kept_shares(scaled, probe, forward(averaged_params, probe, batch))
             state = mean.init(scaled)
-        own = jax.tree.map(lambda new, m: new / (1 - m), scaled, kept)
+        own = jax.tree.map(
+            lambda new, m: new / (1 - m) if _is_floating(new) else new, scaled, kept
+        )
         state = mean.update(own, state)
     if state is None:
         raise ValueError("recalibrate: batches is empty; give at least one batch.")
@@ -107,35 +124,41 @@ def recalibrate(
     )
 
 
-def _filled(batch_stats: Any, value: float) -> Any:
-    return jax.tree.map(
-        lambda x: jnp.full_like(x, value) if _is_floating(x) else x, batch_stats
-    )
+def _probe(scaled: Any) -> Any:
+    """A value of the statistic's own size to put in old's place."""
+    if not _is_floating(scaled) or scaled.size == 0:
+        return scaled
+    size = jnp.max(jnp.abs(scaled))
+    return jnp.full_like(scaled, jnp.where(size > 0, size, 1))
 
 
 def _is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _kept_shares(of_zeros: Any, of_ones: Any) -> Any:
-    """The momentum m of each leaf, from what a layer makes of zeros and of ones."""
+def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
+    """The momentum m of each leaf, from what a layer makes of zeros and of probes."""
 
-    def share(zero, one):
+    def share(zero, probe, other):
         if not _is_floating(zero) or zero.size == 0:
             return 0.0
-        grown = np.asarray(one, np.float64) - np.asarray(zero, np.float64)
+        zero, probe, other = (np.asarray(x, np.float64) for x in (zero, probe, other))
+        if not np.all(np.isfinite(zero)):
+            raise ValueError(
+                "recalibrate: the statistics of the first batch are not finite."
+            )
+        grown = (other - zero) / probe
         m = float(np.median(grown))
         # float32 leaves 1e-7 of doubt, which 1/(1-m) enlarges; people write decimals.
-        if abs(m - round(m, 6)) < 3e-7:
+        if abs(m - round(m, 6)) < 5e-7:
             m = round(m, 6)
-        scale = 1 + float(np.max(np.abs(np.asarray(zero, np.float64))))
-        if not 0 <= m < 1 or np.ptp(grown) > 1e-3 * scale:
+        if not 0 <= m < 1 or np.ptp(grown) > 1e-4:
             raise ValueError(
-                "recalibrate: what apply_fn returns is not momentum · old "
-                f"+ (1 - momentum) · new with one momentum in [0, 1): from 0 to 1, old "
-                f"moved them by {grown.min():.4g} to {grown.max():.4g}. Run the forward "
-                "pass in training mode."
+                "recalibrate: what apply_fn returns is not momentum · old + "
+                "(1 - momentum) · new with one momentum in [0, 1): of what old grew by, "
+                f"it kept {grown.min():.6g} to {grown.max():.6g}. Run the forward pass "
+                "in training mode, and keep the statistics in float32."
             )
         return m
 
-    return jax.tree.map(share, of_zeros, of_ones)
+    return jax.tree.map(share, of_zeros, probes, of_probes)

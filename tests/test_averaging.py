@@ -301,6 +301,25 @@ def test_updates_pass_through_untouched():
 # averaged
 
 
+def test_num_updates_reaches_an_average_inside_too():
+    tx = emaopt.averaged(emaopt.averaged(optax.sgd(1.0), emaopt.warmup_decay()), 0.5)
+    _, state = tx.update(
+        -jnp.ones(1), tx.init(jnp.zeros(1)), jnp.zeros(1), num_updates=90
+    )
+    np.testing.assert_allclose(state.inner_state.averaging.average, 0.09, rtol=1e-5)
+
+
+def test_overwrite_sets_complex_and_float64_parameters():
+    with jax.enable_x64(True):
+        params = {"c": jnp.array([1 + 2j]), "d": jnp.array([1 / 3])}
+        tx = emaopt.averaged(optax.sgd(0.1), 0.9, overwrite_every=1)
+        grads = {"c": jnp.ones(1, jnp.float32), "d": jnp.ones(1, jnp.float32)}
+        updates, state = tx.update(grads, tx.init(params), params)
+        new = optax.apply_updates(params, updates)
+        for key in params:
+            np.testing.assert_allclose(new[key], state.averaging.average[key], rtol=1e-15)
+
+
 def test_not_sequential_averages_the_parameters_before_the_step():
     tx = emaopt.averaged(optax.sgd(1.0), 0.5, sequential=False)
     params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
@@ -390,6 +409,21 @@ def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):
             "NAME: accumulator_dtype must be a real floating dtype, got int32",
         ),
         (
+            lambda f: f(0.9, accumulator_dtype="float31"),
+            TypeError,
+            "NAME: accumulator_dtype must be a dtype, got 'float31'",
+        ),
+        (
+            lambda f: f(0.9, accumulator_dtype=jnp.float64),
+            ValueError,
+            "NAME: accumulator_dtype=float64 needs jax_enable_x64",
+        ),
+        (lambda f: f(0.9, start=2**40), ValueError, "NAME: start must be in"),
+        (lambda f: f(0.9, mask=3), TypeError, "NAME: mask must be a tree of booleans"),
+        (lambda f: f(0.9, debias="no"), TypeError, "NAME: debias must be True or False"),
+        (lambda f: f(jnp.ones(2)), ValueError, "NAME: decay must be a scalar"),
+        (lambda f: f(0.9, every=jnp.array(2)), TypeError, "name it in static_args"),
+        (
             lambda f: f(0.999, accumulator_dtype=jnp.bfloat16),
             ValueError,
             r"NAME: an average in bfloat16 would not move.*1 - 0\.999 = 0\.001.*0\.0039",
@@ -424,6 +458,20 @@ def test_update_with_other_parameters_says_so():
     state = averager.init({"a": jnp.ones(2)})
     with pytest.raises(ValueError, match="average_tree: the parameters have another"):
         averager.update({"b": jnp.ones(2)}, state)
+
+
+@pytest.mark.parametrize(
+    "new, message",
+    [
+        (jnp.ones((3, 2)), r"was floating of shape \(2,\) at init and is .*\(3, 2\) now"),
+        (jnp.ones(2, jnp.int32), "was floating .* and is integer"),
+        (jnp.ones(2, jnp.complex64), "was floating .* and is complexfloating"),
+    ],
+)
+def test_update_with_another_kind_of_leaf_says_so(new, message):
+    averager = emaopt.average_tree(0.9)
+    with pytest.raises(ValueError, match=message):
+        averager.update({"a": new}, averager.init({"a": jnp.ones(2)}))
 
 
 def test_update_with_a_foreign_state_says_so():

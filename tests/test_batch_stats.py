@@ -61,6 +61,17 @@ def test_linen_statistics_are_the_mean_over_the_batches(momentum):
     np.testing.assert_allclose(stats["BatchNorm_0"]["var"], var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("momentum", [0.9, 0.999])
+def test_momentum_is_found_whatever_the_size_of_the_statistics(momentum, scale):
+    def apply_fn(params, stats, batch):
+        return {"var": momentum * stats["var"] + (1 - momentum) * params * batch.var(0)}
+
+    new = batch_stats.recalibrate(apply_fn, scale, BATCHES, {"var": jnp.ones(5)})
+    expected = np.mean([np.float64(x).var(0) for x in BATCHES], axis=0) * scale
+    np.testing.assert_allclose(new["var"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.99])
 def test_nnx_statistics_are_the_mean_over_the_batches(momentum):
     model = Nnx(momentum, nnx.Rngs(0))
@@ -110,6 +121,7 @@ def test_counters_keep_their_values():
         (lambda p, s, x: s, BATCHES, r"training mode"),
         (lambda p, s, x: {"other": s["mean"]}, BATCHES, "must return a tree like"),
         (lambda p, s, x: s, [], "batches is empty"),
+        (lambda p, s, x: {"mean": s["mean"] / 0}, BATCHES, "are not finite"),
     ],
 )
 def test_misuse_says_what_to_do(apply_fn, batches, message):

@@ -274,7 +274,7 @@ def test_of_several_averages_one_is_served(tmp_path):
     params, opt_state = train({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), tx=tx)
     state = {"params": params, "opt_state": opt_state}
     checkpoint.save(tmp_path / "c", state, name="slow")
-    assert_same(checkpoint.restore(tmp_path / "c", state, name="slow"), state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
     assert_same(
         checkpoint.load_averaged(tmp_path / "c"),
         emaopt.get_average(opt_state, name="slow"),
@@ -283,8 +283,6 @@ def test_of_several_averages_one_is_served(tmp_path):
         ValueError, match=r"several averages in this state, at.*fast.*name="
     ):
         checkpoint.save(tmp_path / "d", state)
-    with pytest.raises(ValueError, match="saved with the average at opt_state/slow"):
-        checkpoint.restore(tmp_path / "c", state, name="fast")
 
 
 def test_load_averaged_takes_containers_dtypes_and_shardings(tmp_path):
@@ -357,11 +355,96 @@ def test_force_replaces(tmp_path):
     assert_same(checkpoint.restore(tmp_path / "c", first), second)
 
 
+def test_forced_save_removes_the_old_checkpoint_only_when_the_new_one_is_complete(
+    tmp_path, monkeypatch
+):
+    first = as_tuple()
+    checkpoint.save(tmp_path / "c", first)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "c", train(*first), force=True)
+    monkeypatch.undo()
+    assert_same(checkpoint.restore(tmp_path / "c", first), first)
+    checkpoint.save(tmp_path / "c", train(*first), force=True)
+    assert_same(checkpoint.restore(tmp_path / "c", first), train(*first))
+
+
+LAYOUTS = {
+    "beside a better copy": lambda p, s: {
+        "train_state": {"params": p, "opt_state": s},
+        "best_params": jax.tree.map(jnp.zeros_like, p),
+    },
+    "with a target network": lambda p, s: {
+        "target_params": jax.tree.map(jnp.zeros_like, p),
+        "train": {"params": p, "opt_state": s},
+    },
+    "deep": lambda p, s: {"opt_state": s, "run": {"net": {"params": p}}},
+    "tuple with a counter": lambda p, s: (p, s, jnp.int32(3)),
+    "other names": lambda p, s: {"model": p, "optimizer": s},
+}
+
+
+@pytest.mark.parametrize("inner", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_parameters_are_told_from_everything_that_looks_like_them(
+    layout, inner, tmp_path
+):
+    tx = emaopt.averaged(inner, 0.9)
+    params = {"w": jnp.arange(3.0), "temperature": 1.0}
+    params, opt_state = train(params, tx.init(params), tx=tx)
+    state = LAYOUTS[layout](params, opt_state)
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), emaopt.get_average(opt_state))
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+def test_two_runs_in_one_state_are_told_apart_by_name(tmp_path):
+    def run(start):
+        params = {"w": start}
+        params, opt_state = train(params, TX.init(params))
+        return {"params": params, "opt_state": opt_state}
+
+    state = {"gen": run(jnp.ones(3)), "disc": run(jnp.zeros(3))}
+    checkpoint.save(tmp_path / "c", state, name="gen")
+    expected = emaopt.get_average(state["gen"]["opt_state"])
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), expected)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+def test_a_lost_marker_does_not_make_raw_parameters_averages(tmp_path):
+    state = dict(zip(("params", "opt_state"), as_tuple(), strict=True))
+    del state["params"]["empty"], state["opt_state"]
+    state["opt_state"] = TX.init(state["params"])
+    state["params"], state["opt_state"] = train(state["params"], state["opt_state"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", checkpoint.swap_state(state))
+    average = emaopt.get_average(state["opt_state"])
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), average)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
 def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save("c", as_tuple())
     assert_same(checkpoint.restore("c", as_tuple()), as_tuple())
     assert os.listdir(tmp_path) == ["c"]
+
+
+def test_keys_are_compared_with_what_they_are_made_of(tmp_path):
+    state = as_dict()
+    checkpoint.save(tmp_path / "c", state)
+    for other in (jax.random.split(jax.random.key(0), 3), jax.random.key(0, impl="rbg")):
+        with pytest.raises(ValueError, match="key has shape"):
+            checkpoint.restore(tmp_path / "c", state | {"key": other})
+
+
+def test_own_key_of_custom_metadata_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is where emaopt keeps its own record"):
+        checkpoint.save(tmp_path / "c", as_tuple(), custom_metadata={"emaopt": 1})
 
 
 def test_trees_without_parameters(tmp_path):
@@ -389,14 +472,11 @@ def test_directory_that_is_no_checkpoint(tmp_path):
         checkpoint.load_averaged(tmp_path)
 
 
-def test_checkpoint_of_another_writer(tmp_path):
-    state = {"w": jnp.ones(2)}, TX.init({"w": jnp.ones(2)})
+def test_checkpoint_without_an_average(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "c", state)
-    with pytest.raises(ValueError, match=r"was not written by emaopt\.checkpoint\.save"):
+        checkpointer.save(tmp_path / "c", {"params": {"w": jnp.ones(2)}})
+    with pytest.raises(ValueError, match="c holds no average: its parameters are raw"):
         checkpoint.load_averaged(tmp_path / "c")
-    with pytest.raises(ValueError, match=r"was not written by emaopt\.checkpoint\.save"):
-        checkpoint.restore(tmp_path / "c", state)
 
 
 def test_target_with_another_shape_or_other_names(tmp_path):
@@ -426,9 +506,22 @@ def test_target_with_another_shape_or_other_names(tmp_path):
             {"opt_state": TX.init({"w": jnp.ones(2)})[1]},
             "no parameters with its names and shapes",
         ),
+        ({"opt_state": TX.init({"w": jnp.ones(2)})}, "no parameters with its names"),
+        (
+            {"params": {"w": jnp.ones(3)}, "opt_state": TX.init({"w": jnp.ones(2)})},
+            "no parameters with its names and shapes",
+        ),
+        (
+            {"w": jnp.ones(2), "opt_state": TX.init({"w": jnp.ones(2)})},
+            "no parameters with its names and shapes",
+        ),
+        (
+            {"params": (p := {"a.b": 1.0, "a": {"b": 2.0}}), "opt_state": TX.init(p)},
+            "to one file, because it joins names with dots",
+        ),
         (
             {"a": jnp.ones(2), "b": jnp.ones(2), "opt_state": TX.init(jnp.ones(2))},
-            "could be of any of a, b. Save the parameters under the key 'params'",
+            "could be of any of a, b. Keep the parameters under the key 'params'",
         ),
     ],
 )

@@ -188,7 +188,7 @@ def test_scan_and_donation_give_the_bits_of_the_loop(way, options):
     scanned, _ = jax.lax.scan(
         body, (leaves(), tx.init(leaves())), jnp.arange(6, dtype=jnp.float32)
     )
-    chex.assert_trees_all_close(scanned, (iterates[-1], state), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_equal(scanned, (iterates[-1], state))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -235,9 +235,21 @@ def test_average_under_x64_is_exact_to_float64(way):
         )
 
 
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_init_under_jit_keeps_the_sharding(zero_init):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(jnp.arange(16.0).at[3].set(jnp.nan), sharding)
+    state = jax.jit(emaopt.average_tree(0.9, zero_init=zero_init).init)(params)
+    assert state.average.sharding.is_equivalent_to(sharding, 1)
+    expected = np.zeros(16) if zero_init else np.asarray(params)
+    np.testing.assert_array_equal(state.average, expected)
+
+
+@pytest.mark.parametrize("mask", [None, {"w": True, "b": True}])
 @pytest.mark.parametrize("way", WAYS)
-def test_map_params_and_tree_get_know_the_state(way):
-    tx = WAYS[way](ADAM, 0.9)
+def test_map_params_and_tree_get_know_the_state(way, mask):
+    tx = WAYS[way](ADAM, 0.9, mask=mask)
     params = dict(zip("wb", leaves(), strict=True))
     state = tx.init(params)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
@@ -254,7 +266,7 @@ def test_map_params_and_tree_get_know_the_state(way):
 @pytest.mark.parametrize("options", ["plain", "every", "skip_nonfinite", "bfloat16"])
 def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, options):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec("data", None))
     with jax.set_mesh(mesh):
         params = jax.device_put({"w": jnp.arange(32.0).reshape(8, 4)}, sharding)
         collectives = []
@@ -264,6 +276,8 @@ def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, optio
             text = one.lower(params, state, 0.0).compile().as_text()
             collectives.append(len(re.findall(r"all-gather|all-to-all|permute", text)))
             new, state = one(params, state, 0.0)
+            new, state = one(new, state, 1.0)
+        assert one._cache_size() == 1
         assert collectives[0] == collectives[1] == 0
         assert state.averaging.average["w"].sharding.is_equivalent_to(sharding, 2)
         assert new["w"].sharding.is_equivalent_to(sharding, 2)

@@ -1,5 +1,7 @@
 """The average is found, read, exchanged and started anew in any optimizer state."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -287,10 +289,60 @@ def test_several_averages_are_told_apart_by_name():
     served, kept = emaopt.swap(params, state, name="slow")
     assert_same(served, emaopt.get_average(state, params, name="slow"))
     assert_same(emaopt.swap(served, kept, name="slow"), (params, state))
-    with pytest.raises(ValueError, match=r"several averages.*fast, slow.*name="):
+    with pytest.raises(ValueError, match=r"several averages.*'fast', 'slow'.*name="):
         emaopt.get_average(state)
     with pytest.raises(ValueError, match=r"no average.*under the name 'medium'"):
         emaopt.get_average(state, name="medium")
+
+
+def test_two_averages_are_not_swapped_at_once():
+    tx = optax.named_chain(
+        ("sgd", SGD),
+        ("fast", emaopt.average_params(0.5)),
+        ("slow", emaopt.average_params(0.99)),
+    )
+    params, state, _ = train(tx, PARAMS)
+    swapped = emaopt.swap(params, state, name="fast")
+    with pytest.raises(ValueError, match=r"the average at fast is swapped.*name='fast'"):
+        emaopt.swap(*swapped, name="slow")
+
+
+def test_nested_averages_are_told_apart_by_their_whole_names():
+    tx = emaopt.averaged(emaopt.averaged(SGD, 0.5), 0.99)
+    _, state, _ = train(tx, PARAMS)
+    outer = emaopt.get_average(state, name="averaging")
+    assert_same(outer, state.averaging.average)
+    inner = emaopt.get_average(state, name="inner_state/averaging")
+    assert_same(inner, state.inner_state.averaging.average)
+
+
+@pytest.mark.parametrize("use", [
+    emaopt.swap, *(lambda p, s, f=f: f(s, p) for f in (
+        emaopt.get_average, emaopt.reset_average, emaopt.average_distance))],
+)  # fmt: skip
+def test_average_of_parameters_with_other_shapes_says_which(use):
+    with pytest.raises(ValueError, match=r"w has shape \(3, 3\), its average \(3,\)"):
+        use({"w": jnp.ones((3, 3))}, AVERAGE.init({"w": jnp.ones(3)}))
+
+
+def test_leaves_that_are_no_floats_are_read_as_they_are():
+    tree = {"key": jax.random.key(0), "n": jnp.int32(3), "f": jax.nn.relu, "w": 1.5}
+    state = emaopt.average_tree(0.5).init(tree)
+    average = emaopt.get_average(state, tree)
+    assert average["key"] == tree["key"] and average["n"] == 3 and average["w"] == 1.5
+    assert emaopt.average_distance(state, tree) == 0
+    other = emaopt.reset_average(state, tree | {"f": jnp.sin, "w": 2.5})
+    assert other.average["f"] is jnp.sin and other.average["w"] == 2.5
+
+
+def test_a_field_called_value_keeps_its_name():
+    class Heads(NamedTuple):
+        policy: jax.Array
+        value: jax.Array
+
+    params = Heads(jnp.ones(2), jnp.zeros(2))
+    mask = emaopt.by_name("value")(params)
+    assert mask == Heads(False, True)
 
 
 def test_reset_starts_the_average_anew():

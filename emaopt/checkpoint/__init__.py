@@ -1,0 +1,217 @@
+"""Checkpoints that serve the average: Orbax files with the averages under the names.
+
+On disk stands the user's own tree, written through Orbax's stock handlers, in which the
+averages and the raw parameters have changed places: `params/...` holds the averages, the
+average's own slot the raw parameters. Any reader of the parameters serves the average;
+`restore` changes them back and resumes bit for bit.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from emaopt._swapping import swap_state as swap_state
+from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint._handlers import handler_registry as handler_registry
+
+
+def save(
+    path: str | os.PathLike,
+    state: Any,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+) -> None:
+    """Saves a training state with the averages under the parameters' names.
+
+    Returns when the checkpoint is complete on disk. Orbax writes into a temporary
+    directory and renames it, so `path` never holds half a checkpoint.
+
+    Args:
+      path: Directory to make; local, or any URL that Orbax takes.
+      state: The training state: any pytree that holds the parameters and an optimizer
+        state with an average of them: a dict, a tuple (params, opt_state), a Flax
+        TrainState, an NNX model and its `nnx.Optimizer` or the `nnx.state` of them.
+      name: Which average, if the state holds several: a key on the way to it.
+      force: Replace what stands at `path`, whatever it is. It is removed when the new
+        checkpoint is complete beside it, as `path`.replacement.
+      custom_metadata: Further JSON-serializable metadata to write beside the marker.
+
+    Raises:
+      ValueError: If the state holds no average, several, or no parameters that it is the
+        average of; or if `path` exists and `force` is False.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> updates, opt_state = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> save(path, {"params": params, "opt_state": opt_state})
+      >>> print(load_averaged(path)["w"])
+      [-0.5 -0.5]
+    """
+    if _files.KEY in (custom_metadata or {}):
+        raise ValueError(
+            f"save: custom_metadata[{_files.KEY!r}] is where emaopt keeps its own "
+            "record; take another key."
+        )
+    state, where = _trees.served("save", state, name)
+    place = _files.absolute(path)
+    replacing = force and place.exists()
+    written = place.with_name(place.name + ".replacement") if replacing else place
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            written,
+            _trees.without_empty(state),
+            force=force,
+            custom_metadata={**(custom_metadata or {}), **_trees.marker(state, where)},
+        )
+    if replacing:
+        _files.replace(written, place)
+
+
+def restore(
+    path: str | os.PathLike,
+    target: Any,
+    *,
+    keep_missing: bool = False,
+    report: Callable[[str], Any] = _restoring.log_warning,
+) -> Any:
+    """Restores a training state as it was when it was saved, bit for bit.
+
+    A checkpoint that never had an average restores into a target that has one: the
+    average starts anew from the restored parameters. A target without an average takes
+    the raw parameters of a checkpoint that has one. Optimizer slots that stand elsewhere
+    because the chain got or lost members are found by name. What was done of this is
+    reported.
+
+    Args:
+      path: A checkpoint that emaopt wrote, or any that Orbax did: raw parameters come
+        back raw, from wherever they stand. Of a CheckpointManager, a step's directory.
+      target: A state like the saved one: arrays, or `jax.ShapeDtypeStruct`. Arrays are
+        restored to the target's dtypes and shardings, to the default device where it has
+        none. Shapes must agree.
+      keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
+        must then be arrays. To start training from a file of parameters alone.
+      report: Called with each sentence on what was renamed, seeded, left out or kept; by
+        default the warning function of the logger "emaopt".
+
+    Returns:
+      A tree like `target`: raw parameters under their names, the average in its slot.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at `path`.
+      ValueError: If the target has other names or shapes (the message lists them), or
+        the files are damaged. Nothing is half-restored.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> state = {"params": jnp.ones(2), "opt_state": tx.init(jnp.zeros(2))}
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> save(path, state)
+      >>> print(restore(path, jax.eval_shape(lambda: state))["params"])
+      [1. 1.]
+    """
+    files = _files.open_files("restore", path)
+    return _restoring.restored(files, target, keep_missing=keep_missing, report=report)
+
+
+def load_averaged(
+    path: str | os.PathLike,
+    *,
+    target: Any = None,
+    sharding: Any = None,
+    dtype: Any = None,
+    name: str | None = None,
+) -> Any:
+    """Loads the averaged parameters for inference; reads nothing else of the checkpoint.
+
+    Args:
+      path: A checkpoint that emaopt wrote, or any of a training state with an average in
+        it. Of a CheckpointManager, a step's directory.
+      target: Parameters whose containers, shapes and dtypes the result takes (arrays or
+        `jax.ShapeDtypeStruct`). None: nested dicts and lists, as on disk.
+      sharding: A `jax.sharding.Sharding` for all arrays, or a tree of them like the
+        parameters. None: the target's, where it has arrays with one, else the default
+        device. Where the checkpoint was written does not matter.
+      dtype: Floating dtype to cast floating arrays to. None: the target's, else as saved
+        (the accumulator's, float32 for bfloat16 parameters).
+
+      name: Which average, if there are several and none was saved under the names.
+
+    Returns:
+      The parameters: averages, and the raw values of those that were not averaged.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at `path`.
+      ValueError: If the checkpoint holds no average, or several, or the target has other
+        names or shapes, or the files are damaged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = {"w": jnp.ones(2)}
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> save(path, (params, tx.init(params)))
+      >>> load_averaged(path, dtype=jnp.bfloat16)["w"].dtype
+      dtype(bfloat16)
+    """
+    files = _files.open_files("load_averaged", path)
+    return _restoring.averages(files, target, sharding, dtype, name)
+
+
+def average_names(params: Any, name: str = "ExponentialMovingAverage") -> dict[str, str]:
+    """Maps names as TensorFlow gives averages to the parameters' own.
+
+    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns, for parameters
+    that all have an average: use it to rename what a converted TensorFlow checkpoint
+    holds.
+
+    Args:
+      params: The averaged parameters.
+      name: The average's name in TensorFlow.
+
+    Returns:
+      {"path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/".
+
+    Example:
+      >>> print(average_names({"dense": {"kernel": 0.0}}))
+      {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
+    """
+    names = ("/".join(names) for names in _files.names_of(params))
+    return {f"{own}/{name}": own for own in names}
+
+
+def metadata(state: Any, *, name: str | None = None) -> dict[str, Any]:
+    """Returns the record to save with `swap_state(state)`, as Orbax's custom_metadata.
+
+    For writing by other means than `save`, such as Orbax's experimental v1 API:
+
+        v1.save(path, swap_state(state), custom_metadata=metadata(state))
+
+    `restore` and `load_averaged` then read the checkpoint as one of their own.
+
+    Args:
+      state: The training state, swapped or not.
+      name: Which average, if it holds several.
+
+    Returns:
+      A JSON-serializable dict with the one key "emaopt".
+
+    Raises:
+      ValueError: As for `save`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = {"w": jnp.ones(2)}
+      >>> print(metadata((params, tx.init(params)))["emaopt"]["average"])
+      ['1', 'averaging']
+    """
+    return _trees.marker(*_trees.served("metadata", state, name))

@@ -1,0 +1,221 @@
+"""What stands on disk: names, shapes, our marker; and reading of chosen leaves.
+
+A checkpoint is a tree. Orbax keeps it in one directory, or, as CheckpointManager's
+Composite does, in a directory for each of its top-level keys; here both are one tree.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from emaopt._names import leaves_with_keys
+from emaopt._reading import as_state, average_nodes
+from emaopt._recursion import AverageState, SwappedState
+from emaopt._swapping import Names, locate
+
+KEY = "emaopt"  # in custom_metadata
+VERSION = 1
+WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
+
+
+class Marker(NamedTuple):
+    """The record that the averages stand under the parameters' names, and where."""
+
+    params: Names  # names that lead to the parameters
+    average: Names  # names that lead to the average's state: raw parameters are in it
+    empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
+
+
+class Files(NamedTuple):
+    """A checkpoint on disk."""
+
+    path: Any  # as given
+    items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
+    saved: dict[Names, Any]  # metadata of every leaf
+    marker: Marker | None
+
+
+def write_marker(params: Names, average: Names, empty: list) -> dict[str, Any]:
+    """The marker as custom_metadata."""
+    return {
+        KEY: {
+            "version": VERSION,
+            "params": list(params),
+            "average": list(average),
+            "empty": empty,
+        }
+    }
+
+
+def absolute(path: str | os.PathLike) -> Any:
+    path = os.fspath(path)
+    return epath.Path(path if "://" in path else os.path.abspath(path))
+
+
+def replace(new: Any, path: Any) -> None:
+    """Puts a complete checkpoint in another's place; all processes wait for the first."""
+    if jax.process_index() == 0:
+        path.rmtree()
+        new.rename(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"emaopt: replaced {path}")
+
+
+def open_files(function: str, given: str | os.PathLike) -> Files:
+    """Reads the metadata of a checkpoint, or says what stands there instead."""
+    path = absolute(given)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{function}: there is no checkpoint at {path}. Give the directory that was "
+            "saved; of a CheckpointManager, a step's."
+        )
+    directories = _directories(path)
+    if not directories:
+        steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+        what = f"It holds the steps {steps}: give one's directory." if steps else (
+            "The save was not finished, or its metadata is lost: take another step."
+        )  # fmt: skip
+        raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
+    handler = ocp.PyTreeCheckpointHandler()
+    items, saved, marker = {}, {}, _step_metadata(path).get(KEY)
+    for prefix, directory in directories.items():
+        try:
+            metadata = handler.metadata(directory)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(
+                f"{function}: {directory / '_METADATA'} cannot be read, {_brief(error)}. "
+                "Take another step."
+            ) from error
+        marker = marker or (metadata.custom_metadata or {}).get(KEY)
+        items[prefix] = directory, metadata.tree
+        saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
+    files = Files(path, items, saved, _read_marker(function, path, marker))
+    return files if files.marker else files._replace(marker=_lost_marker(function, files))
+
+
+def whole_tree(files: Files) -> Any:
+    """The metadata as one tree, as it stands on disk."""
+    tree = {}
+    for prefix, (_, subtree) in files.items.items():
+        tree = subtree if prefix == () else tree | {prefix[0]: subtree}
+    return tree
+
+
+def _lost_marker(function: str, files: Files) -> Marker | None:
+    """The marker again, if it is lost: a swapped state says itself what it is."""
+    for names, node in average_nodes(whole_tree(files)).items():
+        if isinstance(as_state(node), SwappedState):
+            where = locate(function, whole_tree(files), None, names)
+            return Marker(where.params, where.average, {})
+    return None
+
+
+def _directories(path: Any) -> dict[Names, Any]:
+    if (path / "_METADATA").exists():
+        return {(): path}
+    found = {p.name: p for p in path.iterdir() if (p / "_METADATA").exists()}
+    if len(found) == 1 and (name := next(iter(found))) in WHOLE:
+        return {(): found[name]}
+    return {(name,): found[name] for name in sorted(found)}
+
+
+def _step_metadata(path: Any) -> dict[str, Any]:
+    """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
+    try:
+        return json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
+    if marker is None:
+        return None
+    if not isinstance(marker, dict) or not isinstance(marker.get("version"), int):
+        raise ValueError(
+            f"{function}: {path} has custom_metadata[{KEY!r}] of another writer: "
+            f"{marker!r}. emaopt keeps its record under that key."
+        )
+    if marker["version"] > VERSION:
+        raise ValueError(
+            f"{function}: {path} was written by a newer emaopt (format "
+            f"{marker['version']}, this one reads up to {VERSION}). Upgrade emaopt."
+        )
+    return Marker(
+        params=tuple(marker["params"]),
+        average=tuple(marker["average"]),
+        empty={
+            tuple(names): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            for names, shape, dtype in marker["empty"]
+        },
+    )
+
+
+def logical_names(files: Files) -> dict[Names, Names]:
+    """Where each leaf of the training state stands on disk, by its name in the state."""
+    present = files.saved.keys() | (files.marker.empty.keys() if files.marker else set())
+    return {
+        physical
+        if files.marker is None
+        else _exchanged(physical, files.marker, present): (physical)
+        for physical in present
+    }
+
+
+def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
+    """The name in the state of what stands at `names`: the swap, undone by name."""
+    inside = (*marker.average, "average")
+    if names == (*marker.average, SwappedState._fields[0]):
+        return (*marker.average, AverageState._fields[0])
+    for here, there in ((inside, marker.params), (marker.params, inside)):
+        if names[: len(here)] == here:
+            other = there + names[len(here) :]
+            return other if other in present else names
+    return names
+
+
+def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, Any]:
+    """Reads the wanted leaves, as what `wanted` says, and nothing else."""
+    values = {}
+    handler = ocp.PyTreeCheckpointHandler()
+    for prefix, (directory, tree) in files.items.items():
+        names = [prefix + names for names in names_of(tree)]
+        if not any(name in wanted for name in names):
+            continue
+        plan = jax.tree.unflatten(
+            jax.tree.structure(tree), [wanted.get(n, ocp.PLACEHOLDER) for n in names]
+        )
+        arguments = ocp.args.PyTreeRestore(
+            item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
+        )
+        try:
+            restored = handler.restore(directory, args=arguments)
+        except Exception as error:
+            raise ValueError(
+                f"{function}: {directory} cannot be read, {_brief(error)}. If its files "
+                "are damaged, take another step; nothing was restored from this one."
+            ) from error
+        leaves = names_of(restored)
+        values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
+    return values
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def names_of(tree: Any) -> dict[Names, Any]:
+    """The leaves by name, the same in memory and on disk."""
+    return dict(leaves_with_keys(tree))
+
+
+def listed(paths: Any) -> str:
+    names = ["/".join(path) for path in sorted(paths)]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

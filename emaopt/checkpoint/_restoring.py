@@ -1,0 +1,192 @@
+"""From files to trees: the whole training state, or the averages alone."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from emaopt._reading import average_nodes
+from emaopt._swapping import exchange, locate
+from emaopt.checkpoint import _files, _trees
+from emaopt.checkpoint._files import Names, listed, names_of
+from emaopt.checkpoint._matching import check_fit, match
+
+log_warning = logging.getLogger("emaopt").warning
+
+
+def restored(
+    files: _files.Files,
+    target: Any,
+    *,
+    keep_missing: bool,
+    report: Callable[[str], Any],
+    scope: Names = (),
+    fallback: Any = None,
+) -> Any:
+    """Fills the target with the saved training state, raw parameters and average apart.
+
+    With a scope, only the leaves below it are read; the others may be metadata. Leaves
+    without a sharding go to `fallback`, or the default device.
+    """
+    plain, swapped_at = _trees.raw(_trees.plain(target))
+    logical = _files.logical_names(files)
+    empty = files.marker.empty if files.marker else {}
+    saved = {name: (files.saved | empty)[there] for name, there in logical.items()}
+    targets = names_of(plain)
+    found = match(
+        "restore", files.path, plain, saved, scope=scope, keep_missing=keep_missing
+    )
+    seeded = {source: source for source in found.seeds.values() if source is not None}
+    wanted = {
+        logical[source]: _trees.as_plan(targets[name], fallback)
+        for name, source in (seeded | found.sources).items()
+        if not _trees.is_empty(targets[name])
+    }
+    read = _files.read("restore", files, wanted)
+
+    values = dict(targets)  # what is kept, or outside of the scope, stays
+    for name, source in found.sources.items():
+        leaf = targets[name]
+        there = logical[source]
+        values[name] = _trees.as_target(read[there], leaf) if there in read else (
+            _trees.zeros(leaf)
+        )  # fmt: skip
+    for name, source in found.seeds.items():
+        leaf = targets[name]
+        if source is None or _trees.is_empty(leaf):
+            values[name] = _trees.zeros(leaf)
+        else:
+            values[name] = _trees.copy_like(read[logical[source]], leaf)
+    for sentence in found.report:
+        report(f"restore: {files.path}: {sentence}.")
+    state = _trees.fill(plain, values)
+    if swapped_at is not None:
+        state = exchange(state, locate("restore", state, None, swapped_at))
+    return _trees.fill(target, names_of(state))
+
+
+def as_saved(files: _files.Files, scope: Names) -> Any:
+    """What a restore without a target gives: raw parameters in Orbax's containers."""
+    target = with_other_items(files)
+    logical = restored(files, target, keep_missing=False, report=log_warning, scope=scope)
+    return logical[scope[0]] if scope else logical
+
+
+def with_other_items(files: _files.Files, item: str = "", target: Any = None) -> Any:
+    """The saved state as metadata, raw parameters in their places, one item replaced."""
+    physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
+    state, _ = _trees.raw(physical)
+    return state | {item: target} if item else state
+
+
+def averages(
+    files: _files.Files, target: Any, sharding: Any, dtype: Any, name: str | None
+) -> Any:
+    """The averages, with the target's containers or those on disk."""
+    prefix, there = _averages_on_disk(files, name)
+    empty = files.marker.empty if files.marker else {}
+    saved = {rest: (files.saved | empty)[names] for rest, names in there.items()}
+    wanted = _wanted(files.path, saved, target, sharding, dtype)
+    read = _files.read(
+        "load_averaged",
+        files,
+        {there[n]: x for n, x in wanted.items() if not _trees.is_empty(x)},
+    )
+    values = {
+        n: _trees.zeros(x) if _trees.is_empty(x) else read[there[n]]
+        for n, x in wanted.items()
+    }
+    if target is not None:
+        return _trees.fill(target, values)
+    return _fill_as_on_disk(files, prefix, values)
+
+
+def _averages_on_disk(files: _files.Files, name: str | None) -> tuple[Names, dict]:
+    """The names that lead to the parameters, and where each one's average stands."""
+    empty = files.marker.empty if files.marker else {}
+    present = files.saved | empty
+    if files.marker is not None:
+        prefix = files.marker.params
+        return prefix, {
+            names[len(prefix) :]: names
+            for names in present
+            if names[: len(prefix)] == prefix
+        }
+    tree = _files.whole_tree(files)
+    if not average_nodes(tree, name):
+        raise ValueError(
+            f"load_averaged: {files.path} holds no average"
+            f"{'' if name is None else f' with the name {name!r}'}: its parameters are "
+            "raw. Load them with orbax.checkpoint.StandardCheckpointer."
+        )
+    where = locate("load_averaged", tree, name)
+    inside = (*where.average, "average")
+    there = {}
+    for names in present:
+        if names[: len(where.params)] == where.params:
+            rest = names[len(where.params) :]
+            there[rest] = inside + rest if inside + rest in present else names
+    return where.params, there
+
+
+def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:
+    """What to load each parameter as: its shape, dtype and sharding, by name."""
+    like = {} if target is None else names_of(target)
+    if target is not None:
+        check_fit("load_averaged", path, like, saved)
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        shardings = names_of(sharding)
+        if odd := sorted(saved.keys() ^ shardings.keys()):
+            raise ValueError(
+                "load_averaged: sharding must be a jax.sharding.Sharding or a tree of "
+                f"them like the parameters; they differ at {listed(odd)}."
+            )
+    else:
+        shardings = dict.fromkeys(saved, sharding)
+    default = _trees.default_sharding()
+
+    def want(names, leaf):
+        here = like.get(names)
+        kind = getattr(here, "dtype", leaf.dtype)
+        if dtype is not None and jnp.issubdtype(kind, jnp.floating):
+            kind = jnp.dtype(dtype)
+        place = shardings[names] or getattr(here, "sharding", None) or default
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
+
+    return {names: want(names, leaf) for names, leaf in saved.items()}
+
+
+def _fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
+    """The values in the nested dicts and lists that Orbax keeps the parameters in."""
+    for item, (_, tree) in files.items.items():
+        if prefix[: len(item)] == item:
+            for name in prefix[len(item) :]:
+                tree = _child(tree, name)
+            filled = jax.tree.map(lambda leaf: leaf, tree)  # a copy of the containers
+            if not isinstance(filled, (dict, list)):
+                return values[()]
+            for names, value in values.items():
+                _put(filled, names, value)
+            return filled
+    raise AssertionError(prefix)
+
+
+def _child(tree: Any, name: str) -> Any:
+    return tree[_key(tree, name)]
+
+
+def _key(tree: Any, name: str) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return int(name)
+    return next(key for key in tree if str(key) == name)
+
+
+def _put(tree: Any, names: Names, value: Any) -> None:
+    for name in names[:-1]:
+        tree = _child(tree, name)
+    key = _key(tree, names[-1])
+    if isinstance(tree[key], dict) and set(tree[key]) == {"value"}:  # a Flax variable
+        tree, key = tree[key], "value"
+    tree[key] = value

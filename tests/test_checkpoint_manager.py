@@ -1,0 +1,386 @@
+"""CheckpointManager and the v1 API serve the average; the user's calls do not change."""
+
+import gc
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax.training.train_state import TrainState
+from orbax.checkpoint import v1
+from test_checkpoint import (
+    abstract,
+    as_dict,
+    as_train_state,
+    assert_same,
+    mixed_params,
+    train,
+)
+
+import emaopt
+from emaopt import checkpoint
+
+TX = emaopt.averaged(optax.adam(1e-1), 0.9)
+Save, Restore = ocp.args.StandardSave, ocp.args.StandardRestore
+
+
+def trained(steps=3):
+    params = {"dense": {"kernel": jnp.ones((4, 2), jnp.bfloat16)}, "scale": jnp.ones(2)}
+    params, opt_state = train(params, TX.init(params), steps, TX)
+    return {"params": params, "opt_state": opt_state}
+
+
+def manager(path, **options):
+    return ocp.CheckpointManager(
+        path,
+        options=ocp.CheckpointManagerOptions(**options),
+        handler_registry=checkpoint.handler_registry(items=("params", "opt_state")),
+    )
+
+
+def averages(state):
+    return emaopt.get_average(state["opt_state"])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("make", [trained, as_dict, as_train_state])
+def test_one_tree(make, asynchronous, tmp_path):
+    state = make()
+    with manager(tmp_path, enable_async_checkpointing=asynchronous) as m:
+        m.save(7, args=Save(state))
+        m.wait_until_finished()
+        assert_same(m.restore(7, args=Restore(state)), state)
+        assert_same(m.restore(7, args=Restore(abstract(state))), state)
+    opt_state = state.opt_state if isinstance(state, TrainState) else state["opt_state"]
+    expected = emaopt.get_average(opt_state)
+    with ocp.CheckpointManager(tmp_path) as plain:
+        served = plain.restore(7)["params"]
+    if make is trained:
+        assert_same(served, expected)
+    assert_same(checkpoint.load_averaged(tmp_path / "7"), expected)
+
+
+def test_composite_items_are_swapped_across(tmp_path):
+    state = trained()
+    with manager(tmp_path) as m:
+        m.save(
+            1,
+            args=ocp.args.Composite(
+                params=Save(state["params"]),
+                opt_state=Save(state["opt_state"]),
+                data=ocp.args.JsonSave({"position": 5}),
+            ),
+        )
+        restored = m.restore(
+            1,
+            args=ocp.args.Composite(
+                params=Restore(abstract(state["params"])),
+                opt_state=Restore(abstract(state["opt_state"])),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        assert restored["data"] == {"position": 5}
+        assert_same({k: restored[k] for k in ("params", "opt_state")}, state)
+        alone = m.restore(1, args=ocp.args.Composite(params=Restore(state["params"])))
+        assert_same(alone["params"], state["params"])
+    with ocp.CheckpointManager(tmp_path) as plain:
+        assert_same(plain.restore(1)["params"], averages(state))
+    assert_same(checkpoint.load_averaged(tmp_path / "1"), averages(state))
+    assert_same(checkpoint.restore(tmp_path / "1", state), state)
+
+
+def test_restore_without_arguments_gives_raw_parameters_in_their_place(tmp_path):
+    state = trained()
+    with manager(tmp_path / "whole") as m:
+        m.save(1, args=Save(state))
+        m.wait_until_finished()
+        restored = m.restore(1)
+    assert_same(restored["params"], state["params"])
+    assert_same(restored["opt_state"]["averaging"]["average"], averages(state))
+    assert restored["opt_state"]["averaging"]["num_updates"] == 3
+
+    with manager(tmp_path / "items") as m:
+        m.save(1, args=ocp.args.Composite(**{k: Save(state[k]) for k in state}))
+        m.wait_until_finished()
+        restored = m.restore(1)
+    assert_same(restored["params"], state["params"])
+    assert_same(restored["opt_state"]["averaging"]["average"], averages(state))
+
+
+def test_donated_buffers_are_saved_as_they_were(tmp_path):
+    state = trained()
+    kept = jax.tree.map(np.asarray, state)
+
+    @jax.jit
+    def step(state):
+        grads = state["params"]
+        updates, opt_state = TX.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state}
+
+    donating = jax.jit(step, donate_argnums=0)
+    with manager(tmp_path) as m:
+        m.save(1, args=Save(state))
+        for _ in range(3):
+            state = donating(state)
+        m.wait_until_finished()
+        assert_same(m.restore(1, args=Restore(state)), jax.tree.map(jnp.asarray, kept))
+
+
+def test_max_to_keep_and_best_fn_with_a_record_of_the_weights_measured(tmp_path):
+    registry = checkpoint.handler_registry(metrics_of="averaged")
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, best_fn=lambda metrics: metrics["loss"], best_mode="min"
+    )
+    states = {step: trained(step) for step in (1, 2, 3)}
+    with ocp.CheckpointManager(tmp_path, options=options, handler_registry=registry) as m:
+        for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+            m.save(step, args=Save(states[step]), metrics={"loss": loss})
+        m.wait_until_finished()
+        assert m.best_step() == 2 and m.all_steps() == [2]
+        assert_same(m.restore(2, args=Restore(states[2])), states[2])
+        record = m.item_metadata(2).custom_metadata["emaopt"]
+    assert record["metrics_of"] == "averaged"
+
+
+def test_users_own_custom_metadata_stays(tmp_path):
+    with manager(tmp_path) as m:
+        m.save(1, args=Save(trained(), custom_metadata={"run": "a"}))
+        m.wait_until_finished()
+        assert m.item_metadata(1).custom_metadata["run"] == "a"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_state_without_an_average_is_not_saved(asynchronous, tmp_path):
+    m = manager(tmp_path, enable_async_checkpointing=asynchronous)
+    with pytest.raises(ValueError, match=r"CheckpointManager\.save: no average in this"):
+        m.save(1, args=Save({"params": jnp.ones(2), "opt_state": ()}))
+        m.wait_until_finished()
+    assert m.all_steps() == [] and not (tmp_path / "1").exists()
+    m.save(2, args=Save(trained()))
+    m.wait_until_finished()
+    assert m.all_steps() == [2]
+    m.close()
+
+
+def test_registry_checks_its_argument():
+    with pytest.raises(ValueError, match="metrics_of must be 'raw', 'averaged' or None"):
+        checkpoint.handler_registry(metrics_of="ema")  # pyright: ignore
+
+
+# Orbax's v1 API, experimental there.
+
+
+# v1 says so whenever it restores arrays without a target.
+no_target = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+
+
+@no_target
+def test_v1_writes_and_reads_what_swap_state_and_metadata_give(tmp_path):
+    state = trained()
+    v1.save(
+        tmp_path / "c",
+        checkpoint.swap_state(state),
+        custom_metadata=checkpoint.metadata(state),
+    )
+    restored = v1.load(tmp_path / "c", checkpoint.swap_state(abstract(state)))
+    assert_same(checkpoint.swap_state(restored), state)
+    assert_same(v1.load(tmp_path / "c")["params"], averages(state))
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), averages(state))
+
+
+@no_target
+def test_v1_reads_what_save_and_the_manager_write(tmp_path):
+    state = trained()
+    checkpoint.save(tmp_path / "saved", state)
+    assert_same(v1.load(tmp_path / "saved")["params"], averages(state))
+    with manager(tmp_path / "managed") as m:
+        m.save(1, args=Save(state))
+    assert_same(v1.load(tmp_path / "managed" / "1")["params"], averages(state))
+
+
+# Checkpoints that never had an average, and targets without one.
+
+
+def plain_orbax(path, state):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+
+
+PLAIN = {
+    "bare": optax.adam(1e-1),
+    "chain": optax.chain(optax.clip(1.0), optax.adam(1e-1)),
+    "schedule": optax.adam(optax.linear_schedule(0.1, 0.0, 10)),
+}
+
+
+@pytest.mark.parametrize("wrap", ["chain", "averaged"])
+@pytest.mark.parametrize("inner", PLAIN.values(), ids=PLAIN)
+def test_adopt_starts_the_average_from_the_parameters(inner, wrap, tmp_path):
+    params = {"w": jnp.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
+    params, opt_state = train(params, inner.init(params), 3, inner)
+    plain_orbax(tmp_path / "c", {"params": params, "opt_state": opt_state})
+    tx = (
+        emaopt.averaged(inner, 0.9)
+        if wrap == "averaged"
+        else optax.chain(inner, emaopt.average_params(0.9))
+    )
+    blank = jax.tree.map(jnp.zeros_like, params)
+    report = []
+    restored = checkpoint.restore(
+        tmp_path / "c",
+        {"params": blank, "opt_state": tx.init(blank)},
+        report=report.append,
+    )
+    fresh = emaopt.averaged(inner, 0.9).init(params).averaging
+    inner_state, averaging = restored["opt_state"]
+    assert_same(restored["params"], params)
+    assert_same(inner_state, opt_state)
+    assert_same(averaging, fresh)
+    assert "renamed" in report[0] and "started the average anew" in report[1]
+
+
+def test_adopt_across_composite_items(tmp_path):
+    params = {"w": jnp.arange(4.0)}
+    inner = optax.adam(1e-1)
+    params, opt_state = train(params, inner.init(params), 3, inner)
+    with ocp.CheckpointManager(tmp_path) as m:
+        m.save(1, args=ocp.args.Composite(params=Save(params), opt_state=Save(opt_state)))
+    target = TX.init(params)
+    with ocp.CheckpointManager(
+        tmp_path, handler_registry=checkpoint.handler_registry(report=lambda _: None)
+    ) as m:
+        restored = m.restore(
+            1, args=ocp.args.Composite(params=Restore(params), opt_state=Restore(target))
+        )
+    assert_same(restored["params"], params)
+    assert_same(restored["opt_state"].averaging, TX.init(params).averaging)
+    assert_same(restored["opt_state"].inner_state, opt_state)
+
+
+@pytest.mark.parametrize("inner", PLAIN.values(), ids=PLAIN)
+def test_drop_restores_the_raw_parameters_without_the_average(inner, tmp_path):
+    tx = emaopt.averaged(inner, 0.9)
+    params = {"w": jnp.arange(4.0), "b": jnp.ones(2)}
+    params, opt_state = train(params, tx.init(params), 3, tx)
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": opt_state})
+    report = []
+    restored = checkpoint.restore(
+        tmp_path / "c",
+        {"params": params, "opt_state": inner.init(params)},
+        report=report.append,
+    )
+    assert_same(restored, {"params": params, "opt_state": opt_state.inner_state})
+    assert any("left out an average" in sentence for sentence in report)
+
+
+def test_ordinary_checkpoint_with_an_average_is_read_as_it_is(tmp_path):
+    state = trained()
+    plain_orbax(tmp_path / "c", state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), averages(state))
+
+
+def test_ordinary_checkpoint_of_a_mask_gives_raw_values_where_no_average_exists(tmp_path):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.9, mask=emaopt.by_name("w"))
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    params, opt_state = train(params, tx.init(params), 3, tx)
+    plain_orbax(tmp_path / "c", {"params": params, "opt_state": opt_state})
+    assert_same(
+        checkpoint.load_averaged(tmp_path / "c"), emaopt.get_average(opt_state, params)
+    )
+
+
+def test_file_of_parameters_alone_is_an_error_unless_asked_for(tmp_path):
+    state = trained()
+    plain_orbax(tmp_path / "c", {"params": averages(state)})
+    with pytest.raises(ValueError, match="it lacks opt_state/inner_state/0/count"):
+        checkpoint.restore(tmp_path / "c", state)
+    report = []
+    fresh = {"params": state["params"], "opt_state": TX.init(state["params"])}
+    restored = checkpoint.restore(
+        tmp_path / "c", fresh, keep_missing=True, report=report.append
+    )
+    assert_same(restored["opt_state"].inner_state, fresh["opt_state"].inner_state)
+    np.testing.assert_array_equal(restored["params"]["scale"], averages(state)["scale"])
+    assert any("kept the target's values of opt_state/inner_state" in s for s in report)
+
+
+def test_names_as_tensorflow_gives_them():
+    names = checkpoint.average_names({"a": 1.0, "b": {"c": 2.0}})
+    assert names == {
+        "a/ExponentialMovingAverage": "a",
+        "b/c/ExponentialMovingAverage": "b/c",
+    }
+    assert checkpoint.average_names({"v0": 1.0}, name="foo") == {"v0/foo": "v0"}
+
+
+# Damage.
+
+
+def test_manager_directory_and_unfinished_step_say_what_to_give(tmp_path):
+    with manager(tmp_path) as m:
+        m.save(3, args=Save(trained()))
+    with pytest.raises(
+        ValueError, match=r"It holds the steps \[3\]: give one's directory"
+    ):
+        checkpoint.load_averaged(tmp_path)
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    with pytest.raises(ValueError, match="The save was not finished"):
+        checkpoint.load_averaged(tmp_path / "9.orbax-checkpoint-tmp")
+
+
+def test_missing_metadata_is_named(tmp_path):
+    checkpoint.save(tmp_path / "c", trained())
+    (tmp_path / "c" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match="its metadata is lost: take another step"):
+        checkpoint.restore(tmp_path / "c", trained())
+
+
+def test_broken_metadata_is_named(tmp_path):
+    checkpoint.save(tmp_path / "c", trained())
+    (tmp_path / "c" / "_METADATA").write_text('{"tree')
+    with pytest.raises(ValueError, match=r"_METADATA cannot be read"):
+        checkpoint.restore(tmp_path / "c", trained())
+
+
+# Orbax drops the reads that were under way when the first one failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_damaged_arrays_are_an_error_and_nothing_is_restored(damage, tmp_path):
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    state = {"params": params, "opt_state": TX.init(params)}
+    checkpoint.save(tmp_path / "c", state)
+    file = max((tmp_path / "c").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        content = content[: len(content) // 2]
+    else:
+        for i in range(0, len(content), 97):
+            content[i] ^= 0x10
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c cannot be read.*take another step"):
+        checkpoint.restore(tmp_path / "c", state)
+    gc.collect()
+
+
+def test_newer_format_asks_for_an_upgrade(tmp_path):
+    checkpoint.save(tmp_path / "c", trained())
+    file = tmp_path / "c" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    content["custom_metadata"]["emaopt"]["version"] = 99
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="written by a newer emaopt"):
+        checkpoint.load_averaged(tmp_path / "c")
+
+
+def test_mixed_state_goes_through_the_manager(tmp_path):
+    params = mixed_params()
+    state = {"params": params, "opt_state": TX.init(params)}
+    with manager(tmp_path) as m:
+        m.save(1, args=Save(state))
+        assert_same(m.restore(1, args=Restore(state)), state)
