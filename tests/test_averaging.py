@@ -49,14 +49,20 @@ def path(steps, shape=(3, 2), seed=0):
     every=st.integers(1, 5),
     start=st.integers(0, 8),
     debias=st.booleans(),
+    mask=st.booleans(),
     steps=st.integers(1, 20),
     seed=st.integers(0, 2**16),
 )
-def test_average_is_its_weighted_sum(decay, every, start, debias, steps, seed):
+def test_average_is_its_weighted_sum(decay, every, start, debias, mask, steps, seed):
     decay, betas = DECAYS[decay]
     iterates = path(steps, seed=seed)
-    averager = emaopt.average_tree(decay, every=every, start=start, debias=debias)
-    _, averages = follow(averager, iterates)
+    averager = emaopt.average_tree(
+        decay, every=every, start=start, debias=debias, mask={"w": mask}
+    )
+    state, averages = follow(averager, iterates)
+    if not mask:
+        assert state.average["w"] == optax.MaskedNode()
+        return
     expected, weights = weighted_average(
         betas, start, every, debias, np.asarray(iterates, np.float64)
     )

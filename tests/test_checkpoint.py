@@ -361,11 +361,11 @@ def test_forced_save_removes_the_old_checkpoint_only_when_the_new_one_is_complet
     first = as_tuple()
     checkpoint.save(tmp_path / "c", first)
 
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
 
-    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", full)
+    with pytest.raises(OSError):
         checkpoint.save(tmp_path / "c", train(*first), force=True)
     monkeypatch.undo()
     assert_same(checkpoint.restore(tmp_path / "c", first), first)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import safetensors
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
 from test_checkpoint import (
@@ -317,6 +318,32 @@ def test_names_as_tensorflow_gives_them():
         "b/c/ExponentialMovingAverage": "b/c",
     }
     assert checkpoint.average_names({"v0": 1.0}, name="foo") == {"v0/foo": "v0"}
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float16])
+def test_safetensors_keep_names_dtypes_and_bits(dtype, tmp_path):
+    state = trained()
+    checkpoint.save(tmp_path / "c", state)
+    out = tmp_path / "average.safetensors"
+    checkpoint.export_safetensors(tmp_path / "c", out, dtype=dtype)
+    with safetensors.safe_open(out, "numpy") as file:
+        loaded = {name: file.get_tensor(name) for name in file.keys()}
+    average = checkpoint.load_averaged(tmp_path / "c", dtype=dtype)
+    expected = {"dense/kernel": average["dense"]["kernel"], "scale": average["scale"]}
+    assert_same(loaded, jax.tree.map(np.asarray, expected))
+    with pytest.raises(FileExistsError, match="pass force=True to replace it"):
+        checkpoint.export_safetensors(tmp_path / "c", out)
+    checkpoint.export_safetensors(tmp_path / "c", out, separator=".", force=True)
+    with safetensors.safe_open(out, "numpy") as file:
+        assert set(file.keys()) == {"dense.kernel", "scale"}
+
+
+def test_safetensors_names_that_collide_are_refused(tmp_path):
+    params = {"x": {"y": jnp.ones(1)}, "x-y": jnp.zeros(1)}
+    checkpoint.save(tmp_path / "c", (params, TX.init(params)))
+    with pytest.raises(ValueError, match="two parameters are called 'x-y'"):
+        checkpoint.export_safetensors(tmp_path / "c", tmp_path / "o", separator="-")
+    assert not (tmp_path / "o").exists()
 
 
 # Damage.

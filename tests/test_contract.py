@@ -283,6 +283,7 @@ def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, optio
         assert new["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+NEW_XLA = jax.__version_info__ > (0, 9)
 PASS = 12  # bytes per float32 parameter: read and write the average, read the parameter
 
 
@@ -293,7 +294,12 @@ PASS = 12  # bytes per float32 parameter: read and write the average, read the p
         (1, {"start": 10}, PASS),
         (1, {"debias": True}, PASS),
         (1, {"every": 10}, PASS),
-        (1, {"skip_nonfinite": True}, PASS + 4),  # every value is looked at once before
+        # Each value is looked at once before; older XLA does not fuse that look.
+        (
+            1,
+            {"skip_nonfinite": True},
+            PASS + (4 if NEW_XLA else 12),
+        ),
         (2, {}, 2 * PASS),
         (1, {"mask": emaopt.by_name("w[01]")}, PASS / 4),
     ],
@@ -316,7 +322,8 @@ def test_compiled_step_makes_one_pass_over_the_average_and_no_copy(
     names = [(f"a{i}", emaopt.average_params(0.9, **options)) for i in range(averages)]
     traffic, memory, size, program = compiled(optax.named_chain(("adam", ADAM), *names))
     assert traffic == pytest.approx(alone + extra, abs=0.1)
-    assert memory.temp_size_in_bytes < 0.01 * count
+    temporaries = 0 if NEW_XLA or "skip_nonfinite" not in options else 4
+    assert memory.temp_size_in_bytes < (temporaries + 0.01) * count
     assert memory.alias_size_in_bytes == pytest.approx(size, abs=64)  # all donated
     assert not re.search(r"f32\[256,512\]\S* copy\(", program.as_text())
 

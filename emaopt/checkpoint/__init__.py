@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 
 from emaopt._swapping import swap_state as swap_state
@@ -71,6 +72,7 @@ def save(
             force=force,
             custom_metadata={**(custom_metadata or {}), **_trees.marker(state, where)},
         )
+        checkpointer.wait_until_finished()  # raises what went wrong
     if replacing:
         _files.replace(written, place)
 
@@ -164,6 +166,64 @@ def load_averaged(
     """
     files = _files.open_files("load_averaged", path)
     return _restoring.averages(files, target, sharding, dtype, name)
+
+
+def export_safetensors(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    separator: str = "/",
+    force: bool = False,
+) -> None:
+    """Exports the averaged parameters of a checkpoint to a safetensors file.
+
+    Needs the package safetensors (`emaopt[safetensors]`). The file is written beside its
+    place and renamed, so `out` never holds half of it. The parameters are in host memory
+    meanwhile.
+
+    Args:
+      path: A checkpoint, as for `load_averaged`.
+      out: The file to make.
+      dtype: Floating dtype to cast floating arrays to. None: as saved.
+      separator: What joins the names of nested parameters.
+      force: Replace what stands at `out`.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at `path`.
+      FileExistsError: If `out` exists and `force` is False.
+      ValueError: As for `load_averaged`; or if two names are one with this separator.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, tempfile, emaopt
+      >>> from safetensors.numpy import load_file
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = {"dense": {"kernel": jnp.ones(2)}}
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> save(path, (params, tx.init(params)))
+      >>> export_safetensors(path, path + ".safetensors")
+      >>> load_file(path + ".safetensors")
+      {'dense/kernel': array([1., 1.], dtype=float32)}
+    """
+    from safetensors.numpy import save_file
+
+    out = os.path.abspath(os.fspath(out))
+    if os.path.exists(out) and not force:
+        raise FileExistsError(
+            f"export_safetensors: {out} exists; pass force=True to replace it."
+        )
+    tensors = {}
+    for names, leaf in _files.names_of(load_averaged(path, dtype=dtype)).items():
+        name = separator.join(names)
+        if name in tensors:
+            raise ValueError(
+                f"export_safetensors: two parameters are called {name!r} with the "
+                f"separator {separator!r}; choose another."
+            )
+        tensors[name] = np.asarray(leaf)
+    unfinished = f"{out}.unfinished"
+    save_file(tensors, unfinished)
+    os.replace(unfinished, out)
 
 
 def average_names(params: Any, name: str = "ExponentialMovingAverage") -> dict[str, str]:

@@ -60,6 +60,8 @@ def absolute(path: str | os.PathLike) -> Any:
 
 def replace(new: Any, path: Any) -> None:
     """Puts a complete checkpoint in another's place; all processes wait for the first."""
+    if not new.exists():
+        raise OSError(f"save: {new} was not completed; {path} is as it was.")
     if jax.process_index() == 0:
         path.rmtree()
         new.rename(path)
