@@ -18,6 +18,7 @@ from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from models import Net, train_step
 
 import emaopt
 from emaopt import checkpoint
@@ -46,27 +47,12 @@ def train(params, opt_state, steps=3, tx=TX):
     return params, opt_state
 
 
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
-
-
 def trained_nnx():
     model = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
 
-    @nnx.jit
-    def step(model, optimizer):
-        grads = nnx.grad(lambda m: m(jnp.arange(6.0).reshape(2, 3)).sum())(model)
-        optimizer.update(model, grads)
-
     for _ in range(3):
-        step(model, optimizer)
+        train_step(model, optimizer)
     return model, optimizer
 
 

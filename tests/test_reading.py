@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
+from models import Net, train_step
 
 import emaopt
 
@@ -378,28 +379,13 @@ def test_frozen_dict_and_train_state():
         swapped.apply_gradients(grads=state.params)
 
 
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
-
-
 def test_nnx_model_with_dropout_and_batch_norm():
     model = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, WRAPPERS["chain"], wrt=nnx.Param)
 
-    @nnx.jit
-    def step(model, optimizer):
-        grads = nnx.grad(lambda m: m(jnp.arange(6.0).reshape(2, 3)).sum())(model)
-        optimizer.update(model, grads)
-
     expected = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
     for _ in range(3):
-        step(model, optimizer)
+        train_step(model, optimizer)
         expected = jax.tree.map(
             lambda a, q: a + np.float32(1 - 0.9) * (np.asarray(q) - a),
             expected,
