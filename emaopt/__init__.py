@@ -1,4 +1,14 @@
-"""Averages of the weights, and training with little communication, for JAX and Optax."""
+"""Averages of the weights for JAX and Optax, and checkpoints that serve them.
+
+Averages:     average_params, averaged, average_tree
+Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
+              inverse_gamma_decay, half_life_decay, scale_decay
+Their weights: decay_weights, weight_summary
+Reading:      get_average, swap, reset_average, average_distance, by_name
+Modules:      checkpoint, batch_stats
+"""
+
+import importlib
 
 from emaopt._averaging import AveragedState as AveragedState
 from emaopt._averaging import average_params as average_params
@@ -22,3 +32,10 @@ from emaopt._recursion import SwappedState as SwappedState
 from emaopt._weights import WeightSummary as WeightSummary
 from emaopt._weights import decay_weights as decay_weights
 from emaopt._weights import weight_summary as weight_summary
+
+
+def __getattr__(name: str):
+    """Imports a module with dependencies of its own when it is first used."""
+    if name in ("batch_stats", "checkpoint"):
+        return importlib.import_module(f"emaopt.{name}")
+    raise AttributeError(f"module 'emaopt' has no attribute {name!r}")

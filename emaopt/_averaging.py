@@ -92,6 +92,9 @@ def average_params(
         a_s = a_{s-1} + (1 - β_t) (θ_s - a_{s-1}),     t = s - start,
 
     so that it always is a weighted sum of iterates: `decay_weights` returns the weights.
+    Every operation is rounded by itself, in float32 at least, under jit as in NumPy. For
+    a number 1 - β is taken in float64, for a decay of this package from its formula
+    (warmup_decay: in float32, as TensorFlow does), for any other function in β's dtype.
 
     What to watch: θ_s is read as `params + updates`, so this belongs last in an
     `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
@@ -110,7 +113,9 @@ def average_params(
       every: Move the average on every k-th step only (when (s - start) % k == 0), by the
         product of the decays since the last move: the window keeps its length in steps.
         The steps between cost no pass over the parameters. Default 1.
-      start: For s < start the average is a copy of the parameters. Default 0.
+      start: For s < start the average is a copy of the parameters; the step s = start is
+        the first to average, with decay(0). s counts from init or `reset_average`, not
+        from a global step. Default 0.
       mask: A tree of booleans like the parameters or a prefix of it, or a function from
         the parameters to one (`by_name`). False leaves are not averaged and cost
         nothing. Default: all are averaged.

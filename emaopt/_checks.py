@@ -10,6 +10,7 @@ import numpy as np
 def check_decay(function: str, decay: Any) -> None:
     """Raises unless `decay` is a number in [0, 1] or a function of t."""
     if callable(decay):
+        _check_function(function, decay)
         return
     if isinstance(decay, jax.Array):
         if decay.ndim:
@@ -21,6 +22,25 @@ def check_decay(function: str, decay: Any) -> None:
             f"emaopt.warmup_decay(0.999), got {decay!r}."
         )
     check_number(function, "decay", float(decay), 0, 1)
+
+
+def _check_function(function: str, decay: Any) -> None:
+    """Raises if a decay function does not return a floating scalar."""
+    try:
+        beta = jax.eval_shape(decay, jax.ShapeDtypeStruct((), np.int32))
+    except jax.errors.JAXTypeError:
+        return  # written in Python's control flow: right outside of jit
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: decay must be a function of one argument, t, that returns β; "
+            f"{decay!r} does not: {error}"
+        ) from None
+    if getattr(beta, "shape", None) != () or not np.issubdtype(beta.dtype, np.inexact):
+        kind = getattr(beta, "dtype", type(beta).__name__)
+        raise ValueError(
+            f"{function}: decay must return a floating scalar, {decay!r} returns {kind} "
+            f"of shape {getattr(beta, 'shape', '')}."
+        )
 
 
 def check_number(

@@ -13,7 +13,7 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
 
     Args:
       *regexes: Regular expressions, searched for in the leaf's path: its keys joined with
-        "/", as in "encoder/layers/0/kernel".
+        "/", as in "encoder/layers/0/kernel". r"^(?!.*bias$)" is all but the biases.
 
     Returns:
       A function from a tree to a tree of booleans of the same structure.

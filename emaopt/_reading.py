@@ -185,9 +185,9 @@ def find_node(function: str, opt_state: Any, name: str | None) -> Any:
     """The one node of a state that holds an average, swapped or not."""
     found = average_nodes(opt_state, name)
     if not found:
-        which = "" if name is None else f" under the name {name!r}"
+        refuse_unknown_name(function, opt_state, name)
         raise ValueError(
-            f"{function}: no average in this optimizer state{which}. Put "
+            f"{function}: no average in this optimizer state. Put "
             "emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
             "emaopt.averaged(optimizer, decay), before init."
         )
@@ -223,6 +223,15 @@ def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], A
         return nodes
     exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
     return exact or {names: node for names, node in nodes.items() if name in names}
+
+
+def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
+    """Raises if the state holds averages, but none of the name."""
+    if name is not None and (nodes := average_nodes(state)):
+        there = ", ".join(repr("/".join(names)) for names in nodes)
+        raise ValueError(
+            f"{function}: no average under the name {name!r}; there are {there}."
+        )
 
 
 def refuse_crossed_swap(function: str, state: Any, node: Any) -> None:

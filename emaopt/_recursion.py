@@ -17,7 +17,12 @@ from emaopt._decays import DecayLike, one_minus
 
 
 class AverageState(NamedTuple):
-    """State of an average; read it with `get_average`, exchange it with `swap`."""
+    """State of an average; read it with `get_average`, exchange it with `swap`.
+
+    num_updates: the updates so far, s. num_skipped: those left out by skip_nonfinite.
+    weight: what the iterates weigh before de-biasing, None without it. pending: 1 - Πβ
+    since the average last moved (every). average: the average, always readable.
+    """
 
     num_updates: Any  # () int32, s: the updates so far, skipped ones included
     num_skipped: Any  # () int32, updates left out for a NaN or inf (skip_nonfinite)

@@ -12,6 +12,7 @@ from emaopt._reading import (
     exchanged,
     is_average_node,
     refuse_crossed_swap,
+    refuse_unknown_name,
 )
 from emaopt._recursion import SwappedState
 
@@ -61,9 +62,9 @@ def locate(function: str, state: Any, name: str | None, at: Names | None = None)
     if at is not None:
         found = {at: found[at]}
     if not found:
-        which = "" if name is None else f" under the name {name!r}"
+        refuse_unknown_name(function, state, name)
         raise ValueError(
-            f"{function}: no average in this state{which}. Train with "
+            f"{function}: no average in this state. Train with "
             "emaopt.average_params or emaopt.averaged and pass the parameters and the "
             "optimizer state together, as {'params': params, 'opt_state': opt_state}; a "
             "state without an average is Orbax's own to save and restore."

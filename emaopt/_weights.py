@@ -48,6 +48,12 @@ def decay_weights(
     steps = np.arange(1, num_steps + 1)
     t = np.maximum(steps - start, 0)
     newest = evaluate(decay, t)
+    if num_steps and not (newest.min() >= 0 and newest.max() <= 1):
+        low, high = 1 - newest.max(), 1 - newest.min()
+        raise ValueError(
+            f"{name}: decay must stay in [0, 1], {decay!r} goes from {low:.6g} to "
+            f"{high:.6g}."
+        )
     # The recursion of the average itself, on its scalars: `taken` is the share of the new
     # value at each step, `total` the weight so far, `pending` what the steps since the
     # last update have taken together.

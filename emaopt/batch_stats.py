@@ -58,6 +58,7 @@ def recalibrate(
       A tree like `batch_stats`.
 
     Raises:
+      TypeError: If `batches` is an array.
       ValueError: If there is no batch, or `apply_fn` returns another tree than
         `batch_stats`, or statistics that do not follow the rule above (the forward pass
         was not in training mode).
@@ -85,6 +86,12 @@ def recalibrate(
       Izmailov et al., 2018, Averaging weights leads to wider optima and better
       generalization, §3.2, https://arxiv.org/abs/1803.05407
     """
+    shape = getattr(batches, "shape", None)
+    if shape is not None:
+        raise TypeError(
+            "recalibrate: batches must be an iterable of batches, got one array of shape "
+            f"{shape}: its rows would be taken for batches. Pass [batch]."
+        )
     treedef = jax.tree.structure(batch_stats)
 
     # The weights are an argument: as constants, they would be compiled into the program.

@@ -16,7 +16,7 @@ app = typer.Typer(
 
 @app.callback()
 def root() -> None:
-    """Averages of the weights, and training with little communication."""
+    """Averages of the weights, for JAX and Optax."""
 
 
 @app.command()

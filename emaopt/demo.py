@@ -106,7 +106,7 @@ def run(
     console.print(
         "  curves.png   held-out loss, raw and averaged\n"
         f"  checkpoint/  the training state at {then}\n"
-        "  serve.py     the server; try: python serve.py checkpoint",
+        "  serve.py     the server; there, with this Python: python serve.py checkpoint",
         highlight=False,
     )
 

@@ -424,6 +424,17 @@ def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):
             ValueError,
             "NAME: accumulator_dtype=float64 needs jax_enable_x64",
         ),
+        (lambda f: f(lambda: 0.9), TypeError, "NAME: decay must be a function of one"),
+        (
+            lambda f: f(lambda t: jnp.ones(2)),
+            ValueError,
+            "NAME: decay must return a float",
+        ),
+        (
+            lambda f: f(lambda t: t),
+            ValueError,
+            "NAME: decay must return a floating scalar",
+        ),
         (lambda f: f(0.9, start=2**40), ValueError, "NAME: start must be in"),
         (lambda f: f(0.9, mask=3), TypeError, "NAME: mask must be a tree of booleans"),
         (lambda f: f(0.9, debias="no"), TypeError, "NAME: debias must be True or False"),

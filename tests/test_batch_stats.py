@@ -115,6 +115,15 @@ def test_counters_keep_their_values():
     assert new["count"] == 41 and new["mean"] == 0.5
 
 
+def test_one_array_is_not_taken_for_many_batches():
+    with pytest.raises(
+        TypeError, match=r"got one array of shape \(16, 5\).*Pass \[batch\]"
+    ):
+        batch_stats.recalibrate(
+            lambda p, s, x: s, None, BATCHES[0], {"mean": jnp.zeros(4)}
+        )
+
+
 @pytest.mark.parametrize(
     "apply_fn, batches, message",
     [

@@ -334,7 +334,7 @@ def test_custom_metadata_is_kept_beside_the_marker(tmp_path):
 def test_force_replaces(tmp_path):
     first, second = as_tuple(), train(*as_tuple())
     checkpoint.save(tmp_path / "c", first)
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(ValueError, match=r"c already exists; pass force=True"):
         checkpoint.save(tmp_path / "c", second)
     assert_same(checkpoint.restore(tmp_path / "c", first), first)
     checkpoint.save(tmp_path / "c", second, force=True)

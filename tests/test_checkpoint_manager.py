@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors
+from flax import nnx
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
 from test_checkpoint import (
@@ -19,6 +20,7 @@ from test_checkpoint import (
     assert_same,
     mixed_params,
     train,
+    trained_nnx,
 )
 
 import emaopt
@@ -219,17 +221,22 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["chain", "averaged"])
+ADOPTING = {
+    "chain": lambda inner: optax.chain(inner, emaopt.average_params(0.9)),
+    "named_chain": lambda inner: optax.named_chain(
+        ("inner", inner), ("average", emaopt.average_params(0.9))
+    ),
+    "averaged": lambda inner: emaopt.averaged(inner, 0.9),
+}
+
+
+@pytest.mark.parametrize("wrap", ADOPTING)
 @pytest.mark.parametrize("inner", PLAIN.values(), ids=PLAIN)
 def test_adopt_starts_the_average_from_the_parameters(inner, wrap, tmp_path):
     params = {"w": jnp.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
     params, opt_state = train(params, inner.init(params), 3, inner)
     plain_orbax(tmp_path / "c", {"params": params, "opt_state": opt_state})
-    tx = (
-        emaopt.averaged(inner, 0.9)
-        if wrap == "averaged"
-        else optax.chain(inner, emaopt.average_params(0.9))
-    )
+    tx = ADOPTING[wrap](inner)
     blank = jax.tree.map(jnp.zeros_like, params)
     report = []
     restored = checkpoint.restore(
@@ -238,7 +245,8 @@ def test_adopt_starts_the_average_from_the_parameters(inner, wrap, tmp_path):
         report=report.append,
     )
     fresh = emaopt.averaged(inner, 0.9).init(params).averaging
-    inner_state, averaging = restored["opt_state"]
+    state = restored["opt_state"]
+    inner_state, averaging = state.values() if wrap == "named_chain" else state
     assert_same(restored["params"], params)
     assert_same(inner_state, opt_state)
     assert_same(averaging, fresh)
@@ -309,6 +317,64 @@ def test_file_of_parameters_alone_is_an_error_unless_asked_for(tmp_path):
     assert_same(restored["opt_state"].inner_state, fresh["opt_state"].inner_state)
     np.testing.assert_array_equal(restored["params"]["scale"], averages(state)["scale"])
     assert any("kept the target's values of opt_state/inner_state" in s for s in report)
+
+
+def test_raw_parameters_alone(tmp_path):
+    state = trained()
+    checkpoint.save(tmp_path / "c", state)
+    target = {"params": abstract(state["params"])}
+    report = []
+    restored = checkpoint.restore(
+        tmp_path / "c", target, ignore_extra=True, report=report.append
+    )
+    assert_same(restored, {"params": state["params"]})
+    assert any("left out opt_state/inner_state" in sentence for sentence in report)
+    with pytest.raises(ValueError, match="it also holds opt_state/inner_state"):
+        checkpoint.restore(tmp_path / "c", target)
+
+
+def test_any_of_several_averages_is_loaded_by_name(tmp_path):
+    tx = optax.named_chain(
+        ("sgd", optax.sgd(0.1)),
+        ("fast", emaopt.average_params(0.5)),
+        ("slow", emaopt.average_params(0.99, mask=emaopt.by_name("w"))),
+    )
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    params, opt_state = train(params, tx.init(params), 3, tx)
+    checkpoint.save(
+        tmp_path / "c", {"params": params, "opt_state": opt_state}, name="fast"
+    )
+    for name in ("fast", "slow"):
+        assert_same(
+            checkpoint.load_averaged(tmp_path / "c", name=name),
+            emaopt.get_average(opt_state, params, name=name),
+        )
+    with pytest.raises(
+        ValueError, match=r"no average under the name 'medium'; there are"
+    ):
+        checkpoint.load_averaged(tmp_path / "c", name="medium")
+
+
+def test_an_item_of_a_composite_leads_to_its_step(tmp_path):
+    state = trained()
+    with manager(tmp_path) as m:
+        m.save(5, args=ocp.args.Composite(**{k: Save(state[k]) for k in state}))
+    for item in ("params", "opt_state"):
+        assert_same(checkpoint.load_averaged(tmp_path / "5" / item), averages(state))
+
+
+def test_parameters_of_a_model_with_other_variables(tmp_path):
+    model, optimizer = trained_nnx()
+    checkpoint.save(tmp_path / "c", {"model": model, "optimizer": optimizer})
+    target = nnx.state(model, nnx.Param)
+    loaded = checkpoint.load_averaged(tmp_path / "c", target=target)
+    assert_same(loaded, emaopt.get_average(optimizer, target))
+
+
+def test_dtype_to_load_must_be_floating(tmp_path):
+    checkpoint.save(tmp_path / "c", trained())
+    with pytest.raises(ValueError, match="dtype must be floating"):
+        checkpoint.load_averaged(tmp_path / "c", dtype=jnp.int8)
 
 
 def test_names_as_tensorflow_gives_them():

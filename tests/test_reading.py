@@ -292,7 +292,9 @@ def test_several_averages_are_told_apart_by_name():
     assert_same(emaopt.swap(served, kept, name="slow"), (params, state))
     with pytest.raises(ValueError, match=r"several averages.*'fast', 'slow'.*name="):
         emaopt.get_average(state)
-    with pytest.raises(ValueError, match=r"no average.*under the name 'medium'"):
+    with pytest.raises(
+        ValueError, match=r"no average under the name 'medium'; there are 'fast', 'slow'"
+    ):
         emaopt.get_average(state, name="medium")
 
 

@@ -63,6 +63,8 @@ def save(
         )
     state, where = _trees.served("save", state, name)
     place = _files.absolute(path)
+    if place.exists() and not force:
+        raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
     replacing = force and place.exists()
     written = place.with_name(place.name + ".replacement") if replacing else place
     with ocp.StandardCheckpointer() as checkpointer:
@@ -82,6 +84,7 @@ def restore(
     target: Any,
     *,
     keep_missing: bool = False,
+    ignore_extra: bool = False,
     report: Callable[[str], Any] = _restoring.log_warning,
 ) -> Any:
     """Restores a training state as it was when it was saved, bit for bit.
@@ -100,6 +103,8 @@ def restore(
         none. Shapes must agree.
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
         must then be arrays. To start training from a file of parameters alone.
+      ignore_extra: Leave out what the target has no place for. With {"params": params}
+        as target: the raw parameters alone.
       report: Called with each sentence on what was renamed, seeded, left out or kept; by
         default the warning function of the logger "emaopt".
 
@@ -121,7 +126,13 @@ def restore(
       [1. 1.]
     """
     files = _files.open_files("restore", path)
-    return _restoring.restored(files, target, keep_missing=keep_missing, report=report)
+    return _restoring.restored(
+        files,
+        target,
+        keep_missing=keep_missing,
+        ignore_extra=ignore_extra,
+        report=report,
+    )
 
 
 def load_averaged(
@@ -145,7 +156,7 @@ def load_averaged(
       dtype: Floating dtype to cast floating arrays to. None: the target's, else as saved
         (the accumulator's, float32 for bfloat16 parameters).
 
-      name: Which average, if there are several and none was saved under the names.
+      name: Which average, if there are several. None: the one under the names.
 
     Returns:
       The parameters: averages, and the raw values of those that were not averaged.

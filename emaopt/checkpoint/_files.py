@@ -98,7 +98,15 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
     files = Files(path, items, saved, _read_marker(function, path, marker))
+    if files.marker and () in items and _is_item(path, files.marker):
+        return open_files(function, path.parent)
     return files if files.marker else files._replace(marker=_lost_marker(function, files))
+
+
+def _is_item(path: Any, marker: Marker) -> bool:
+    """Whether the directory is one item of a step, and the marker speaks of the step."""
+    ways = {marker.params[:1], marker.average[:1]}
+    return (path.name,) in ways and (path.parent / "_CHECKPOINT_METADATA").exists()
 
 
 def whole_tree(files: Files) -> Any:

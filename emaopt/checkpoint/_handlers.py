@@ -27,7 +27,10 @@ def handler_registry(
     max_to_keep, best_fn, preemption. The files are those of Orbax's stock handler: a
     manager without the registry restores the averages under the parameters' names.
 
-    What to watch: one registry for one manager.
+    What to watch: one registry for one manager; StandardSave and StandardRestore only;
+    an error in saving comes from `manager.save`, or from `wait_until_finished` and the
+    next save if saves are asynchronous. A run that has dropped its average needs no
+    registry.
 
     Args:
       name: Which average, if the state holds several.
@@ -137,7 +140,6 @@ class _Swapping:
         state = _restoring.restored(
             files,
             state,
-            keep_missing=False,
             report=self._report,
             scope=scope,
             fallback=fallback,

@@ -32,6 +32,7 @@ def match(
     *,
     scope: Names = (),
     keep_missing: bool = False,
+    ignore_extra: bool = False,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
 
@@ -43,6 +44,7 @@ def match(
       scope: Only the leaves whose names begin with this are wanted; a new average's
         parameters may stand outside.
       keep_missing: Whether leaves that are not there may keep the target's values.
+      ignore_extra: Whether leaves that the target has no place for may be left out.
     """
     everything = saved
     wanted, saved = _within(scope, names_of(target)), _within(scope, saved)
@@ -75,6 +77,9 @@ def match(
     }
     if dropped:
         report.append(f"left out an average, the target has none: {listed(dropped)}")
+    if ignore_extra and extra - dropped:
+        report.append(f"left out {listed(extra - dropped)}")
+        dropped = extra
     _complain(
         function,
         path,
@@ -112,18 +117,25 @@ def _renamed(missing: Any, spare: Any, wanted: dict, saved: dict) -> dict[Names,
     positions and wrappers the names agree; where several do (two counters), they pair in
     order if there are as many.
     """
-    here, there = defaultdict(list), defaultdict(list)
-    for names in sorted(missing):
-        here[_slot(names)].append(names)
-    for names in sorted(spare):
-        there[_slot(names)].append(names)
-    return {
-        new: old
-        for slot, news in here.items()
-        if slot and len(there[slot]) == len(news)
-        for new, old in zip(news, there[slot], strict=True)
-        if _same_shape(wanted[new], saved[old])
-    }
+    pairs: dict[Names, Names] = {}
+    # A named_chain puts a name of the user's before the slot: dropped in a second try.
+    for short_here, short_there in (
+        (_slot, _slot),
+        (_slot_below, _slot),
+        (_slot, _slot_below),
+    ):
+        here, there = defaultdict(list), defaultdict(list)
+        for names in sorted(missing - pairs.keys()):
+            here[short_here(names)].append(names)
+        for names in sorted(spare - set(pairs.values())):
+            there[short_there(names)].append(names)
+        for slot, news in here.items():
+            olds = there[slot]
+            if slot and len(olds) == len(news):
+                both = list(zip(news, olds, strict=True))
+                if all(_same_shape(wanted[new], saved[old]) for new, old in both):
+                    pairs |= dict(both)
+    return pairs
 
 
 def _slot(names: Names) -> Names:
@@ -134,9 +146,15 @@ def _slot(names: Names) -> Names:
     return ()
 
 
+def _slot_below(names: Names) -> Names:
+    """The same, with the first name of the user's left out too."""
+    slot = _slot(names)
+    return _slot(slot[1:])
+
+
 def _move(new: Names, old: Names) -> tuple[str, str]:
     """The part of two names that differs, up to the slot's field."""
-    length = len(_slot(new)) - 1
+    length = min(len(_slot(new)), len(_slot(old))) - 1
     return "/".join(new[: len(new) - length]), "/".join(old[: len(old) - length])
 
 

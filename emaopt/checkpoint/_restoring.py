@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from emaopt._reading import average_nodes
+from emaopt._reading import average_nodes, refuse_unknown_name
 from emaopt._swapping import exchange, locate
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
@@ -20,7 +21,8 @@ def restored(
     files: _files.Files,
     target: Any,
     *,
-    keep_missing: bool,
+    keep_missing: bool = False,
+    ignore_extra: bool = False,
     report: Callable[[str], Any],
     scope: Names = (),
     fallback: Any = None,
@@ -36,7 +38,13 @@ def restored(
     saved = {name: (files.saved | empty)[there] for name, there in logical.items()}
     targets = names_of(plain)
     found = match(
-        "restore", files.path, plain, saved, scope=scope, keep_missing=keep_missing
+        "restore",
+        files.path,
+        plain,
+        saved,
+        scope=scope,
+        keep_missing=keep_missing,
+        ignore_extra=ignore_extra,
     )
     seeded = {source: source for source in found.seeds.values() if source is not None}
     wanted = {
@@ -70,7 +78,7 @@ def restored(
 def as_saved(files: _files.Files, scope: Names) -> Any:
     """What a restore without a target gives: raw parameters in Orbax's containers."""
     target = with_other_items(files)
-    logical = restored(files, target, keep_missing=False, report=log_warning, scope=scope)
+    logical = restored(files, target, report=log_warning, scope=scope)
     return logical[scope[0]] if scope else logical
 
 
@@ -85,9 +93,14 @@ def averages(
     files: _files.Files, target: Any, sharding: Any, dtype: Any, name: str | None
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    prefix, there = _averages_on_disk(files, name)
+    params, inside, there = _averages_on_disk(files, name)
     empty = files.marker.empty if files.marker else {}
-    saved = {rest: (files.saved | empty)[names] for rest, names in there.items()}
+    present = files.saved | empty
+    if target is not None:
+        # A model's other variables, which no average is of, may be left out.
+        names = names_of(target).keys() | {n for n in there if inside + n in present}
+        there = {n: place for n, place in there.items() if n in names}
+    saved = {n: present[place] for n, place in there.items()}
     wanted = _wanted(files.path, saved, target, sharding, dtype)
     read = _files.read(
         "load_averaged",
@@ -100,39 +113,51 @@ def averages(
     }
     if target is not None:
         return _trees.fill(target, values)
-    return _fill_as_on_disk(files, prefix, values)
+    return _fill_as_on_disk(files, params, values)
 
 
-def _averages_on_disk(files: _files.Files, name: str | None) -> tuple[Names, dict]:
-    """The names that lead to the parameters, and where each one's average stands."""
-    empty = files.marker.empty if files.marker else {}
-    present = files.saved | empty
-    if files.marker is not None:
-        prefix = files.marker.params
-        return prefix, {
-            names[len(prefix) :]: names
-            for names in present
-            if names[: len(prefix)] == prefix
-        }
+def _averages_on_disk(
+    files: _files.Files, name: str | None
+) -> tuple[Names, Names, dict[Names, Names]]:
+    """The names that lead to parameters and average, and where each average stands."""
+    present = files.saved | (files.marker.empty if files.marker else {})
+    if files.marker is not None and _is_asked_for(files, name):
+        params = files.marker.params
+        there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
+        return params, (*files.marker.average, "average"), there
     tree = _files.whole_tree(files)
     if not average_nodes(tree, name):
+        refuse_unknown_name("load_averaged", tree, name)
         raise ValueError(
-            f"load_averaged: {files.path} holds no average"
-            f"{'' if name is None else f' with the name {name!r}'}: its parameters are "
-            "raw. Load them with orbax.checkpoint.StandardCheckpointer."
+            f"load_averaged: {files.path} holds no average: its parameters are raw. Load "
+            "them with orbax.checkpoint.StandardCheckpointer."
         )
+    if files.marker is not None:
+        # Not the one that stands under the names: look for it as if none did.
+        tree, _ = _trees.raw(jax.tree.map(_trees.as_array, tree))
     where = locate("load_averaged", tree, name)
     inside = (*where.average, "average")
     there = {}
-    for names in present:
-        if names[: len(where.params)] == where.params:
-            rest = names[len(where.params) :]
-            there[rest] = inside + rest if inside + rest in present else names
-    return where.params, there
+    for logical, place in _files.logical_names(files).items():
+        if logical[: len(where.params)] == where.params:
+            rest = logical[len(where.params) :]
+            there[rest] = inside + rest if inside + rest in present else place
+    return where.params, inside, there
+
+
+def _is_asked_for(files: _files.Files, name: str | None) -> bool:
+    """Whether the average under the parameters' names is the one of that name."""
+    marker = files.marker
+    return name is None or (
+        marker is not None
+        and marker.average in average_nodes(_files.whole_tree(files), name)
+    )
 
 
 def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
+    if dtype is not None and not jnp.issubdtype(np.dtype(dtype), jnp.floating):
+        raise ValueError(f"load_averaged: dtype must be floating, got {dtype!r}.")
     like = {} if target is None else names_of(target)
     if target is not None:
         check_fit("load_averaged", path, like, saved)
