@@ -38,7 +38,8 @@ def save(
         TrainState, an NNX model and its `nnx.Optimizer` or the `nnx.state` of them.
       name: Which average, if the state holds several: a key on the way to it.
       force: Replace what stands at `path`, whatever it is. It is removed when the new
-        checkpoint is complete beside it, as `path`.replacement.
+        checkpoint is complete beside it, as `path`.replacement. A kill at any moment
+        leaves one of the two complete, and an error of `restore` says where.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
 
     Raises:
@@ -65,8 +66,7 @@ def save(
     place = _files.absolute(path)
     if place.exists() and not force:
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
-    replacing = force and place.exists()
-    written = place.with_name(place.name + ".replacement") if replacing else place
+    written = _files.replacement(place) if force else place
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             written,
@@ -75,8 +75,8 @@ def save(
             custom_metadata={**(custom_metadata or {}), **_trees.marker(state, where)},
         )
         checkpointer.wait_until_finished()  # raises what went wrong
-    if replacing:
-        _files.replace(written, place)
+    if force:
+        _files.replace(place)
 
 
 def restore(

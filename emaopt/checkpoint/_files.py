@@ -58,13 +58,26 @@ def absolute(path: str | os.PathLike) -> Any:
     return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
-def replace(new: Any, path: Any) -> None:
-    """Puts a complete checkpoint in another's place; all processes wait for the first."""
-    if not new.exists():
-        raise OSError(f"save: {new} was not completed; {path} is as it was.")
+def replacement(path: Any) -> Any:
+    """Where a checkpoint that is to take another's place is written."""
+    return path.with_name(path.name + ".replacement")
+
+
+def replace(path: Any) -> None:
+    """Puts the replacement in its place; all processes wait for the first.
+
+    What was there is moved aside before and removed after, so that `path` never holds a
+    part of a checkpoint; between the two renames it holds none, which `open_files` says.
+    """
     if jax.process_index() == 0:
-        path.rmtree()
+        if not (new := replacement(path)).exists():
+            raise OSError(f"save: {new} was not completed; {path} is as it was.")
+        aside = path.with_name(path.name + ".replaced")
+        if path.exists():
+            aside.rmtree(missing_ok=True)
+            path.rename(aside)
         new.rename(path)
+        aside.rmtree(missing_ok=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"emaopt: replaced {path}")
 
@@ -73,10 +86,12 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
     """Reads the metadata of a checkpoint, or says what stands there instead."""
     path = absolute(given)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{function}: there is no checkpoint at {path}. Give the directory that was "
-            "saved; of a CheckpointManager, a step's."
+        what = (
+            f"A save over it was cut short: {beside} is complete, move it there."
+            if (beside := replacement(path)).exists()
+            else "Give the directory that was saved; of a CheckpointManager, a step's."
         )
+        raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
     directories = _directories(path)
     if not directories:
         steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())

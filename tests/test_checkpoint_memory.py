@@ -1,0 +1,124 @@
+"""What checkpoints cost in memory and in reading, of a state of 256 MiB.
+
+Run as a program, it does one thing and prints what that took:
+
+    python test_checkpoint_memory.py build|save|save_plain|restore|load PATH MIB
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import emaopt
+from emaopt import checkpoint
+
+pytestmark = pytest.mark.slow
+
+TX = emaopt.averaged(optax.adam(1e-3), 0.999)
+MIB = 256
+PAIRS = 8  # of a float32 and a bfloat16 array, with their slots in Adam and the average
+
+
+def start(mib):
+    size = int(mib * 2**20 / PAIRS / (4 * 4 + 3 * 2 + 4))
+    params = {
+        f"{i}": {"kernel": jnp.zeros(size), "scale": jnp.zeros(size, jnp.bfloat16)}
+        for i in range(PAIRS)
+    }
+    return {"params": params, "opt_state": TX.init(params)}
+
+
+def noise(mib):
+    """The state with arrays that compress badly, made one by one."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    return jax.block_until_ready(jax.tree.map(fill, jax.eval_shape(lambda: start(mib))))
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def proc(file, field):
+    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def main(what, path, mib):
+    read = proc("io", "rchar:")
+    if what == "restore":
+        result = checkpoint.restore(path, jax.eval_shape(lambda: start(mib)))
+    elif what == "load":
+        result = checkpoint.load_averaged(path)
+    else:
+        result = noise(mib)
+        if what == "save":
+            checkpoint.save(path, result)
+        elif what == "save_plain":
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, result)
+    size = size_of(jax.block_until_ready(result))
+    peak = proc("status", "VmHWM:") * 1024
+    print(json.dumps({"size": size, "peak": peak, "read": proc("io", "rchar:") - read}))
+
+
+def measure(what, path, mib=MIB):
+    """Runs this file; the C library gives memory back when it is freed, not later."""
+    run = subprocess.run(
+        [sys.executable, __file__, what, path, str(mib)],
+        env=os.environ
+        | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    path = tmp_path_factory.mktemp("large") / "checkpoint"
+    checkpoint.save(path, noise(MIB))
+    return path
+
+
+def test_restore_holds_little_more_than_the_state(large, tmp_path):
+    checkpoint.save(tmp_path / "small", noise(1))
+    before = measure("restore", tmp_path / "small", 1)["peak"]
+    runs = [measure("restore", large) for _ in range(3)]
+    assert runs[0]["size"] == pytest.approx(MIB * 2**20, rel=0.01)
+    assert median(run["peak"] - before for run in runs) <= 1.2 * runs[0]["size"]
+
+
+def test_save_holds_no_more_than_orbax_does(tmp_path):
+    peaks = {
+        what: max(measure(what, tmp_path / f"{what}{i}")["peak"] for i in range(4))
+        for what in ("save", "save_plain")
+    }
+    assert peaks["save"] <= 1.02 * peaks["save_plain"]
+
+
+def test_load_averaged_reads_the_parameters_alone(large, tmp_path):
+    checkpoint.save(tmp_path / "small", noise(1))
+    run, other = measure("load", large), measure("load", tmp_path / "small", 1)
+    read, size = run["read"] - other["read"], run["size"] - other["size"]
+    on_disk = sum(p.stat().st_size for p in large.rglob("*") if p.is_file())
+    assert read <= 1.02 * size and read < 0.4 * on_disk
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
