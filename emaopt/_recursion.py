@@ -105,7 +105,7 @@ def make_averager(
         )
 
     def update(tree, state, num_updates=None):
-        _check_state(function, state)
+        _check_state(function, state, debias)
         leaves, treedef = jax.tree.flatten(tree)
         entries = _entries(function, leaves, treedef, state.average)
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
@@ -326,7 +326,7 @@ def _chosen(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _check_state(function: str, state: Any) -> None:
+def _check_state(function: str, state: Any, debias: bool) -> None:
     if isinstance(state, SwappedState):
         raise TypeError(
             f"{function}: this state is swapped: the parameters are the average, and "
@@ -337,6 +337,11 @@ def _check_state(function: str, state: Any) -> None:
         raise TypeError(
             f"{function}: the state must be an AverageState as init makes it, got "
             f"{type(state).__name__}."
+        )
+    if debias != (state.weight is not None):
+        raise ValueError(
+            f"{function}: debias={debias}, but the state was made with "
+            f"debias={not debias}. It cannot change in mid-run; make a new state with init."
         )
 
 

@@ -491,6 +491,22 @@ def test_update_with_another_kind_of_leaf_says_so(new, message):
         averager.update({"a": new}, averager.init({"a": jnp.ones(2)}))
 
 
+@pytest.mark.parametrize("debias", [False, True])
+def test_update_with_a_state_of_the_other_debias_says_so(debias):
+    state = emaopt.average_tree(0.9, debias=not debias).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=f"debias={debias}, but the state was made with"):
+        emaopt.average_tree(0.9, debias=debias).update(jnp.ones(2), state)
+
+
+@pytest.mark.parametrize("options", [{"zero_init": True}, {"skip_nonfinite": True}])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16, jnp.complex64])
+def test_options_that_look_at_the_values_take_every_dtype(dtype, options):
+    averager = emaopt.average_tree(0.5, **options)
+    state = averager.init(jnp.ones(2, dtype))
+    state = jax.jit(averager.update)(jnp.full(2, jnp.nan, dtype), state)
+    assert bool(jnp.isnan(state.average).all()) == ("zero_init" in options)
+
+
 def test_update_with_a_foreign_state_says_so():
     averager = emaopt.average_tree(0.9)
     with pytest.raises(TypeError, match=r"must be an AverageState.*got dict"):
