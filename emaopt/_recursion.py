@@ -341,7 +341,7 @@ def _check_state(function: str, state: Any, debias: bool) -> None:
     if debias != (state.weight is not None):
         raise ValueError(
             f"{function}: debias={debias}, but the state was made with "
-            f"debias={not debias}. It cannot change in mid-run; make a new state with init."
+            f"debias={not debias}. It cannot change in mid-run; make a new state."
         )
 
 
