@@ -277,13 +277,15 @@ def test_average_of_bfloat16_parameters_is_read_in_either_dtype():
     assert emaopt.get_average(state, params).dtype == jnp.bfloat16
 
 
+FAST_AND_SLOW = optax.named_chain(
+    ("sgd", SGD),
+    ("fast", emaopt.average_params(0.5)),
+    ("slow", emaopt.average_params(0.99)),
+)
+
+
 def test_several_averages_are_told_apart_by_name():
-    tx = optax.named_chain(
-        ("sgd", SGD),
-        ("fast", emaopt.average_params(0.5)),
-        ("slow", emaopt.average_params(0.99)),
-    )
-    params, state, _ = train(tx, PARAMS)
+    params, state, _ = train(FAST_AND_SLOW, PARAMS)
     fast = emaopt.average_distance(state, params, name="fast")
     slow = emaopt.average_distance(state, params, name="slow")
     assert 0 < fast < slow
@@ -299,12 +301,7 @@ def test_several_averages_are_told_apart_by_name():
 
 
 def test_two_averages_are_not_swapped_at_once():
-    tx = optax.named_chain(
-        ("sgd", SGD),
-        ("fast", emaopt.average_params(0.5)),
-        ("slow", emaopt.average_params(0.99)),
-    )
-    params, state, _ = train(tx, PARAMS)
+    params, state, _ = train(FAST_AND_SLOW, PARAMS)
     swapped = emaopt.swap(params, state, name="fast")
     with pytest.raises(ValueError, match=r"the average at fast is swapped.*name='fast'"):
         emaopt.swap(*swapped, name="slow")

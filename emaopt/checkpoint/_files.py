@@ -183,13 +183,15 @@ def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
 
 def logical_names(files: Files) -> dict[Names, Names]:
     """Where each leaf of the training state stands on disk, by its name in the state."""
-    present = files.saved.keys() | (files.marker.empty.keys() if files.marker else set())
-    return {
-        physical
-        if files.marker is None
-        else _exchanged(physical, files.marker, present): (physical)
-        for physical in present
-    }
+    present = all_leaves(files)
+    if files.marker is None:
+        return {names: names for names in present}
+    return {_exchanged(names, files.marker, present): names for names in present}
+
+
+def all_leaves(files: Files) -> dict[Names, Any]:
+    """Metadata of every leaf, those of size 0 too, by name on disk."""
+    return files.saved | files.marker.empty if files.marker else files.saved
 
 
 def _exchanged(names: Names, marker: Marker, present: Any) -> Names:

@@ -86,7 +86,7 @@ class _Swapping:
     """The methods that stand in for the stock handler's."""
 
     def __init__(self, handler: Any, name: Any, metrics_of: Any, report: Any):
-        self._save, self._metadata = handler.async_save, handler.metadata
+        self._save = handler.async_save
         self._name, self._metrics_of, self._report = name, metrics_of, report
         self._steps: dict[str, dict[str, Any]] = {}  # directory of step -> item -> args
 

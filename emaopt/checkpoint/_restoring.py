@@ -33,9 +33,8 @@ def restored(
     without a sharding go to `fallback`, or the default device.
     """
     plain, swapped_at = _trees.raw(_trees.plain(target))
-    logical = _files.logical_names(files)
-    empty = files.marker.empty if files.marker else {}
-    saved = {name: (files.saved | empty)[there] for name, there in logical.items()}
+    logical, present = _files.logical_names(files), _files.all_leaves(files)
+    saved = {name: present[there] for name, there in logical.items()}
     targets = names_of(plain)
     found = match(
         "restore",
@@ -58,9 +57,10 @@ def restored(
     for name, source in found.sources.items():
         leaf = targets[name]
         there = logical[source]
-        values[name] = _trees.as_target(read[there], leaf) if there in read else (
-            _trees.zeros(leaf)
-        )  # fmt: skip
+        if there in read:
+            values[name] = _trees.as_target(read[there], leaf)
+        else:  # of size 0
+            values[name] = _trees.zeros(leaf)
     for name, source in found.seeds.items():
         leaf = targets[name]
         if source is None or _trees.is_empty(leaf):
@@ -94,8 +94,7 @@ def averages(
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
     params, inside, there = _averages_on_disk(files, name)
-    empty = files.marker.empty if files.marker else {}
-    present = files.saved | empty
+    present = _files.all_leaves(files)
     if target is not None:
         # A model's other variables, which no average is of, may be left out.
         names = names_of(target).keys() | {n for n in there if inside + n in present}
@@ -120,7 +119,7 @@ def _averages_on_disk(
     files: _files.Files, name: str | None
 ) -> tuple[Names, Names, dict[Names, Names]]:
     """The names that lead to parameters and average, and where each average stands."""
-    present = files.saved | (files.marker.empty if files.marker else {})
+    present = _files.all_leaves(files)
     if files.marker is not None and _is_asked_for(files, name):
         params = files.marker.params
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
@@ -185,17 +184,15 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
 
 def _fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
     """The values in the nested dicts and lists that Orbax keeps the parameters in."""
-    for item, (_, tree) in files.items.items():
-        if prefix[: len(item)] == item:
-            for name in prefix[len(item) :]:
-                tree = _child(tree, name)
-            filled = jax.tree.map(lambda leaf: leaf, tree)  # a copy of the containers
-            if not isinstance(filled, (dict, list)):
-                return values[()]
-            for names, value in values.items():
-                _put(filled, names, value)
-            return filled
-    raise AssertionError(prefix)
+    tree = _files.whole_tree(files)
+    for name in prefix:
+        tree = _child(tree, name)
+    filled = jax.tree.map(lambda leaf: leaf, tree)  # a copy of the containers
+    if not isinstance(filled, (dict, list)):
+        return values[()]
+    for names, value in values.items():
+        _put(filled, names, value)
+    return filled
 
 
 def _child(tree: Any, name: str) -> Any:
