@@ -5,11 +5,16 @@ Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
               inverse_gamma_decay, half_life_decay, scale_decay
 Their weights: decay_weights, weight_summary
 Reading:      get_average, swap, reset_average, average_distance, by_name
+Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
+              get_center, stack_workers, state_specs, worker_spread, local_round,
+              synchronize, simulate_async
 Modules:      checkpoint, batch_stats
 """
 
 import importlib
 
+from emaopt._asynchronous import AsyncTrace as AsyncTrace
+from emaopt._asynchronous import simulate_async as simulate_async
 from emaopt._averaging import AveragedState as AveragedState
 from emaopt._averaging import average_params as average_params
 from emaopt._averaging import average_tree as average_tree
@@ -21,11 +26,26 @@ from emaopt._decays import power_decay as power_decay
 from emaopt._decays import scale_decay as scale_decay
 from emaopt._decays import uniform_decay as uniform_decay
 from emaopt._decays import warmup_decay as warmup_decay
+from emaopt._local_loop import local_round as local_round
+from emaopt._local_loop import stack_workers as stack_workers
+from emaopt._local_loop import state_specs as state_specs
+from emaopt._local_loop import synchronize as synchronize
+from emaopt._local_methods import agn as agn
+from emaopt._local_methods import block_momentum as block_momentum
+from emaopt._local_methods import diloco as diloco
+from emaopt._local_methods import easgd as easgd
+from emaopt._local_methods import local_sgd as local_sgd
+from emaopt._local_methods import local_updates as local_updates
+from emaopt._local_methods import lookahead as lookahead
+from emaopt._local_updates import LocalUpdatesState as LocalUpdatesState
+from emaopt._local_updates import SwappedLocalUpdatesState as SwappedLocalUpdatesState
 from emaopt._names import by_name as by_name
 from emaopt._reading import average_distance as average_distance
 from emaopt._reading import get_average as get_average
+from emaopt._reading import get_center as get_center
 from emaopt._reading import reset_average as reset_average
 from emaopt._reading import swap as swap
+from emaopt._reading import worker_spread as worker_spread
 from emaopt._recursion import Averager as Averager
 from emaopt._recursion import AverageState as AverageState
 from emaopt._recursion import SwappedState as SwappedState

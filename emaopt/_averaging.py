@@ -3,13 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-from emaopt._checks import check_integer
+from emaopt._checks import check_integer, check_optimizer
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
+from emaopt._rounding import applied, lead
 
 
 class AveragedState(NamedTuple):
@@ -146,6 +145,7 @@ def average_params(
         `params` is missing or the state is swapped.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> tx = optax.chain(optax.sgd(1.0), average_params(0.5))
       >>> params = jnp.zeros(2)
       >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
@@ -179,7 +179,7 @@ def average_params(
                 "average_params averages the parameters, but update was called without "
                 "them: call tx.update(grads, state, params)."
             )
-        return updates, averager.update(_apply(params, updates), state, num_updates)
+        return updates, averager.update(applied(params, updates), state, num_updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -224,6 +224,7 @@ def averaged(
         `params` is missing or the state is swapped.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> tx = averaged(optax.sgd(1.0), 0.5)
       >>> params = jnp.zeros(2)
       >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
@@ -234,11 +235,7 @@ def averaged(
       Li et al., 2024, Switch EMA: a free lunch for better flatness and sharpness,
       https://arxiv.org/abs/2402.09240 (`overwrite_every`)
     """
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            "averaged: optimizer must be an optax.GradientTransformation such as "
-            f"optax.adam(1e-3), got {optimizer!r}."
-        )
+    check_optimizer("averaged", "optimizer", optimizer)
     if overwrite_every is not None:
         check_integer("averaged", "overwrite_every", overwrite_every, 1)
     averager = make_averager(
@@ -269,7 +266,7 @@ def averaged(
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        seen = _apply(params, updates) if sequential else params
+        seen = applied(params, updates) if sequential else params
         averaging = averager.update(seen, state.averaging, num_updates)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0
@@ -279,44 +276,16 @@ def averaged(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _apply(params: Any, updates: Any) -> Any:
-    """The parameters that `optax.apply_updates` returns, bit for bit also under jit.
-
-    XLA may keep a 16-bit sum in float32 for the consumers that are compiled with it, so
-    an average of it would be of values that the parameters never had. The rounding has to
-    be asked for.
-    """
-
-    def rounded(leaf):
-        dtype = jnp.asarray(leaf).dtype
-        if dtype in (jnp.bfloat16, jnp.float16):
-            info = jnp.finfo(dtype)
-            return lax.reduce_precision(leaf, info.nexp, info.nmant)
-        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-            return lax.optimization_barrier(leaf)
-        return leaf
-
-    return jax.tree.map(rounded, optax.apply_updates(params, updates))
-
-
 def _lead_to(average: Any, params: Any, updates: Any, due: Any) -> Any:
     """Updates that set the parameters to the average where `due`, the given ones else."""
     leaves, treedef = jax.tree.flatten(params)
-    pairs = zip(
-        leaves,
-        treedef.flatten_up_to(updates),
-        treedef.flatten_up_to(average),
-        strict=True,
-    )
-
-    def lead(p, u, a):
-        if not is_averaged(a):
-            return u
-        p, u = jnp.asarray(p), jnp.asarray(u)
-        # Narrow updates could not express the difference; apply_updates takes wider ones.
-        widths = [x.dtype for x in (p, u) if x.dtype.itemsize >= 4]
-        wide = jnp.result_type(jnp.float32, *widths)
-        target = a.astype(p.dtype).astype(wide)
-        return jnp.where(due, target - p.astype(wide), u.astype(wide))
-
-    return jax.tree.unflatten(treedef, [lead(*pair) for pair in pairs])
+    leads = [
+        lead(p, a, u, due) if is_averaged(a) else u
+        for p, u, a in zip(
+            leaves,
+            treedef.flatten_up_to(updates),
+            treedef.flatten_up_to(average),
+            strict=True,
+        )
+    ]
+    return jax.tree.unflatten(treedef, leads)

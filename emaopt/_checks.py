@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 
 def check_decay(function: str, decay: Any) -> None:
@@ -73,6 +74,15 @@ def check_integer(function: str, argument: str, value: Any, low: int) -> None:
         raise TypeError(f"{function}: {argument} must be a whole number, got {value!r}.")
     check_number(function, argument, value, low)
     check_number(function, argument, value, low, 2**31 - 1)
+
+
+def check_optimizer(function: str, argument: str, optimizer: Any) -> None:
+    """Raises unless `optimizer` is an Optax transformation."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"{function}: {argument} must be an optax.GradientTransformation such as "
+            f"optax.adam(1e-3), got {optimizer!r}."
+        )
 
 
 def check_flag(function: str, argument: str, value: Any) -> None:

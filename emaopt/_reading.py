@@ -1,6 +1,5 @@
 """Questions to any optimizer state: which average it holds, and how to serve it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +8,31 @@ import numpy as np
 import optax
 
 from emaopt._names import leaves_with_keys
-from emaopt._recursion import AverageState, SwappedState, is_averaged
+from emaopt._nodes import (
+    as_state,
+    average_nodes,
+    center_nodes,
+    exchanged,
+    field_of,
+    fits,
+    in_place_of,
+    is_swapped,
+    only_node,
+    refuse_crossed_swap,
+    refuse_unknown_name,
+    replace,
+    served_nodes,
+)
+from emaopt._recursion import AverageState, is_averaged
+
+_NO_AVERAGE = (
+    "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
+    "emaopt.averaged(optimizer, decay), before init."
+)
+_NO_CENTER = (
+    "Wrap the optimizer in emaopt.diloco, emaopt.agn or another method of local updates, "
+    "before init."
+)
 
 
 def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) -> Any:
@@ -50,7 +73,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
                 "get_average(opt_state, params) to take them from the parameters."
             )
         return average
-    averages, _ = _paired("get_average", average, params)
+    averages, _ = _paired("get_average", average, params, bool(center_nodes(opt_state)))
 
     def read(keys, leaf):
         value = averages.get(keys, leaf)
@@ -85,13 +108,16 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
       >>> print(served, swap(served, kept)[0])
       [0. 0.] [1. 1.]
     """
-    node = find_node("swap", opt_state, name)
+    nodes = served_nodes(opt_state, name)
+    if not nodes:
+        refuse_unknown_name("swap", opt_state, name)
+    node = only_node("swap", nodes, "average", _NO_AVERAGE)
     refuse_crossed_swap("swap", opt_state, node)
-    state = as_state(node)
-    averages, raw = _paired("swap", state.average, params)
+    content = as_state(node)[-1]
+    averages, raw = _paired("swap", content, params, bool(center_nodes(opt_state)))
     swapped = _map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)
-    kept = _map_with_keys(lambda keys, leaf: raw[keys], state.average)
-    return swapped, _replace(opt_state, node, exchanged(node, kept))
+    kept = _map_with_keys(lambda keys, leaf: raw[keys], content)
+    return swapped, replace(opt_state, node, exchanged(node, kept))
 
 
 def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> Any:
@@ -119,8 +145,8 @@ def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> An
       >>> print(get_average(state))
       [1. 1.]
     """
-    node = find_node("reset_average", opt_state, name)
-    state = find_average("reset_average", node, None)
+    state = find_average("reset_average", opt_state, name)
+    (node,) = average_nodes(opt_state, name).values()
     _, raw = _paired("reset_average", state.average, params)
 
     def restart(keys, leaf):
@@ -131,7 +157,7 @@ def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> An
         *jax.tree.map(jnp.zeros_like, state[:-1]),
         average=_map_with_keys(restart, state.average),
     )
-    return _replace(opt_state, node, in_place_of(node, fresh))
+    return replace(opt_state, node, in_place_of(node, fresh))
 
 
 def average_distance(
@@ -159,7 +185,9 @@ def average_distance(
       1.0
     """
     state = find_average("average_distance", opt_state, name)
-    averages, raw = _paired("average_distance", state.average, params)
+    averages, raw = _paired(
+        "average_distance", state.average, params, bool(center_nodes(opt_state))
+    )
     theta, difference = {}, {}
     for keys, average in averages.items():
         if is_averaged(average):
@@ -170,136 +198,115 @@ def average_distance(
     return jnp.where(norm > 0, optax.tree.norm(difference) / norm, 0.0)
 
 
+def get_center(opt_state: Any, *, name: str | None = None) -> Any:
+    """Reads the center of local updates out of any optimizer state.
+
+    The slow weights of `lookahead` too.
+
+    Args:
+      opt_state: A state of `local_updates` or of a method by name, however deep.
+      name: Which center, if there are several: a key on the way to it.
+
+    Returns:
+      The center: a tree like the parameters of one worker, at least float32. In the
+      mapped form, like the parameters that `init` saw. Leaves may be the state's own
+      arrays: copy before donating the state.
+
+    Raises:
+      ValueError: If there is no center, several, or a swapped one.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.local_sgd(optax.sgd(1.0), period=2, num_workers=4)
+      >>> state = tx.init(emaopt.stack_workers({"w": jnp.zeros(2)}, 4))
+      >>> print(get_center(state)["w"])
+      [0. 0.]
+    """
+    return find_center("get_center", opt_state, name).center
+
+
+def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> jax.Array:
+    """Returns how far each worker is from the center: ‖θ_w - c‖ / ‖c‖.
+
+    It grows between exchanges. Workers that drift apart by more than they gain ask for a
+    shorter period or smaller local steps.
+
+    Args:
+      opt_state: A state of local updates, as for `get_center`.
+      params: The workers' parameters θ_w.
+      name: Which center, if there are several.
+
+    Returns:
+      [num_workers] float32 in the stacked form; () for the own worker in the mapped form.
+      May be called under jit.
+
+    Raises:
+      ValueError: As for `get_center`, and if the parameters are others than the center's.
+
+    Example:
+      >>> import emaopt
+      >>> params = emaopt.stack_workers(jnp.ones(2), 2)
+      >>> tx = emaopt.local_sgd(optax.sgd(1.0), period=9, num_workers=2)
+      >>> print(worker_spread(tx.init(params), params * jnp.array([[1.0], [3.0]])))
+      [0. 2.]
+    """
+    state = find_center("worker_spread", opt_state, name)
+    centers, rows = _paired("worker_spread", state.center, params, stacked=True)
+    distance, size = jnp.float32(0), jnp.float32(0)
+    for keys, center in centers.items():
+        if is_averaged(center):
+            row = jnp.asarray(rows[keys]).astype(center.dtype)
+            square = jnp.abs(row - center) ** 2
+            distance += jnp.sum(
+                square, axis=tuple(range(row.ndim - center.ndim, row.ndim))
+            )
+            size += jnp.sum(jnp.abs(center) ** 2)
+    return jnp.sqrt(distance / jnp.where(size > 0, size, 1))
+
+
 def find_average(function: str, opt_state: Any, name: str | None) -> AverageState:
     """The one `AverageState` in a state, or an error that says what is there instead."""
-    state = as_state(find_node(function, opt_state, name))
-    if not isinstance(state, AverageState):
-        raise ValueError(
-            f"{function}: this state is swapped: the parameters are the average. Call "
-            "emaopt.swap(params, opt_state) to swap back first."
-        )
-    return state
-
-
-def find_node(function: str, opt_state: Any, name: str | None) -> Any:
-    """The one node of a state that holds an average, swapped or not."""
-    found = average_nodes(opt_state, name)
-    if not found:
+    nodes = average_nodes(opt_state, name)
+    if not nodes:
         refuse_unknown_name(function, opt_state, name)
+    node = only_node(function, nodes, "average", _NO_AVERAGE)
+    return _not_swapped(function, node)
+
+
+def find_center(function: str, opt_state: Any, name: str | None) -> Any:
+    """The one `LocalUpdatesState` in a state, or an error."""
+    nodes = center_nodes(opt_state, name)
+    if not nodes:
+        refuse_unknown_name(function, opt_state, name)
+    return _not_swapped(function, only_node(function, nodes, "center", _NO_CENTER))
+
+
+def _not_swapped(function: str, node: Any) -> Any:
+    if is_swapped(node):
         raise ValueError(
-            f"{function}: no average in this optimizer state. Put "
-            "emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
-            "emaopt.averaged(optimizer, decay), before init."
+            f"{function}: this state is swapped: the parameters are the "
+            f"{field_of(node)}. Call emaopt.swap(params, opt_state) to swap back first."
         )
-    if len(found) > 1:
-        where = ", ".join(repr("/".join(names)) for names in found)
-        raise ValueError(
-            f"{function}: several averages in this optimizer state, at {where}. Say "
-            "which with name=, one of these or a key on its way; optax.named_chain gives "
-            "them names."
-        )
-    names, node = found.popitem()
-    if type(node) is dict and isinstance(node["pending"], (jax.Array, np.ndarray)):
-        raise ValueError(
-            f"{function}: at {'/'.join(names) or 'the root'} stands a plain dict, as a "
-            "restore without a target gives it. Use emaopt.checkpoint.restore(path, "
-            "target) to resume training, or emaopt.checkpoint.load_averaged(path) for "
-            "the average."
-        )
-    return node
-
-
-def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
-    """All nodes that hold an average, by name.
-
-    With `name`, the one that it is the whole name of, or those with it on their way.
-    """
-    nodes = {
-        names: node
-        for names, node in leaves_with_keys(tree, is_leaf=is_average_node)
-        if is_average_node(node)
-    }
-    if name is None:
-        return nodes
-    exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
-    return exact or {names: node for names, node in nodes.items() if name in names}
-
-
-def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
-    """Raises if the state holds averages, but none of the name."""
-    if name is not None and (nodes := average_nodes(state)):
-        there = ", ".join(repr("/".join(names)) for names in nodes)
-        raise ValueError(
-            f"{function}: no average under the name {name!r}; there are {there}."
-        )
-
-
-def refuse_crossed_swap(function: str, state: Any, node: Any) -> None:
-    """Raises if another average of the state is swapped than the given one.
-
-    The parameters would go from one average's slot to the other's, and be lost.
-    """
-    for names, other in average_nodes(state).items():
-        if other is not node and isinstance(as_state(other), SwappedState):
-            raise ValueError(
-                f"{function}: the average at {'/'.join(names)} is swapped: it stands in "
-                f"the parameters' place. Swap it back first, with name={names[-1]!r}."
-            )
-
-
-def is_average_node(node: Any) -> bool:
-    return as_state(node) is not None
-
-
-def as_state(node: Any) -> Any:
-    """The state in a node, or None if there is none.
-
-    The node may be a mapping: `nnx.state`, and a restore without a target, keep of a
-    NamedTuple the names of its fields alone.
-    """
-    if isinstance(node, (AverageState, SwappedState)):
-        return node
-    if isinstance(node, Mapping):
-        for kind in (AverageState, SwappedState):
-            if {kind._fields[0], "pending"} <= set(node) <= set(kind._fields):
-                return kind(*map(node.get, kind._fields))
-    return None
-
-
-def exchanged(node: Any, average: Any) -> Any:
-    """The node with another average in it, marked as swapped if it was not, and back."""
-    state = as_state(node)
-    kind = SwappedState if isinstance(state, AverageState) else AverageState
-    return in_place_of(node, kind(*state[:-1], average=average))
-
-
-def in_place_of(node: Any, state: Any) -> Any:
-    """The state in the kind of container that the node is."""
-    if not isinstance(node, Mapping):
-        return state
-    container: Any = type(node)
-    return container({k: v for k, v in state._asdict().items() if v is not None})
+    return as_state(node)
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _replace(opt_state: Any, old: Any, new: Any) -> Any:
-    return jax.tree.map(
-        lambda node: new if node is old else node,
-        opt_state,
-        is_leaf=lambda node: node is old,
-    )
+def _paired(
+    function: str, average: Any, params: Any, stacked: bool = False
+) -> tuple[dict, dict]:
+    """The leaves of the average and of the parameters by name, checked to belong.
 
-
-def _paired(function: str, average: Any, params: Any) -> tuple[dict, dict]:
-    """The leaves of the average and of the parameters by name, checked to belong."""
+    With `stacked`, the parameters may have an axis of workers that the average lacks.
+    """
     averages, raw = dict(leaves_with_keys(average)), dict(leaves_with_keys(params))
     if missing := averages.keys() - raw.keys():
         raise ValueError(_other_params(function, missing))
     for names, leaf in averages.items():
-        if np.shape(leaf) != np.shape(raw[names]):
+        shapes = np.shape(leaf), np.shape(raw[names])
+        if not (fits(*shapes) if stacked else shapes[0] == shapes[1]):
             raise ValueError(
                 f"{function}: {'/'.join(names) or 'the leaf'} has shape "
                 f"{np.shape(raw[names])}, its average {np.shape(leaf)}."

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._decays import DecayLike, one_minus
+from emaopt._rounding import rounded_product, rounded_stochastically
 
 
 class AverageState(NamedTuple):
@@ -95,7 +96,7 @@ def make_averager(
             _start(leaf, accumulator_dtype, zero_init) if keep else optax.MaskedNode()
             for leaf, keep in zip(leaves, chosen, strict=True)
         ]
-        zero = _replicated_beside(leaves)
+        zero = replicated_beside(leaves)
         return AverageState(
             num_updates=zero(jnp.int32),
             num_skipped=zero(jnp.int32),
@@ -128,7 +129,7 @@ def make_averager(
         def move(old, new):
             moved = [_move(a, q, step, copying) for a, q in zip(old, new, strict=True)]
             if stochastic_rounding:
-                moved = [_rounded_stochastically(m, s) for m in moved]
+                moved = [rounded_stochastically(m, s) for m in moved]
             moved = [m.astype(a.dtype) for m, a in zip(moved, old, strict=True)]
             if not skip_nonfinite:
                 return moved, jnp.bool_(True)
@@ -180,49 +181,7 @@ def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any) -> Any:
     dtype = old.dtype if old.dtype.itemsize >= 4 else jnp.float32
     a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
     step = jnp.asarray(step, jnp.finfo(dtype).dtype)
-    return jnp.where(copying, q, a + _rounded(step * (q - a)))
-
-
-def _rounded(product: Any) -> Any:
-    """The product, rounded before a compiler can fuse a sum with it (FMA).
-
-    XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
-    and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays: it would make every NaN the same NaN.
-    """
-    if jnp.iscomplexobj(product):
-        return lax.complex(_rounded(product.real), _rounded(product.imag))
-    return jnp.where(jnp.isnan(product), jnp.nan, product)
-
-
-def _rounded_stochastically(value: Any, s: Any) -> Any:
-    """Rounds float32 to bfloat16 up or down at random, in proportion to the distances.
-
-    The noise is a hash of the element's index and the update's number: nothing to store,
-    the same on every replica and after a restart, and fused into the update, where
-    `jax.random` bits would cost a multiple of it. Leaves of one shape share it (a
-    constant per leaf would compile a kernel per leaf); each stays unbiased.
-    """
-    if value.dtype != jnp.float32:
-        return value  # complex
-    index = jnp.zeros(value.shape, jnp.uint32)
-    for axis, size in enumerate(value.shape):
-        index = index * size + lax.broadcasted_iota(jnp.uint32, value.shape, axis)
-    noise = _hash(index + _hash(jnp.asarray(s, jnp.uint32))) >> 16
-    bits = lax.bitcast_convert_type(value, jnp.uint32) + noise
-    rounded = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(value), rounded, value)
-
-
-def _hash(x: Any) -> Any:
-    """Mixes 32 bits: two rounds of xor-shift and multiply.
-
-    The constants are those that C. Wellons found to have the least bias,
-    https://nullprogram.com/blog/2018/07/31/
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return jnp.where(copying, q, a + rounded_product(step * (q - a)))
 
 
 def _checked_accumulator(
@@ -291,7 +250,7 @@ def _newest(leaf: Any) -> Any:
     return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
 
 
-def _replicated_beside(leaves: list[Any]) -> Callable[[Any], Any]:
+def replicated_beside(leaves: list[Any]) -> Callable[[Any], Any]:
     """Makes scalar zeros on the devices of the leaves.
 
     Left on the default device, they would come back from the first step replicated over

@@ -6,15 +6,20 @@ from typing import Any, NamedTuple
 import jax
 
 from emaopt._names import leaves_with_keys
-from emaopt._reading import (
+from emaopt._nodes import (
     as_state,
     average_nodes,
+    center_nodes,
     exchanged,
+    field_of,
+    fits,
     is_average_node,
+    is_center_node,
+    is_swapped,
     refuse_crossed_swap,
     refuse_unknown_name,
+    served_nodes,
 )
-from emaopt._recursion import SwappedState
 
 
 def swap_state(state: Any, *, name: str | None = None) -> Any:
@@ -52,15 +57,16 @@ class Where(NamedTuple):
     """Where in a state an average stands, and the parameters that it is of."""
 
     params: Names  # names that lead to the parameters
-    average: Names  # names that lead to the AverageState
+    average: Names  # names that lead to the state that holds it
+    field: str  # the field of that state: "average", or "center" of local updates
     swapped: bool
     pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
 
 
 def locate(function: str, state: Any, name: str | None, at: Names | None = None) -> Where:
-    found = average_nodes(state, name)
+    found = served_nodes(state, name)
     if at is not None:
-        found = {at: found[at]}
+        found = {at: (average_nodes(state) | center_nodes(state))[at]}
     if not found:
         refuse_unknown_name(function, state, name)
         raise ValueError(
@@ -77,24 +83,27 @@ def locate(function: str, state: Any, name: str | None, at: Names | None = None)
         )
     average, node = found.popitem()
     refuse_crossed_swap(function, state, node)
-    swapped = isinstance(as_state(node), SwappedState)
+    swapped, field = is_swapped(node), field_of(node)
     leaves = leaves_with_keys(state)
     position = {names: i for i, (names, _) in enumerate(leaves)}
-    inside = (*average, "average")
+    inside = (*average, field)
+    stacked = bool(center_nodes(state))
     averaged = {
         names[len(inside) :]: i
         for names, i in position.items()
         if names[: len(inside)] == inside
     }
     if not averaged:
-        return Where((), average, swapped, [])
-    prefixes = _alike(leaves, position, average, averaged)
+        return Where((), average, field, swapped, [])
+    prefixes = _alike(leaves, position, average, averaged, stacked)
     params = _choose(function, state, average, prefixes)
     pairs = [(position[params + names], i) for names, i in averaged.items()]
-    return Where(params, average, swapped, pairs)
+    return Where(params, average, field, swapped, pairs)
 
 
-def _alike(leaves: list, position: dict, average: Names, averaged: dict) -> list[Names]:
+def _alike(
+    leaves: list, position: dict, average: Names, averaged: dict, stacked: bool
+) -> list[Names]:
     """The names that lead to other trees with the average's names and shapes."""
     first = next(iter(averaged))
     prefixes = []
@@ -106,7 +115,7 @@ def _alike(leaves: list, position: dict, average: Names, averaged: dict) -> list
             continue  # the average itself, or what holds it
         if all(
             (i := position.get(prefix + rest)) is not None
-            and shape_of(leaves[i][1]) == shape_of(leaves[j][1])
+            and _fit(leaves[j][1], leaves[i][1], stacked)
             for rest, j in averaged.items()
         ):
             prefixes.append(prefix)
@@ -169,16 +178,24 @@ def _node(tree: Any, names: Names) -> Any:
 
 def exchange(state: Any, where: Where) -> Any:
     """The state with the pairs exchanged and the average marked as swapped, or back."""
+    is_node = is_center_node if where.field == "center" else is_average_node
     leaves, treedef = jax.tree.flatten(state)
     for i, j in where.pairs:
         leaves[i], leaves[j] = leaves[j], leaves[i]
     state = jax.tree.unflatten(treedef, leaves)
     marked = [
-        exchanged(node, as_state(node).average) if names == where.average else node
-        for names, node in leaves_with_keys(state, is_leaf=is_average_node)
+        exchanged(node, as_state(node)[-1]) if names == where.average else node
+        for names, node in leaves_with_keys(state, is_leaf=is_node)
     ]
-    treedef = jax.tree.structure(state, is_leaf=is_average_node)
+    treedef = jax.tree.structure(state, is_leaf=is_node)
     return jax.tree.unflatten(treedef, marked)
+
+
+def _fit(content: Any, param: Any, stacked: bool) -> bool:
+    shapes = shape_of(content), shape_of(param)
+    if stacked and None not in shapes:
+        return fits(*shapes)
+    return shapes[0] == shapes[1]
 
 
 def shape_of(leaf: Any) -> Any:

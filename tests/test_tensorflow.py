@@ -68,11 +68,12 @@ WRAPPED = cases("moving_average_optimizer", "param", "grad", "average")
 SWAPPED = cases("tfm_ema", "model", "average")
 OVERWRITTEN = cases("tfm_ema", "before", "after", "average")
 SAVER = "moving_average_optimizer/swapping_saver"
+CLUSTERS = cases("agn", "local", "center")  # replayed in test_asynchronous.py
 
 
 def test_every_record_is_replayed():
     trajectories = SHADOWS + ASSIGNED + WEIGHTED + TRAINED + WRAPPED
-    assert sorted(files()) == sorted(trajectories + SWAPPED + OVERWRITTEN)
+    assert sorted(files()) == sorted(trajectories + SWAPPED + OVERWRITTEN + CLUSTERS)
 
 
 def test_every_bug_is_tested():

@@ -15,8 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emaopt._names import leaves_with_keys
-from emaopt._reading import as_state, average_nodes
-from emaopt._recursion import AverageState, SwappedState
+from emaopt._nodes import counter_of, swapped_nodes
 from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
@@ -28,7 +27,8 @@ class Marker(NamedTuple):
     """The record that the averages stand under the parameters' names, and where."""
 
     params: Names  # names that lead to the parameters
-    average: Names  # names that lead to the average's state: raw parameters are in it
+    average: Names  # names that lead to the state that held it
+    field: str  # the field of that state where the raw parameters are: average, center
     empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
 
 
@@ -41,13 +41,16 @@ class Files(NamedTuple):
     marker: Marker | None
 
 
-def write_marker(params: Names, average: Names, empty: list) -> dict[str, Any]:
+def write_marker(
+    params: Names, average: Names, field: str, empty: list
+) -> dict[str, Any]:
     """The marker as custom_metadata."""
     return {
         KEY: {
             "version": VERSION,
             "params": list(params),
             "average": list(average),
+            "field": field,
             "empty": empty,
         }
     }
@@ -134,10 +137,9 @@ def whole_tree(files: Files) -> Any:
 
 def _lost_marker(function: str, files: Files) -> Marker | None:
     """The marker again, if it is lost: a swapped state says itself what it is."""
-    for names, node in average_nodes(whole_tree(files)).items():
-        if isinstance(as_state(node), SwappedState):
-            where = locate(function, whole_tree(files), None, names)
-            return Marker(where.params, where.average, {})
+    for names in swapped_nodes(whole_tree(files)):
+        where = locate(function, whole_tree(files), None, names)
+        return Marker(where.params, where.average, where.field, {})
     return None
 
 
@@ -174,6 +176,7 @@ def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
     return Marker(
         params=tuple(marker["params"]),
         average=tuple(marker["average"]),
+        field=marker.get("field", "average"),
         empty={
             tuple(names): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
             for names, shape, dtype in marker["empty"]
@@ -196,9 +199,9 @@ def all_leaves(files: Files) -> dict[Names, Any]:
 
 def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
     """The name in the state of what stands at `names`: the swap, undone by name."""
-    inside = (*marker.average, "average")
-    if names == (*marker.average, SwappedState._fields[0]):
-        return (*marker.average, AverageState._fields[0])
+    inside = (*marker.average, marker.field)
+    if names == (*marker.average, counter_of(marker.field, swapped=True)):
+        return (*marker.average, counter_of(marker.field, swapped=False))
     for here, there in ((inside, marker.params), (marker.params, inside)):
         if names[: len(here)] == here:
             other = there + names[len(here) :]

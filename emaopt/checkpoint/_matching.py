@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emaopt._reading import as_state, average_nodes
+from emaopt._nodes import as_state, average_nodes, center_nodes
 from emaopt._recursion import AverageState
 from emaopt._swapping import locate, shape_of
 from emaopt.checkpoint._files import Names, listed, names_of
@@ -172,7 +172,7 @@ def _seeds(
         whole = {average + names for names in names_of(as_state(node))}
         if not ours or ours != whole:
             continue  # a part of it is there: a damaged or a foreign one
-        params = locate(function, target, None, average).params
+        params = _origin(function, target, average)
         for names in ours:
             rest = names[len(average) :]
             if rest[0] != "average":
@@ -180,6 +180,14 @@ def _seeds(
             elif (source := params + rest[1:]) in saved:
                 seeds[names] = source
     return seeds
+
+
+def _origin(function: str, target: Any, average: Names) -> Names:
+    """The names of what a new average starts from: its parameters or its center."""
+    for center in center_nodes(target):
+        if (*center, "outer_state") == average[: len(center) + 1]:
+            return (*center, "center")
+    return locate(function, target, None, average).params
 
 
 def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._reading import average_nodes, refuse_unknown_name
+from emaopt._nodes import refuse_unknown_name, served_nodes
 from emaopt._swapping import exchange, locate
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
@@ -123,9 +123,9 @@ def _averages_on_disk(
     if files.marker is not None and _is_asked_for(files, name):
         params = files.marker.params
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
-        return params, (*files.marker.average, "average"), there
+        return params, (*files.marker.average, files.marker.field), there
     tree = _files.whole_tree(files)
-    if not average_nodes(tree, name):
+    if not served_nodes(tree, name):
         refuse_unknown_name("load_averaged", tree, name)
         raise ValueError(
             f"load_averaged: {files.path} holds no average: its parameters are raw. Load "
@@ -135,7 +135,7 @@ def _averages_on_disk(
         # Not the one that stands under the names: look for it as if none did.
         tree, _ = _trees.raw(jax.tree.map(_trees.as_array, tree))
     where = locate("load_averaged", tree, name)
-    inside = (*where.average, "average")
+    inside = (*where.average, where.field)
     there = {}
     for logical, place in _files.logical_names(files).items():
         if logical[: len(where.params)] == where.params:
@@ -149,7 +149,7 @@ def _is_asked_for(files: _files.Files, name: str | None) -> bool:
     marker = files.marker
     return name is None or (
         marker is not None
-        and marker.average in average_nodes(_files.whole_tree(files), name)
+        and marker.average in served_nodes(_files.whole_tree(files), name)
     )
 
 

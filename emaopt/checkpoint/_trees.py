@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt._reading import as_state, average_nodes
-from emaopt._recursion import SwappedState
+from emaopt._nodes import swapped_nodes
 from emaopt._swapping import Where, exchange, locate, shape_of
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import Names, names_of
@@ -31,9 +30,8 @@ def served(function: str, state: Any, name: str | None) -> tuple[Any, Where]:
 
 def raw(state: Any) -> tuple[Any, Names | None]:
     """The state with its raw parameters, and the average that they were swapped with."""
-    for names, node in average_nodes(state).items():
-        if isinstance(as_state(node), SwappedState):
-            return exchange(state, locate("restore", state, None, names)), names
+    for names in swapped_nodes(state):
+        return exchange(state, locate("restore", state, None, names)), names
     return state, None
 
 
@@ -43,7 +41,7 @@ def marker(state: Any, where: Where) -> dict[str, Any]:
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
-    return _files.write_marker(where.params, where.average, empty)
+    return _files.write_marker(where.params, where.average, where.field, empty)
 
 
 def without_empty(state: Any) -> Any:

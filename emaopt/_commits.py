@@ -1,0 +1,81 @@
+"""What a worker hands in after some local steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from emaopt._recursion import is_averaged
+from emaopt._rounding import rounded_to
+
+COMMITS = ("delta", "mean_delta", "mean_gradient")
+
+
+def check_commit(function: str, commit: Any) -> None:
+    """Raises unless `commit` is one of `COMMITS`."""
+    if commit not in COMMITS:
+        raise ValueError(
+            f"{function}: commit must be one of {', '.join(COMMITS)}, got {commit!r}."
+        )
+
+
+def start_center(leaf: Any) -> Any:
+    """A copy of a parameter to be a center: at least float32, never an alias."""
+    if not is_averaged(leaf):
+        return leaf
+    leaf = jnp.asarray(leaf)
+    return jnp.array(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+
+
+def accumulate(old: jax.Array, gradient: jax.Array, first: Any) -> jax.Array:
+    """The sum of the gradients since the last exchange, in the accumulator's dtype.
+
+    Started anew by a select at the first step after an exchange: a reset in the
+    conditional of the exchange would cost a copy of everything at every step.
+    """
+    return jnp.where(first, 0, old) + gradient.astype(old.dtype)
+
+
+def make_commit(
+    commit: str, pulled: Any, local: Any, accumulated: Any, num_steps: Any
+) -> jax.Array:
+    """A worker's commit for one leaf, as a gradient: the center moves against it.
+
+    Args:
+      commit: One of `COMMITS`.
+      pulled: The center that the worker started from, in the center's dtype.
+      local: The worker's parameters now. Delta commits are the difference from `pulled`
+        as the worker holds it, rounded to the dtype of `local`: rounding is no progress.
+      accumulated: Σ gradients since then; for mean_gradient only.
+      num_steps: () int, the local steps since then.
+    """
+    if commit == "mean_gradient":
+        return accumulated / num_steps.astype(accumulated.dtype)
+    delta = rounded_to(pulled, local.dtype) - local.astype(pulled.dtype)
+    if commit == "mean_delta":
+        return delta / num_steps.astype(delta.dtype)
+    return delta
+
+
+def encoded(row: jax.Array, dtype: Any, axes: Any) -> tuple[jax.Array, Any]:
+    """A commit as it travels, and the factor to decode it with (None: none is needed).
+
+    Args:
+      row: The commit, or one for each worker.
+      dtype: Floating: the commit is cast. Integer: it is rounded to multiples of its
+        largest magnitude / the dtype's largest value. None: it stays as it is.
+      axes: The axes of one worker's commit.
+    """
+    if dtype is None:
+        return row, None
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return row.astype(dtype), None
+    largest = jnp.max(jnp.abs(row), axis=axes, keepdims=True, initial=0)
+    scale = largest / jnp.iinfo(dtype).max
+    return jnp.round(row / jnp.where(scale > 0, scale, 1)).astype(dtype), scale
+
+
+def decoded(code: jax.Array, scale: Any, dtype: Any) -> jax.Array:
+    """What a commit amounts to after its travel, in the center's dtype."""
+    value = code.astype(dtype)
+    return value if scale is None else value * scale.astype(dtype)

@@ -1,0 +1,207 @@
+"""One exchange: commits, their reduction, the outer step, and what workers pull."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from emaopt._commits import decoded, encoded, make_commit
+from emaopt._rounding import applied
+from emaopt._workers import Mapped, Stacked
+
+
+class Leaf(NamedTuple):
+    """What an exchange changes of one leaf."""
+
+    pulled: Any  # the center as each worker pulled it, None where they all pull the same
+    residual: Any  # what the last commits lost in the dtype of the exchange, or None
+    center: Any
+
+
+class Part(NamedTuple):
+    """What an exchange changes, of one fragment of the tree."""
+
+    leaves: list[Leaf]  # in flattening order
+    outer_state: Any
+    num_left_out: Any  # () int32
+
+
+class Fixed(NamedTuple):
+    """What an exchange reads of one leaf: a row for each worker."""
+
+    local: Any  # the parameters after the step; None: the leaf is no part of it
+    accumulated: Any  # Σ gradients, or None
+
+
+class Center(NamedTuple):
+    leaves: list[Any]
+    outer_state: Any
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Applies the workers' commits to the center and lets the workers pull it.
+
+    The arguments are those of `local_updates`. Where something is said to be of a leaf's
+    rows, it is what each worker has of the leaf; dicts are by position in the fragment.
+    """
+
+    workers: Stacked | Mapped
+    outer: optax.GradientTransformation
+    commit: str
+    reduce: str
+    moving_rate: float | Callable[[int], float] | None
+    dtype: Any
+
+    def __call__(
+        self,
+        part: Part,
+        fixed: list[Fixed],
+        num_steps: Any,
+        subtree: Callable[[list], Any],
+    ) -> Part:
+        """Returns the part after the exchange.
+
+        Args:
+          part: Before it.
+          fixed: For each of its leaves.
+          num_steps: () int32, local steps since the last exchange.
+          subtree: Makes of a list like the leaves a tree with the parameters' names.
+        """
+        leaves = part.leaves
+        old = Center([leaf.center for leaf in leaves], part.outer_state)
+        local = {k: f.local for k, f in enumerate(fixed) if f.local is not None}
+        commits = {
+            k: self._commit(leaves[k], row, fixed[k].accumulated, num_steps)
+            for k, row in local.items()
+        }
+        finite = self.workers.same(True)
+        for row in commits.values():  # x - x is 0, or NaN where x is not finite
+            finite &= jnp.sum(row - row, axis=self.workers.axes(row)) == 0
+
+        def where_finite(rows, otherwise):
+            return {
+                k: jnp.where(self.workers.spread(finite, row), row, otherwise.get(k, 0))
+                for k, row in rows.items()
+            }
+
+        reduced = self._in_turns if self.reduce == "sequential" else self._at_once
+        center, pulled, sent, num_valid = reduced(
+            old, where_finite(local, {}), where_finite(commits, {}), finite, subtree
+        )
+        pulled = where_finite(pulled, dict(enumerate(center.leaves)))
+        kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
+        residual = where_finite({k: commits[k] - sent[k] for k in kept}, kept)
+        after = [
+            Leaf(pulled.get(k, leaf.pulled), residual.get(k, leaf.residual), new)
+            for k, (leaf, new) in enumerate(zip(leaves, center.leaves, strict=True))
+        ]
+        left_out = self.workers.num_workers - num_valid
+        return Part(after, center.outer_state, part.num_left_out + left_out)
+
+    @property
+    def keeps_pulled(self) -> bool:
+        """Whether workers pull different values, so that the state has to keep them."""
+        return self.reduce == "sequential" or self.moving_rate is not None
+
+    @property
+    def _rate(self) -> float:
+        if callable(self.moving_rate):
+            return self.moving_rate(self.workers.num_workers)
+        return self.moving_rate or 0.0
+
+    def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
+        in_turns = self.reduce == "sequential" and self.moving_rate is None
+        start = leaf.pulled if in_turns else leaf.center
+        commit = make_commit(self.commit, start, local, accumulated, num_steps)
+        return commit if leaf.residual is None else commit + leaf.residual
+
+    def _at_once(self, old, local, commits, finite, subtree):
+        """One outer step against the commits of all workers together.
+
+        Returns (the new center, the rows that workers pull if they differ, the rows of
+        commits as they were sent, the number of valid commits).
+        """
+        pulled = {}
+        if self.moving_rate is not None:
+            # By the commit, not towards the old center: to read that beside the new one
+            # would cost a copy of it, even at steps without an exchange.
+            commits = {k: self._rate * row for k, row in commits.items()}
+            for k, row in local.items():
+                pulled[k] = row.astype(commits[k].dtype) + commits[k]
+        if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
+            sent, rows, valid = self._gathered(commits, finite)
+            sums = {k: jnp.sum(row, axis=0) for k, row in rows.items()}
+            num_valid = jnp.sum(valid, dtype=jnp.int32)
+        else:
+            codes = {k: encoded(row, self.dtype, ())[0] for k, row in commits.items()}
+            *sums, flags = self.workers.total(
+                [*codes.values(), finite.astype(jnp.float32)]
+            )
+            sums = dict(zip(codes, sums, strict=True))
+            sent, sums = (
+                {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
+                for coded in (codes, sums)
+            )
+            num_valid = flags.astype(jnp.int32)
+        if self.reduce == "mean":
+            sums = {k: row / jnp.maximum(num_valid, 1) for k, row in sums.items()}
+        center = self._moved(old, sums, subtree)
+        return self.workers.equal_as(center, old), pulled, sent, num_valid
+
+    def _in_turns(self, old, local, commits, finite, subtree):
+        """An outer step for each worker, in rank order; returns what `_at_once` does."""
+        elastic = self.moving_rate is not None
+        handed = local if elastic else commits
+        sent, rows, valid = self._gathered(handed, finite)
+
+        def turn(center, rows_and_valid):
+            rows, valid = rows_and_valid
+            if elastic:
+                rows = {k: self._rate * (center.leaves[k] - x) for k, x in rows.items()}
+            moved = jax.tree.map(
+                lambda new, old: jnp.where(valid, new, old),
+                self._moved(center, rows, subtree),
+                center,
+            )
+            return moved, rows if elastic else {k: moved.leaves[k] for k in rows}
+
+        start, xs = self.workers.varying((old, (rows, valid)))
+        center, pulled = lax.scan(turn, start, xs)
+        own = dict(zip(pulled, self.workers.own(list(pulled.values())), strict=True))
+        if elastic:
+            own = {k: local[k].astype(row.dtype) + row for k, row in own.items()}
+        num_valid = jnp.sum(valid, dtype=jnp.int32)
+        return self.workers.equal_as(center, old), own, sent, num_valid
+
+    def _gathered(self, rows: dict, finite: Any) -> tuple[dict, dict, Any]:
+        """(the rows as they were sent, those of all workers, which of them are valid)."""
+
+        def decode(codes):
+            return {
+                k: decoded(code, scale, row.dtype)
+                for (k, row), (code, scale) in zip(rows.items(), codes, strict=True)
+            }
+
+        axes = self.workers.axes
+        codes = [encoded(row, self.dtype, axes(row)) for row in rows.values()]
+        leaves, treedef = jax.tree.flatten(codes)
+        gathered = jax.tree.unflatten(treedef, self.workers.gather(leaves))
+        return decode(codes), decode(gathered), self.workers.valid(finite)
+
+    def _moved(self, old: Center, commits: dict, subtree: Any) -> Center:
+        """The center after a step of the outer optimizer against the commits."""
+        gradients = [commits.get(k, jnp.zeros_like(c)) for k, c in enumerate(old.leaves)]
+        params = subtree(old.leaves)
+        updates, outer_state = self.outer.update(
+            subtree(gradients), old.outer_state, params
+        )
+        moved = jax.tree.leaves(applied(params, updates))
+        return Center(
+            [x if k in commits else old.leaves[k] for k, x in enumerate(moved)],
+            outer_state,
+        )

@@ -1,0 +1,244 @@
+"""What a training loop with local updates needs besides the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from emaopt._checks import check_integer, check_optimizer
+from emaopt._exchange import Exchange, Fixed, Leaf, Part
+from emaopt._local_updates import LocalUpdatesState, fragments_of
+from emaopt._nodes import is_center_node, replace
+from emaopt._reading import find_center
+from emaopt._recursion import is_averaged
+from emaopt._workers import Mapped, Stacked
+
+
+def stack_workers(params: Any, num_workers: int) -> Any:
+    """Gives every worker a copy of the parameters, on a leading axis.
+
+    Args:
+      params: One worker's parameters.
+      num_workers: W.
+
+    Returns:
+      A tree of leaves [W, ...]; shard the first axis over a mesh with `jax.device_put`.
+
+    Raises:
+      ValueError, TypeError: If `num_workers` is not a whole number from 1 on.
+
+    Example:
+      >>> print(stack_workers({"w": jnp.array([1.0, 2.0])}, 2)["w"])
+      [[1. 2.]
+       [1. 2.]]
+    """
+    check_integer("stack_workers", "num_workers", num_workers, 1)
+    return jax.tree.map(
+        lambda leaf: jnp.array(
+            jnp.broadcast_to(leaf, (num_workers, *jnp.shape(leaf))), copy=True
+        ),
+        params,
+    )
+
+
+def state_specs(
+    optimizer: optax.GradientTransformation, params: Any, axis_name: Any
+) -> Any:
+    """Returns how an optimizer's state is spread over the workers.
+
+    For `in_specs` and `out_specs` of `jax.shard_map`, or as `NamedSharding` for the
+    `out_shardings` of a jitted `init`:
+
+        specs = emaopt.state_specs(tx, params, "workers")
+        step = jax.shard_map(step, in_specs=(P("workers"), specs, P("workers")), ...)
+
+    Args:
+      optimizer: A transformation with local updates in it.
+      params: The workers' parameters as `init` gets them, outside of `shard_map`: leaves
+        [W, ...]; arrays or shapes.
+      axis_name: The mesh axis or axes over the workers.
+
+    Returns:
+      A tree of `PartitionSpec` like the state: what each worker has on its own along
+      `axis_name`, the rest replicated. In the mapped form, every array but the scalars is
+      each worker's own, the center too.
+
+    Raises:
+      ValueError: If there is no center in the state, or several.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.local_sgd(optax.adam(1.0), period=2, num_workers=4)
+      >>> specs = state_specs(tx, jnp.zeros((4, 3)), "workers")
+      >>> specs.inner_state[0].mu == PartitionSpec("workers")
+      True
+      >>> specs.center == PartitionSpec()
+      True
+    """
+    check_optimizer("state_specs", "optimizer", optimizer)
+    state = jax.eval_shape(optimizer.init, params)
+    center = find_center("state_specs", state, None)
+    pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
+    stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
+
+    def along(tree):
+        return jax.tree.map(
+            lambda leaf: PartitionSpec(axis_name) if leaf.ndim else PartitionSpec(), tree
+        )
+
+    def specs(node):
+        if not is_center_node(node):
+            return along(node)
+        own = {"inner_state", "accumulated", "pulled", "residual"}
+        return LocalUpdatesState(
+            *(
+                along(part)
+                if field in own or not stacked
+                else jax.tree.map(lambda _: PartitionSpec(), part)
+                for field, part in node._asdict().items()
+            )
+        )
+
+    return jax.tree.map(specs, state, is_leaf=is_center_node)
+
+
+def local_round(
+    optimizer: optax.GradientTransformation,
+    value_and_grad: Callable[[Any, Any], tuple[Any, Any]],
+    params: Any,
+    opt_state: Any,
+    batches: Any,
+) -> tuple[Any, Any, Any]:
+    """Takes local steps in one scan, and one exchange after the last.
+
+    The same as so many updates, whatever the optimizer's period, without a conditional:
+    the exchange is a part of the last step. Afterwards the parameters are exactly what
+    the workers pulled, not up to rounding.
+
+    Args:
+      optimizer: A transformation with local updates in it.
+      value_and_grad: (params, batch) -> (value, gradients), as `jax.value_and_grad` makes
+        it; in the stacked form that of all workers, `jax.vmap(jax.value_and_grad(loss))`.
+      params: The workers' parameters.
+      opt_state: The optimizer's state.
+      batches: A tree of leaves [steps, ...]: a batch for each local step.
+
+    Returns:
+      (params, opt_state, values), the values of all steps [steps, ...].
+
+    Raises:
+      ValueError: If there is no step, or not one center in the state.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.local_sgd(optax.sgd(1.0), period=2, num_workers=2)
+      >>> params = emaopt.stack_workers(jnp.zeros(()), 2)
+      >>> distance = jax.vmap(jax.value_and_grad(lambda x, to: (x - to) ** 2 / 2))
+      >>> batches = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> params, state, _ = local_round(tx, distance, params, tx.init(params), batches)
+      >>> print(params)
+      [3.5 3.5]
+    """
+    steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(steps) != 1 or steps <= {(), (0,)}:
+        raise ValueError(
+            "local_round: every leaf of batches has a leading axis with one entry for "
+            f"each of the local steps, at least one; got {sorted(steps)}."
+        )
+    find_center("local_round", opt_state, None)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(carry, batch, exchange=False):
+        params, opt_state = carry
+        value, grads = value_and_grad(params, batch)
+        updates, opt_state = update(grads, opt_state, params, exchange=exchange)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    first = jax.tree.map(lambda leaf: leaf[:-1], batches)
+    last = jax.tree.map(lambda leaf: leaf[-1], batches)
+    carry, values = lax.scan(step, (params, opt_state), first)
+    (params, opt_state), value = step(carry, last, exchange=True)
+    values = jax.tree.map(lambda all_, one: jnp.append(all_, one[None], 0), values, value)
+    return _pulled(find_center("local_round", opt_state, None), params), opt_state, values
+
+
+def synchronize(
+    opt_state: Any, params: Any, *, axis_name: Any = None, name: str | None = None
+) -> tuple[Any, Any]:
+    """Ends local updates: brings the workers together, exactly.
+
+    What the workers did since the last exchange goes to the center as their mean, an
+    outer step of optax.sgd(1.0), and all workers get the center, bit for bit. If there
+    was no step since, the center stays as it is. To end with a step of the optimizer's
+    own outer optimizer, pass `exchange=True` to the last update before.
+
+    Args:
+      opt_state: A state of local updates, however deep.
+      params: The workers' parameters.
+      axis_name: The mapped axis, in the mapped form.
+      name: Which center, if there are several.
+
+    Returns:
+      (params, opt_state).
+
+    Raises:
+      ValueError: If there is no center or several, or the parameters are others.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.local_sgd(optax.sgd(1.0), period=9, num_workers=2)
+      >>> params = emaopt.stack_workers(jnp.zeros(1), 2)
+      >>> grads = jnp.array([[1.0], [3.0]])
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> params, state = synchronize(state, optax.apply_updates(params, updates))
+      >>> print(params.ravel(), emaopt.get_center(state))
+      [-2. -2.] [-2.]
+    """
+    state = find_center("synchronize", opt_state, name)
+    leaves, treedef = jax.tree.flatten(params)
+    center = treedef.flatten_up_to(state.center)
+    workers: Any = Mapped(axis_name)
+    for leaf, row in zip(center, leaves, strict=True):
+        if is_averaged(leaf) and leaf.ndim < jnp.ndim(row):
+            workers = Stacked(len(row))
+    workers.check("synchronize", leaves)
+    exchange = Exchange(workers, optax.sgd(1.0), "delta", "mean", None, None)
+    num_left_out, since = state.num_left_out, state.since_exchange
+    for fragment, steps in zip(
+        fragments_of("synchronize", center, len(since)), since, strict=True
+    ):
+        changing = [Leaf(None, None, center[i]) for i in fragment]
+        fixed = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
+        outer_state = exchange.outer.init([leaf.center for leaf in changing])
+        after = exchange(Part(changing, outer_state, num_left_out), fixed, steps, list)
+        num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
+        for i, leaf in zip(fragment, after.leaves, strict=True):
+            center[i] = jnp.where(steps > 0, leaf.center, center[i])
+    new = state._replace(
+        num_left_out=num_left_out,
+        since_exchange=jax.tree.map(jnp.zeros_like, since),
+        pulled=None,
+        center=jax.tree.unflatten(treedef, center),
+    )
+    params = _pulled(new, params)
+    if state.pulled is not None:
+        new = new._replace(
+            pulled=jax.tree.map(lambda old, p: p.astype(old.dtype), state.pulled, params)
+        )
+    return params, replace(opt_state, state, new)
+
+
+def _pulled(state: LocalUpdatesState, params: Any) -> Any:
+    """The parameters, set to what the workers pulled."""
+    target = state.center if state.pulled is None else state.pulled
+    return jax.tree.map(
+        lambda p, t: (
+            jnp.broadcast_to(t, p.shape).astype(p.dtype) if is_averaged(p) else p
+        ),
+        params,
+        target,
+    )

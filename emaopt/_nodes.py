@@ -1,0 +1,173 @@
+"""The averages and centers in any tree: what holds one, under which name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from emaopt._local_updates import LocalUpdatesState, SwappedLocalUpdatesState
+from emaopt._names import leaves_with_keys
+from emaopt._recursion import AverageState, SwappedState
+
+# What holds the parameters to be served, in its last field; what `swap` makes of it; and
+# a field that tells it in a mapping, where its type is lost.
+_KINDS: tuple[tuple[Any, Any, Any], ...] = (
+    (AverageState, SwappedState, "pending"),
+    (LocalUpdatesState, SwappedLocalUpdatesState, "since_exchange"),
+)
+
+
+def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+    """All nodes that hold an average, by the names that lead to them.
+
+    With `name`, the one that it is the whole name of, or those with it on their way.
+    """
+    return _named(_nodes(tree, is_average_node), name)
+
+
+def center_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+    """All nodes that hold a center; "center" is a name of all."""
+    nodes = _nodes(tree, is_center_node)
+    return nodes if name == "center" else _named(nodes, name)
+
+
+def served_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+    """The averages of that name, or the centers if there are none."""
+    return average_nodes(tree, name) or center_nodes(tree, name)
+
+
+def swapped_nodes(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The nodes in whose place the parameters stand."""
+    nodes = center_nodes(tree) | average_nodes(tree)
+    return {names: node for names, node in nodes.items() if is_swapped(node)}
+
+
+def is_average_node(node: Any) -> bool:
+    return isinstance(as_state(node), (AverageState, SwappedState))
+
+
+def is_center_node(node: Any) -> bool:
+    return isinstance(as_state(node), (LocalUpdatesState, SwappedLocalUpdatesState))
+
+
+def is_swapped(node: Any) -> bool:
+    return isinstance(as_state(node), (SwappedState, SwappedLocalUpdatesState))
+
+
+def as_state(node: Any) -> Any:
+    """The state in a node, or None if there is none.
+
+    The node may be a mapping: `nnx.state`, and a restore without a target, keep of a
+    NamedTuple the names of its fields alone.
+    """
+    if isinstance(node, tuple(kind for kinds in _KINDS for kind in kinds[:2])):
+        return node
+    if isinstance(node, Mapping):
+        for *kinds, field in _KINDS:
+            for kind in kinds:
+                if {kind._fields[0], field} <= set(node) <= set(kind._fields):
+                    return kind(*map(node.get, kind._fields))
+    return None
+
+
+def field_of(node: Any) -> str:
+    """The field in which a node holds what is served: "average" or "center"."""
+    return as_state(node)._fields[-1]
+
+
+def counter_of(field: str, swapped: bool) -> str:
+    """The first field of a state that holds `field`; it tells whether it is swapped."""
+    return next(
+        kinds[swapped]._fields[0] for kinds in _KINDS if kinds[0]._fields[-1] == field
+    )
+
+
+def exchanged(node: Any, content: Any) -> Any:
+    """The node with another content, marked as swapped if it was not, and back."""
+    state = as_state(node)
+    for kind, swapped, _ in _KINDS:
+        if isinstance(state, (kind, swapped)):
+            other = swapped if isinstance(state, kind) else kind
+            return in_place_of(node, other(*state[:-1], content))
+    raise AssertionError(node)
+
+
+def in_place_of(node: Any, state: Any) -> Any:
+    """The state in the kind of container that the node is."""
+    if not isinstance(node, Mapping):
+        return state
+    container: Any = type(node)
+    return container({k: v for k, v in state._asdict().items() if v is not None})
+
+
+def replace(tree: Any, old: Any, new: Any) -> Any:
+    """The tree with another node in the place of one."""
+    return jax.tree.map(
+        lambda node: new if node is old else node,
+        tree,
+        is_leaf=lambda node: node is old,
+    )
+
+
+def only_node(function: str, nodes: dict, what: str, otherwise: str) -> Any:
+    """The one of the nodes, or an error that says which there are or what to do."""
+    if not nodes:
+        raise ValueError(f"{function}: no {what} in this optimizer state. {otherwise}")
+    if len(nodes) > 1:
+        where = ", ".join(repr("/".join(names)) for names in nodes)
+        raise ValueError(
+            f"{function}: several {what}s in this optimizer state, at {where}. Say "
+            "which with name=, one of these or a key on its way; optax.named_chain gives "
+            "them names."
+        )
+    names, node = nodes.popitem()
+    if type(node) is dict and isinstance(as_state(node)[1], (jax.Array, np.ndarray)):
+        raise ValueError(
+            f"{function}: at {'/'.join(names) or 'the root'} stands a plain dict, as a "
+            "restore without a target gives it. Use emaopt.checkpoint.restore(path, "
+            "target) to resume training, or emaopt.checkpoint.load_averaged(path) for "
+            f"the {what}."
+        )
+    return node
+
+
+def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
+    """Raises if the state holds averages or centers, but none of the name."""
+    if name is not None and (nodes := average_nodes(state) | center_nodes(state)):
+        there = ", ".join(repr("/".join(names)) for names in nodes)
+        raise ValueError(
+            f"{function}: no average under the name {name!r}; there are {there}."
+        )
+
+
+def refuse_crossed_swap(function: str, state: Any, node: Any) -> None:
+    """Raises if something else in the state is swapped than the given node.
+
+    The parameters would go from one slot to another, and be lost.
+    """
+    for names, other in swapped_nodes(state).items():
+        if other is not node:
+            raise ValueError(
+                f"{function}: the {field_of(other)} at {'/'.join(names)} is swapped: it "
+                "stands in the parameters' place. Swap it back first, with "
+                f"name={names[-1]!r}."
+            )
+
+
+def fits(content: Any, param: Any) -> bool:
+    """Whether a shape is a parameter's, but for an axis of workers of one of the two."""
+    short, long = sorted((tuple(content), tuple(param)), key=len)
+    return short in (long, long[1:])
+
+
+def _nodes(tree: Any, is_node: Callable[[Any], bool]) -> dict[tuple[str, ...], Any]:
+    nodes = leaves_with_keys(tree, is_leaf=is_node)
+    return {names: node for names, node in nodes if is_node(node)}
+
+
+def _named(nodes: dict, name: str | None) -> dict[tuple[str, ...], Any]:
+    if name is None:
+        return nodes
+    exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
+    return exact or {names: node for names, node in nodes.items() if name in names}

@@ -1,0 +1,93 @@
+"""Values rounded where the arithmetic says, also where a compiler would not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+def applied(params: Any, updates: Any) -> Any:
+    """The parameters that `optax.apply_updates` returns, bit for bit also under jit.
+
+    XLA may keep a 16-bit sum in float32 for the consumers that are compiled with it, so
+    an average of it would be of values that the parameters never had.
+    """
+    return jax.tree.map(
+        lambda leaf: rounded_to(leaf, jnp.asarray(leaf).dtype),
+        optax.apply_updates(params, updates),
+    )
+
+
+def lead(param: Any, target: Any, update: Any, due: Any) -> jax.Array:
+    """The update that sets a parameter to a target where `due`, the given one else.
+
+    Exact up to the rounding of `optax.apply_updates`. In a dtype that can express the
+    difference, which the parameter's own may be too narrow for.
+    """
+    p, u = jnp.asarray(param), jnp.asarray(update)
+    widths = [x.dtype for x in (p, u) if x.dtype.itemsize >= 4]
+    wide = jnp.result_type(jnp.float32, *widths)
+    target = target.astype(p.dtype).astype(wide)
+    return jnp.where(due, target - p.astype(wide), u.astype(wide))
+
+
+def rounded_to(value: Any, dtype: Any) -> Any:
+    """A value that is rounded to `dtype` even if the compiler would drop the rounding.
+
+    The result has the dtype of `value`.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return value
+    info = jnp.finfo(dtype)
+    if dtype in (jnp.bfloat16, jnp.float16) or info.bits < jnp.finfo(value.dtype).bits:
+        if info.bits >= 16:
+            return lax.reduce_precision(value, info.nexp, info.nmant)
+        # A float8 is no truncated float32.
+        return lax.optimization_barrier(value.astype(dtype)).astype(value.dtype)
+    if info.bits < 16:
+        return lax.optimization_barrier(value)
+    return value
+
+
+def rounded_product(product: Any) -> Any:
+    """The product, rounded before a compiler can fuse a sum with it (FMA).
+
+    XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
+    and a select or xor with a scalar (they hoist it out of the loop). A select on the
+    data stays: it would make every NaN the same NaN.
+    """
+    if jnp.iscomplexobj(product):
+        return lax.complex(rounded_product(product.real), rounded_product(product.imag))
+    return jnp.where(jnp.isnan(product), jnp.nan, product)
+
+
+def rounded_stochastically(value: Any, s: Any) -> Any:
+    """Rounds float32 to bfloat16 up or down at random, in proportion to the distances.
+
+    The noise is a hash of the element's index and the update's number: nothing to store,
+    the same on every replica and after a restart, and fused into the update, where
+    `jax.random` bits would cost a multiple of it. Leaves of one shape share it (a
+    constant per leaf would compile a kernel per leaf); each stays unbiased.
+    """
+    if value.dtype != jnp.float32:
+        return value  # complex
+    index = jnp.zeros(value.shape, jnp.uint32)
+    for axis, size in enumerate(value.shape):
+        index = index * size + lax.broadcasted_iota(jnp.uint32, value.shape, axis)
+    noise = _hash(index + _hash(jnp.asarray(s, jnp.uint32))) >> 16
+    bits = lax.bitcast_convert_type(value, jnp.uint32) + noise
+    rounded = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value)
+
+
+def _hash(x: Any) -> Any:
+    """Mixes 32 bits: two rounds of xor-shift and multiply.
+
+    The constants are those that C. Wellons found to have the least bias,
+    https://nullprogram.com/blog/2018/07/31/
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

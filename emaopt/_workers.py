@@ -1,0 +1,244 @@
+"""Where the workers are: on a leading axis, on a mapped axis, or just one of them.
+
+The only file with collectives. Both forms answer the same few questions, so that the
+engine is written once. A row is what one worker has of a leaf.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+# Leaves up to this size share a collective: it then costs less than copying them.
+_SMALL = 2**20  # bytes
+
+
+class Stacked:
+    """Parameters and gradients carry a leading axis of workers; `jit` may shard it."""
+
+    def __init__(self, num_workers: int):
+        self.num_workers = num_workers
+
+    def check(self, function: str, leaves: list) -> None:
+        """Raises unless every leaf has a row for every worker."""
+        for leaf in leaves:
+            if jnp.shape(leaf)[:1] != (self.num_workers,):
+                raise ValueError(
+                    f"{function}: with num_workers={self.num_workers} every leaf has a "
+                    f"leading axis of {self.num_workers}, but one has shape "
+                    f"{jnp.shape(leaf)}. Call emaopt.stack_workers(params, "
+                    f"{self.num_workers}) first."
+                )
+
+    def first(self, leaf):
+        """Any row, where all are equal."""
+        return leaf[0]
+
+    def each(self, f: Callable, *args, **extra_args):
+        """f for every worker. Extra arguments without a row for each are for all."""
+
+        def has_rows(argument):
+            leaves = jax.tree.leaves(argument)
+            return bool(leaves) and all(
+                hasattr(leaf, "shape") and leaf.shape[:1] == (self.num_workers,)
+                for leaf in leaves
+            )
+
+        rows = {k: v for k, v in extra_args.items() if has_rows(v)}
+        common = {k: v for k, v in extra_args.items() if k not in rows}
+        return jax.vmap(lambda args, rows: f(*args, **rows, **common))(args, rows)
+
+    def axes(self, leaf):
+        """The axes of a row."""
+        return tuple(range(1, leaf.ndim))
+
+    def spread(self, value, leaf):
+        """A value for each worker in a shape that broadcasts against `leaf`."""
+        return value.reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+    def same(self, value):
+        """A value for each worker."""
+        return jnp.full(self.num_workers, value)
+
+    def total(self, leaves):
+        """The sums over the workers."""
+        return [jnp.sum(leaf, axis=0, dtype=leaf.dtype) for leaf in leaves]
+
+    def valid(self, finite):
+        """[num_workers] flags of all workers, equal everywhere."""
+        return finite
+
+    def gather(self, leaves):
+        """The rows of all workers, on a leading axis, on every device."""
+        if not jax.sharding.get_abstract_mesh().axis_names:
+            return leaves  # where they are is the compiler's choice
+        free = PartitionSpec.UNCONSTRAINED
+        return [
+            lax.with_sharding_constraint(
+                leaf, PartitionSpec(None, *[free] * (leaf.ndim - 1))
+            )
+            for leaf in leaves
+        ]
+
+    def own(self, leaves):
+        """Each worker's row of what stands on a leading axis."""
+        return leaves
+
+    def varying(self, tree):
+        """For `shard_map` with check_vma: marked as different on each worker."""
+        return tree
+
+    def equal_as(self, tree, like):
+        """For the same: marked as equal on all workers where `like` is."""
+        del like
+        return tree
+
+
+class Mapped:
+    """Every worker runs the program: in `shard_map`, `pmap` or `vmap`; or one alone."""
+
+    def __init__(self, axis_name: Any = None):
+        self.axis_name = axis_name
+
+    @property
+    def num_workers(self):
+        return 1 if self.axis_name is None else lax.psum(1, self.axis_name)
+
+    def check(self, function: str, leaves: list) -> None:
+        """Raises unless the axis is mapped here."""
+        del leaves
+        if self.axis_name is None:
+            return
+        try:
+            lax.axis_index(self.axis_name)
+        except NameError:
+            raise ValueError(
+                f"{function}: the axis {self.axis_name!r} is not mapped here. Call it "
+                "inside jax.shard_map, jax.pmap or jax.vmap with this axis name, or use "
+                "num_workers= for parameters with a leading axis."
+            ) from None
+
+    def first(self, leaf):
+        return leaf
+
+    def each(self, f, *args, **extra_args):
+        return f(*args, **extra_args)
+
+    def axes(self, leaf):
+        return tuple(range(leaf.ndim))
+
+    def spread(self, value, leaf):
+        del leaf
+        return value
+
+    def same(self, value):
+        return jnp.asarray(value)
+
+    def total(self, leaves):
+        if self.axis_name is None:
+            return leaves
+        return _packed(lambda x: lax.psum(x, self.axis_name), leaves)
+
+    def valid(self, finite):
+        if self.axis_name is None:
+            return finite[None]
+        own = jnp.arange(self.num_workers) == lax.axis_index(self.axis_name)
+        return lax.psum((own & finite).astype(jnp.int32), self.axis_name) > 0
+
+    def gather(self, leaves):
+        if self.axis_name is None:
+            return [leaf[None] for leaf in leaves]
+        return _packed(lambda x: lax.all_gather(x, self.axis_name), leaves)
+
+    def own(self, leaves):
+        i = 0 if self.axis_name is None else lax.axis_index(self.axis_name)
+        return [lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in leaves]
+
+    def varying(self, tree):
+        if not self._is_tracked:
+            return tree
+        return jax.tree.map(lambda leaf: _vary(leaf, self._axes), tree)
+
+    def equal_as(self, tree, like):
+        if not self._is_tracked:
+            return tree
+
+        def equal(leaf, like):
+            axes = tuple(sorted((_varying(leaf) - _varying(like)) & self._axes))
+            return lax.pmax(leaf, axes) if axes else leaf
+
+        return jax.tree.map(equal, tree, like)
+
+    @property
+    def _axes(self) -> frozenset:
+        names = self.axis_name
+        return frozenset(names if isinstance(names, tuple) else (names,))
+
+    @property
+    def _is_tracked(self) -> bool:
+        """Whether the axis is one of a `shard_map` with check_vma."""
+        if self.axis_name is None:
+            return False
+        return bool(_varying(lax.axis_index(self.axis_name)))
+
+
+def _packed(collective: Callable, leaves: list) -> list:
+    """One collective for the small leaves of each dtype, and one for each large leaf.
+
+    One flat vector is faster than a collective for each leaf, but it is a copy.
+    """
+    packs: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        small = leaf.size * leaf.dtype.itemsize <= _SMALL
+        packs.setdefault(leaf.dtype if small else i, []).append(i)
+    done = list(leaves)
+    for pack in packs.values():
+        if len(pack) == 1:
+            done[pack[0]] = collective(leaves[pack[0]])
+            continue
+        flat = collective(jnp.concatenate([leaves[i].ravel() for i in pack]))
+        start = 0
+        for i in pack:
+            end = start + math.prod(leaves[i].shape)
+            part = flat[..., start:end]
+            done[i] = part.reshape(part.shape[:-1] + leaves[i].shape)
+            start = end
+    return done
+
+
+def same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
+    """The branches of a conditional, cast to vary over the same mapped axes.
+
+    `shard_map` with check_vma tells values that are equal on all devices from those that
+    vary, and wants all branches to return the same.
+    """
+    outs = [jax.tree.leaves(jax.eval_shape(b, *operands)) for b in branches]
+    axes = [
+        frozenset().union(*map(_varying, leaves)) for leaves in zip(*outs, strict=True)
+    ]
+
+    def cast(branch):
+        def cast_branch(*operands):
+            leaves, treedef = jax.tree.flatten(branch(*operands))
+            return jax.tree.unflatten(treedef, map(_vary, leaves, axes))
+
+        return cast_branch
+
+    return [cast(branch) for branch in branches]
+
+
+def _varying(leaf: Any) -> frozenset:
+    """The mapped axes over which a value varies, as far as `shard_map` tracks it."""
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    kind = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
+    axes = getattr(aval, "vma", None) if kind is None else kind.varying
+    return frozenset(axes or ())
+
+
+def _vary(leaf: Any, axes: frozenset) -> Any:
+    missing = tuple(sorted(axes - _varying(leaf)))
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
