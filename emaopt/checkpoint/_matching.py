@@ -12,7 +12,14 @@ from emaopt._swapping import locate, shape_of
 from emaopt.checkpoint._files import Names, listed, names_of
 
 # The names that Optax's and our wrappers put on the way to an optimizer's own slots.
-_WRAPPERS = {"averaging", "inner_opt_state", "inner_state", "inner_states", "opt_state"}
+_WRAPPERS = {
+    "averaging",
+    "inner_opt_state",
+    "inner_state",
+    "inner_states",
+    "opt_state",
+    "outer_state",
+}
 
 
 class Match(NamedTuple):

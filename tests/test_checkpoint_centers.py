@@ -1,0 +1,270 @@
+"""Checkpoints of local updates serve the center and give training back bit for bit."""
+
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
+from models import Net, train_step
+from orbax.checkpoint import v1
+from test_checkpoint import abstract
+
+import emaopt
+from emaopt import checkpoint
+
+W = 4
+INNER = optax.adam(0.1)
+AVERAGED = emaopt.averaged(optax.sgd(0.7, momentum=0.9), 0.5)
+METHODS = {
+    "diloco": emaopt.diloco(INNER, period=3, num_workers=W),
+    "agn": emaopt.agn(INNER, 3, num_workers=W),
+    "in turns": emaopt.agn(INNER, 3, variant="paper", reduce="sequential", num_workers=W),
+    "easgd": emaopt.easgd(INNER, period=3, num_workers=W),
+    "fragments": emaopt.diloco(INNER, period=3, num_workers=W, num_fragments=2),
+    "int8": emaopt.diloco(
+        INNER, period=3, num_workers=W, exchange_dtype=jnp.int8, error_feedback=True
+    ),
+    "in a chain": optax.chain(
+        optax.clip(1.0), emaopt.local_sgd(INNER, period=3, num_workers=W)
+    ),
+    "averaged center": emaopt.diloco(INNER, AVERAGED, period=3, num_workers=W),
+    "lookahead": emaopt.lookahead(INNER, period=3),
+}
+DILOCO = METHODS["diloco"]
+
+
+def one_worker():
+    return {
+        "dense": {"kernel": jnp.full((3, 2), 0.5, jnp.bfloat16), "bias": jnp.zeros(2)},
+        "none": None,
+        "empty": jnp.zeros((0, 3)),
+    }
+
+
+def train(tx, params, opt_state, first=0, steps=7):
+    @jax.jit
+    def step(params, opt_state, i):
+        def gradient(p):
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), p.shape)
+            return (0.1 * p + noise).astype(p.dtype)
+
+        grads = jax.tree.map(gradient, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for i in range(first, first + steps):
+        params, opt_state = step(params, opt_state, i)
+    return params, opt_state
+
+
+def begin(name):
+    params = one_worker()
+    return params if name == "lookahead" else emaopt.stack_workers(params, W)
+
+
+def trained(name):
+    params = begin(name)
+    return train(METHODS[name], params, METHODS[name].init(params))
+
+
+def served(opt_state):
+    """What is to stand under the names, by another way than the checkpoint's."""
+    try:
+        return emaopt.get_average(opt_state)
+    except ValueError:
+        return emaopt.get_center(opt_state)
+
+
+def bits(tree):
+    return [
+        (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array) and leaf.size
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_file_holds_the_center_and_training_goes_on_bit_for_bit(name, tmp_path):
+    params, opt_state = trained(name)
+    state = {"params": params, "opt_state": opt_state}
+    checkpoint.save(tmp_path / "c", state)
+    with ocp.StandardCheckpointer() as plain:
+        on_disk = plain.restore(tmp_path / "c")["params"]
+    restored = checkpoint.restore(tmp_path / "c", abstract(state))
+    resumed = train(METHODS[name], restored["params"], restored["opt_state"], first=7)
+    assert bits(on_disk) == bits(served(opt_state))
+    assert bits(checkpoint.load_averaged(tmp_path / "c")) == bits(served(opt_state))
+    assert bits(restored) == bits(state)
+    assert bits(resumed) == bits(train(METHODS[name], params, opt_state, first=7))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_swap_is_an_involution_and_a_swapped_state_refuses_to_train(name):
+    params, opt_state = trained(name)
+    center, swapped = emaopt.swap(params, opt_state)
+    assert bits(center) == bits(served(opt_state))
+    assert bits(emaopt.swap(center, swapped)) == bits((params, opt_state))
+    with pytest.raises(TypeError, match="swap back first"):
+        METHODS[name].update(params, swapped, params, exchange=True)
+
+
+def test_of_a_center_and_its_average_either_is_served(tmp_path):
+    params, opt_state = trained("averaged center")
+    state = {"params": params, "opt_state": opt_state}
+    checkpoint.save(tmp_path / "c", state, name="center")
+    center, average = emaopt.get_center(opt_state), emaopt.get_average(opt_state)
+    assert bits(checkpoint.load_averaged(tmp_path / "c")) == bits(center)
+    assert bits(checkpoint.load_averaged(tmp_path / "c", name="averaging")) == bits(
+        average
+    )
+    assert bits(checkpoint.restore(tmp_path / "c", state)) == bits(state)
+    assert bits(center) != bits(average)
+
+
+def as_train_state():
+    params, opt_state = trained("diloco")
+    state = TrainState.create(apply_fn=jnp.dot, params=begin("diloco"), tx=DILOCO)
+    return state.replace(step=jnp.int32(7), params=params, opt_state=opt_state)
+
+
+def as_frozen_dict():
+    params, opt_state = trained("diloco")
+    return freeze({"train": {"params": params, "opt_state": opt_state}})
+
+
+def as_nnx():
+    model = Net(nnx.Rngs(0))
+    tx = emaopt.lookahead(optax.adam(0.1), period=2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        train_step(model, optimizer)
+    return {"params": nnx.state(model, nnx.Param), "opt_state": nnx.state(optimizer)}
+
+
+def as_equinox():
+    model = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    model = emaopt.stack_workers(model, W)
+    params, opt_state = train(DILOCO, model, DILOCO.init(model))
+    return {"model": params, "opt_state": opt_state}
+
+
+def of(state, *names):
+    for name in names:
+        state = state[name] if not hasattr(state, name) else getattr(state, name)
+    return state
+
+
+@pytest.mark.parametrize(
+    "make, params",
+    [
+        (as_train_state, ["params"]),
+        (as_frozen_dict, ["train", "params"]),
+        (as_nnx, ["params"]),
+        (as_equinox, ["model"]),
+    ],
+)
+def test_containers(make, params, tmp_path):
+    state = make()
+    checkpoint.save(tmp_path / "c", state)
+    with ocp.StandardCheckpointer() as plain:
+        on_disk = of(plain.restore(tmp_path / "c"), *params)
+    there = bits(of(checkpoint.swap_state(state), *params))
+    assert sorted(bits(on_disk)) == sorted(
+        there
+    )  # attributes are not in the order of keys
+    assert sorted(bits(on_disk)) != sorted(bits(of(state, *params)))
+    assert bits(checkpoint.restore(tmp_path / "c", state)) == bits(state)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_manager_serves_the_center_of_one_tree_and_of_items(asynchronous, tmp_path):
+    params, opt_state = trained("diloco")
+    state = {"params": params, "opt_state": opt_state}
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
+
+    def manager(directory):
+        registry = checkpoint.handler_registry(items=["params", "opt_state"])
+        return ocp.CheckpointManager(
+            tmp_path / directory, options=options, handler_registry=registry
+        )
+
+    with manager("one") as one:
+        one.save(7, args=ocp.args.StandardSave(state))
+        one.wait_until_finished()
+        assert bits(one.restore(7, args=ocp.args.StandardRestore(state))) == bits(state)
+    save = {k: ocp.args.StandardSave(v) for k, v in state.items()}
+    load = {k: ocp.args.StandardRestore(v) for k, v in state.items()}
+    with manager("items") as items:
+        items.save(7, args=ocp.args.Composite(**save))
+        items.wait_until_finished()
+        restored = items.restore(7, args=ocp.args.Composite(**load))
+        assert bits({k: restored[k] for k in state}) == bits(state)
+    for directory, item in (("one", "default"), ("items", "params")):
+        with ocp.StandardCheckpointer() as plain:
+            on_disk = plain.restore(tmp_path / directory / "7" / item)
+        on_disk = on_disk if item == "params" else on_disk["params"]
+        assert bits(on_disk) == bits(emaopt.get_center(opt_state))
+
+
+def test_v1_writes_and_reads_the_center(tmp_path):
+    params = {"w": jnp.arange(8.0).reshape(W, 2)}
+    params, opt_state = train(DILOCO, params, DILOCO.init(params))
+    state = {"params": params, "opt_state": opt_state}
+    swapped = checkpoint.swap_state(state)
+    v1.save(tmp_path / "c", swapped, custom_metadata=checkpoint.metadata(state))
+    loaded = v1.load(tmp_path / "c", abstract(swapped))
+    assert bits(loaded["params"]) == bits(emaopt.get_center(opt_state))
+    assert bits(checkpoint.swap_state(loaded)) == bits(state)
+    assert bits(checkpoint.restore(tmp_path / "c", state)) == bits(state)
+
+
+def test_a_process_without_emaopt_serves_the_center(tmp_path):
+    params, opt_state = trained("diloco")
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": opt_state})
+    program = """
+        import sys
+        sys.modules["emaopt"] = None
+        import numpy as np, orbax.checkpoint as ocp
+        params = ocp.StandardCheckpointer().restore(sys.argv[1])["params"]
+        print(np.asarray(params["dense"]["kernel"]).tobytes().hex())
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "c")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kernel = emaopt.get_center(opt_state)["dense"]["kernel"]
+    assert run.stdout.strip() == np.asarray(kernel).tobytes().hex()
+
+
+def test_an_average_of_the_center_is_adopted_from_the_center(tmp_path):
+    params, opt_state = trained("diloco")
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": opt_state})
+    outer = emaopt.averaged(optax.sgd(0.7, momentum=0.9, nesterov=True), 0.5)
+    tx = emaopt.diloco(INNER, outer, period=3, num_workers=W)
+    target = {"params": params, "opt_state": tx.init(begin("diloco"))}
+    said = []
+    restored = checkpoint.restore(tmp_path / "c", target, report=said.append)
+    average = emaopt.get_average(restored["opt_state"])
+    assert bits(average) == bits(emaopt.get_center(opt_state))
+    assert any("started the average anew" in sentence for sentence in said)
+
+
+def test_plain_orbax_cannot_take_the_center_for_the_workers(tmp_path):
+    params = {"w": jnp.ones(2)}
+    tx = METHODS["lookahead"]
+    state = {"params": params, "opt_state": tx.init(params)}
+    checkpoint.save(tmp_path / "c", state)
+    with ocp.StandardCheckpointer() as plain:
+        with pytest.raises(ValueError, match="swapped_at"):
+            plain.restore(tmp_path / "c", state)
