@@ -112,7 +112,7 @@ class Engine:
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
             since_exchange=tuple(zero(jnp.int32) for _ in fragments),
-            inner_state=self.workers.each(self.inner.init, params),
+            inner_state=self.workers.init(self.inner, params),
             outer_state=tuple(
                 self.outer.init(_subtree(treedef, f, [center[i] for i in f]))
                 for f in fragments
@@ -226,7 +226,7 @@ def fragments_of(function: str, center: list, num_fragments: int) -> list[list[i
     fragments: list[list[int]] = [[] for _ in range(num_fragments)]
     sizes = [0] * num_fragments
     moving = [i for i, leaf in enumerate(center) if is_averaged(leaf)]
-    if 1 < num_fragments > len(moving):
+    if 1 < num_fragments > len(moving) and center:
         raise ValueError(
             f"{function}: num_fragments={num_fragments}, but there are only "
             f"{len(moving)} leaves; a fragment is one leaf or more."

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import optax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Leaves up to this size share a collective: it then costs less than copying them.
 _SMALL = 2**20  # bytes
@@ -36,10 +38,39 @@ class Stacked:
 
     def first(self, leaf):
         """Any row, where all are equal."""
-        return leaf[0]
+        leaf = jnp.asarray(leaf)
+        sharding = jax.typeof(leaf).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf[0]
+        rest = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+        return leaf.at[0].get(out_sharding=rest)
+
+    def init(self, inner: optax.GradientTransformation, params):
+        """The state of every worker, where the worker is."""
+        if not jax.tree.leaves(params):  # an empty tree, or optax.tree.map_params' own
+            return inner.init(params)
+        init = jax.vmap(inner.init)
+        shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
+        first = next(iter(jax.tree.leaves(shardings)), None)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+        if traced or not isinstance(first, NamedSharding) or first.mesh.size == 1:
+            return init(params)
+        # Left to themselves, zeros would all stand on one device.
+        rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
+        everywhere = optax.tree.map_params(
+            inner,
+            lambda slot, sharding: slot if _is_masked(slot) else sharding,
+            jax.eval_shape(init, params),
+            shardings,
+            transform_non_params=lambda leaf: rows,
+            is_leaf=_is_masked,
+        )
+        return jax.jit(init, out_shardings=everywhere)(params)
 
     def each(self, f: Callable, *args, **extra_args):
         """f for every worker. Extra arguments without a row for each are for all."""
+        if not jax.tree.leaves(args[0]):
+            return f(*args, **extra_args)
 
         def has_rows(argument):
             leaves = jax.tree.leaves(argument)
@@ -76,13 +107,15 @@ class Stacked:
         """The rows of all workers, on a leading axis, on every device."""
         if not jax.sharding.get_abstract_mesh().axis_names:
             return leaves  # where they are is the compiler's choice
-        free = PartitionSpec.UNCONSTRAINED
-        return [
-            lax.with_sharding_constraint(
-                leaf, PartitionSpec(None, *[free] * (leaf.ndim - 1))
-            )
-            for leaf in leaves
-        ]
+
+        def everywhere(leaf):
+            sharding = jax.typeof(leaf).sharding
+            if AxisType.Explicit in sharding.mesh.axis_types:
+                return jax.sharding.reshard(leaf, PartitionSpec(None, *sharding.spec[1:]))
+            free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+            return lax.with_sharding_constraint(leaf, PartitionSpec(None, *free))
+
+        return [everywhere(leaf) for leaf in leaves]
 
     def own(self, leaves):
         """Each worker's row of what stands on a leading axis."""
@@ -124,6 +157,9 @@ class Mapped:
 
     def first(self, leaf):
         return leaf
+
+    def init(self, inner, params):
+        return inner.init(params)
 
     def each(self, f, *args, **extra_args):
         return f(*args, **extra_args)
@@ -184,6 +220,10 @@ class Mapped:
         if self.axis_name is None:
             return False
         return bool(_varying(lax.axis_index(self.axis_name)))
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _packed(collective: Callable, leaves: list) -> list:
