@@ -13,6 +13,7 @@ import safetensors
 from flax import nnx
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
+from tensorflow_records import facts
 from test_checkpoint import (
     abstract,
     as_dict,
@@ -377,13 +378,40 @@ def test_dtype_to_load_must_be_floating(tmp_path):
         checkpoint.load_averaged(tmp_path / "c", dtype=jnp.int8)
 
 
-def test_names_as_tensorflow_gives_them():
-    names = checkpoint.average_names({"a": 1.0, "b": {"c": 2.0}})
-    assert names == {
+MAPS = {case["title"]: case for case in facts("tf_ema/names", "maps")}
+VARIABLES = {
+    # title, key in it: (parameters, arguments); TensorFlow's map of tensors is left out.
+    ("plain", "variables_to_restore_before_apply"): (
+        {"v0": 1.0, "v1": 1.0, "v2": 1.0},
+        {"name": "foo", "mask": {"v0": True, "v1": True, "v2": False}},
+    ),
+    ("scopes", "variables_to_restore"): (
+        {"scope1": {"v0": 1.0, "v1": 1.0, "v2": 1.0}},
+        {"name": "foo", "scope": "scope2", "mask": emaopt.by_name("v0", "v1")},
+    ),
+    # Without the list, TensorFlow makes up an average for c.
+    ("trainable_without_average", "variables_to_restore_given_a_b"): (
+        {"a": 1.0, "b": 1.0, "c": 1.0},
+        {"mask": emaopt.by_name("a", "b")},
+    ),
+}
+
+
+@pytest.mark.parametrize("title, key", VARIABLES)
+def test_names_are_those_that_tensorflow_gives(title, key):
+    params, arguments = VARIABLES[title, key]
+    recorded = MAPS[title][key]
+    of_variables = {k: v for k, v in recorded.items() if "add/" not in k}
+    assert checkpoint.average_names(params, **arguments) == of_variables
+
+
+def test_names_without_a_mask_and_with_another_one():
+    assert checkpoint.average_names({"a": 1.0, "b": {"c": 2.0}}) == {
         "a/ExponentialMovingAverage": "a",
         "b/c/ExponentialMovingAverage": "b/c",
     }
-    assert checkpoint.average_names({"v0": 1.0}, name="foo") == {"v0/foo": "v0"}
+    with pytest.raises(ValueError, match="a tree of booleans like params"):
+        checkpoint.average_names({"a": 1.0}, mask={"b": True})
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float16])

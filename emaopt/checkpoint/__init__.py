@@ -237,26 +237,46 @@ def export_safetensors(
     os.replace(unfinished, out)
 
 
-def average_names(params: Any, name: str = "ExponentialMovingAverage") -> dict[str, str]:
+def average_names(
+    params: Any,
+    name: str = "ExponentialMovingAverage",
+    *,
+    mask: Any = None,
+    scope: str = "",
+) -> dict[str, str]:
     """Maps names as TensorFlow gives averages to the parameters' own.
 
-    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns, for parameters
-    that all have an average: use it to rename what a converted TensorFlow checkpoint
-    holds.
+    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns: use it to
+    rename what a converted TensorFlow checkpoint holds. Unlike that, it makes up no
+    average for what has none.
 
     Args:
-      params: The averaged parameters.
+      params: The parameters.
       name: The average's name in TensorFlow.
+      mask: Which parameters have an average: a tree of booleans like `params` or a
+        function that makes one, such as `emaopt.by_name`. None: all.
+      scope: The variable scope in which TensorFlow made the averages.
 
     Returns:
-      {"path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/".
+      {"<scope>/path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/";
+      what has no average has its own name twice.
+
+    Raises:
+      ValueError: If `mask` is not like `params`.
 
     Example:
       >>> print(average_names({"dense": {"kernel": 0.0}}))
       {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
     """
-    names = ("/".join(names) for names in _files.names_of(params))
-    return {f"{own}/{name}": own for own in names}
+    flags = mask(params) if callable(mask) else mask
+    averaged = dict.fromkeys(_files.names_of(params), True)
+    if flags is not None:
+        averaged = _files.names_of(flags)
+    if averaged.keys() != _files.names_of(params).keys():
+        raise ValueError("average_names: mask must be a tree of booleans like params.")
+    prefix = f"{scope}/" if scope else ""
+    own = {"/".join(names): has_one for names, has_one in averaged.items()}
+    return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in own.items()}
 
 
 def metadata(state: Any, *, name: str | None = None) -> dict[str, Any]:
