@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from emaopt._checks import check_flag, check_integer, check_number, check_optimizer
 from emaopt._commits import accumulate, check_commit, start_center
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._recursion import is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
-from emaopt._workers import Mapped, Stacked, same_types
+from emaopt._workers import Mapped, Stacked, once_if
 
 REDUCTIONS = ("mean", "sum", "sequential")
 
@@ -160,30 +159,28 @@ class Engine:
             since = optax.safe_increment(since)
             due = self._due(number, num_steps, since) if exchange is None else exchange
 
-            def exchanged(inner_state, before, sums, since, fragment=fragment):
+            def exchanged(changing, fixed, fragment=fragment):
+                inner_state, before = changing
+                sums, since = fixed
                 steps, _ = local_step(inner_state)
-                fixed = [
+                rows = [
                     Fixed(
                         None if gradients[i] is None else applied(leaves[i], steps[i]), s
                     )
                     for i, s in zip(fragment, sums, strict=True)
                 ]
                 subtree = functools.partial(_subtree, treedef, fragment)
-                after = self._exchange(before, fixed, since, subtree)
+                after = self._exchange(before, rows, since, subtree)
                 return _held_until(after.num_left_out >= 0, inner_state), after
-
-            def skipped(inner_state, before, *_):
-                return inner_state, before
 
             before = Part(
                 [changing[i] for i in fragment], state.outer_state[number], num_left_out
             )
-            operands = (inner_state, before, [sums[i] for i in fragment], since)
+            operands = ((inner_state, before), ([sums[i] for i in fragment], since))
             if isinstance(due, bool):
-                inner_state, after = (exchanged if due else skipped)(*operands)
+                inner_state, after = exchanged(*operands) if due else operands[0]
             else:
-                branches = same_types([exchanged, skipped], *operands)
-                inner_state, after = lax.cond(due, *branches, *operands)
+                inner_state, after = once_if(due, exchanged, *operands)
             for i, leaf in zip(fragment, after.leaves, strict=True):
                 changing[i], dues[i] = leaf, due
             num_left_out = after.num_left_out

@@ -250,7 +250,32 @@ def _packed(collective: Callable, leaves: list) -> list:
     return done
 
 
-def same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
+def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
+    """Returns f(changing, fixed) where `due`, else `changing`.
+
+    A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
+    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), but
+    not what passes a loop.
+    """
+    act, skip = _same_types([f, lambda changing, _: changing], changing, fixed)
+
+    def conditional(due, changing, fixed):
+        return lax.cond(due, act, skip, changing, fixed)
+
+    def loop(due, changing, fixed):
+        def turn(carry):
+            due, changing = carry
+            return jnp.zeros_like(due), act(changing, fixed)
+
+        start = (jnp.asarray(due), skip(changing, fixed))
+        return lax.while_loop(lambda carry: carry[0], turn, start)[1]
+
+    return lax.platform_dependent(
+        due, changing, fixed, cuda=loop, rocm=loop, default=conditional
+    )
+
+
+def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
     """The branches of a conditional, cast to vary over the same mapped axes.
 
     `shard_map` with check_vma tells values that are equal on all devices from those that

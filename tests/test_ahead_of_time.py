@@ -1,0 +1,168 @@
+"""Local updates compiled for TPUs and GPUs, none of which has to be here.
+
+The oracle is the text of the programs: what they communicate, and when, what they copy,
+and the memory they ask for. `aot_worker` compiles them with compilers that come as
+packages: pip install -e '.[aot]'.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from aot_worker import FORMS, METHODS, TARGETS
+
+WORKER = Path(__file__).parent / "aot_worker.py"
+TIMEOUT = 900  # s, for all programs of a target; they take one to two minutes
+CASES = [f"{method} {form}" for method in METHODS for form in FORMS]
+SLICES = "TPU v5e, 16 slices of 16"
+LARGE = 2**20  # elements; the matrices have 2**24 on each chip, the rest up to 2**13
+
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
+
+
+class Program(NamedTuple):
+    always: list[str]  # instructions that every call executes
+    branches: list[str]  # those of the branches of conditionals and of loops
+    params: int  # bytes of the parameters on a chip, and of the gradients
+    arguments: int  # bytes on a chip
+    donated: int
+    temporary: int
+
+
+@functools.cache
+def programs(target):
+    """The programs by name, compiled in a process that may not look for chips."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "XLA_FLAGS": "",
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        run = subprocess.run(
+            [sys.executable, WORKER, target, directory],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=TIMEOUT,
+        )
+        assert run.returncode == 0, run.stderr
+        found = {}
+        for line in map(json.loads, run.stdout.splitlines()):
+            name = line.pop("name")
+            text = (Path(directory) / f"{name}.txt").read_text()
+            found[name] = Program(*instructions(text), **line)
+        return found
+
+
+def instructions(text):
+    """(those that every call executes, those in branches and loops) of a program."""
+    computations, name = {}, ""
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = "ENTRY" if head[1] else head[2]
+            computations[name] = []
+        elif line.startswith("  "):
+            computations[name].append(line)
+    calls = r"(?:calls|to_apply|condition)=%([\w.-]+)"
+    # On GPUs the exchange is a loop of at most one turn.
+    choices = r"(?:true_computation|false_computation|body)=%([\w.-]+)"
+    lists = r"branch_computations=\{(.*?)\}"
+
+    def reached(start, follow):
+        found, todo = set(), list(start)
+        while todo:
+            if (one := todo.pop()) not in found:
+                found.add(one)
+                todo += [name for line in computations[one] for name in follow(line)]
+        return found
+
+    def called(line):
+        return re.findall(calls, line)
+
+    def chosen(line):
+        several = ",".join(re.findall(lists, line))
+        return re.findall(choices, line) + re.findall(r"%([\w.-]+)", several)
+
+    always = reached(["ENTRY"], called)
+    every = reached(["ENTRY"], lambda line: called(line) + chosen(line))
+    assert every == set(computations)  # no other way leads into one
+    return tuple(
+        [line for name in names for line in computations[name]]
+        for names in (always, every - always)
+    )
+
+
+def results(lines, operation):
+    """The types of what an operation results in, for each time it stands there."""
+    pattern = re.compile(rf" = (.*?) (?:{operation})\(")
+    return [found[1] for line in lines if (found := pattern.search(line))]
+
+
+BETWEEN_SLICES = "send|recv"
+COLLECTIVES = (
+    "(?:all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute"
+    f"|ragged-all-to-all|reduce-scatter)(?:-start)?|{BETWEEN_SLICES}"
+)
+
+
+def large(types):
+    """The dtypes of the large arrays in them."""
+    return [
+        dtype
+        for one in types
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", one)
+        if math.prod(map(int, filter(None, shape.split(",")))) >= LARGE
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_communicated_but_in_the_branch_of_the_exchange(target, case):
+    program = programs(target)[case]
+    assert results(program.always, COLLECTIVES) == []
+    assert {"f32"} == set(large(results(program.branches, COLLECTIVES)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_between_exchanges_nothing_leaves_a_slice(case):
+    program = programs(SLICES)[f"{case} step"]
+    assert results(program.always, COLLECTIVES)  # the model's, within a worker
+    assert results(program.always, BETWEEN_SLICES) == []
+    assert large(results(program.branches, BETWEEN_SLICES))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_state_is_updated_in_place_and_an_exchange_takes_two_parameters_more(
+    target, case
+):
+    program = programs(target)[case]
+    assert program.donated == program.arguments - program.params  # all but the gradients
+    assert large(results(program.always + program.branches, "copy")) == []
+    assert program.temporary < 2.05 * program.params
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_bfloat16_exchange_communicates_bfloat16(target, form):
+    program = programs(target)[f"diloco {form} bfloat16"]
+    assert results(program.always, COLLECTIVES) == []
+    assert {"bf16"} == set(large(results(program.branches, COLLECTIVES)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_exchange_as_a_python_value_compiles_to_no_conditional(target):
+    forced, none = (programs(target)[f"exchange={value}"] for value in (True, False))
+    assert not forced.branches and large(results(forced.always, COLLECTIVES))
+    assert not none.branches and not results(none.always, COLLECTIVES)
+    assert none.temporary < 2**12
