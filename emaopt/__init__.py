@@ -8,6 +8,8 @@ Reading:      get_average, swap, reset_average, average_distance, by_name
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
               get_center, stack_workers, state_specs, worker_spread, local_round,
               synchronize, simulate_async
+Optimizers:   compute_gradients, apply_gradients, minimize, gate_gradients, constrain,
+              get_slot, get_slot_names, variables
 Modules:      checkpoint, batch_stats
 """
 
@@ -19,6 +21,7 @@ from emaopt._averaging import AveragedState as AveragedState
 from emaopt._averaging import average_params as average_params
 from emaopt._averaging import average_tree as average_tree
 from emaopt._averaging import averaged as averaged
+from emaopt._constraint import constrain as constrain
 from emaopt._decays import half_life_decay as half_life_decay
 from emaopt._decays import inverse_gamma_decay as inverse_gamma_decay
 from emaopt._decays import polynomial_decay as polynomial_decay
@@ -26,6 +29,10 @@ from emaopt._decays import power_decay as power_decay
 from emaopt._decays import scale_decay as scale_decay
 from emaopt._decays import uniform_decay as uniform_decay
 from emaopt._decays import warmup_decay as warmup_decay
+from emaopt._gates import GATE_GRAPH as GATE_GRAPH
+from emaopt._gates import GATE_NONE as GATE_NONE
+from emaopt._gates import GATE_OP as GATE_OP
+from emaopt._gates import gate_gradients as gate_gradients
 from emaopt._local_loop import local_round as local_round
 from emaopt._local_loop import stack_workers as stack_workers
 from emaopt._local_loop import state_specs as state_specs
@@ -40,6 +47,9 @@ from emaopt._local_methods import lookahead as lookahead
 from emaopt._local_updates import LocalUpdatesState as LocalUpdatesState
 from emaopt._local_updates import SwappedLocalUpdatesState as SwappedLocalUpdatesState
 from emaopt._names import by_name as by_name
+from emaopt._optimizer import apply_gradients as apply_gradients
+from emaopt._optimizer import compute_gradients as compute_gradients
+from emaopt._optimizer import minimize as minimize
 from emaopt._reading import average_distance as average_distance
 from emaopt._reading import get_average as get_average
 from emaopt._reading import get_center as get_center
@@ -49,6 +59,9 @@ from emaopt._reading import worker_spread as worker_spread
 from emaopt._recursion import Averager as Averager
 from emaopt._recursion import AverageState as AverageState
 from emaopt._recursion import SwappedState as SwappedState
+from emaopt._slots import get_slot as get_slot
+from emaopt._slots import get_slot_names as get_slot_names
+from emaopt._slots import variables as variables
 from emaopt._weights import WeightSummary as WeightSummary
 from emaopt._weights import decay_weights as decay_weights
 from emaopt._weights import weight_summary as weight_summary

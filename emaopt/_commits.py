@@ -27,13 +27,16 @@ def start_center(leaf: Any) -> Any:
     return jnp.array(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
 
 
-def accumulate(old: jax.Array, gradient: jax.Array, first: Any) -> jax.Array:
+def accumulate(old: jax.Array, gradient: Any, first: Any) -> jax.Array:
     """The sum of the gradients since the last exchange, in the accumulator's dtype.
+
+    None is a gradient of zeros.
 
     Started anew by a select at the first step after an exchange: a reset in the
     conditional of the exchange would cost a copy of everything at every step.
     """
-    return jnp.where(first, 0, old) + gradient.astype(old.dtype)
+    kept = jnp.where(first, 0, old)
+    return kept if gradient is None else kept + gradient.astype(old.dtype)
 
 
 def make_commit(
@@ -57,19 +60,24 @@ def make_commit(
     return delta
 
 
-def encoded(row: jax.Array, dtype: Any, axes: Any) -> tuple[jax.Array, Any]:
+def encoded(
+    row: jax.Array, dtype: Any, axes: Any, num_parts: int = 1
+) -> tuple[jax.Array, Any]:
     """A commit as it travels, and the factor to decode it with (None: none is needed).
 
     Args:
       row: The commit, or one for each worker.
-      dtype: Floating: the commit is cast. Integer: it is rounded to multiples of its
-        largest magnitude / the dtype's largest value. None: it stays as it is.
+      dtype: Floating: the commit is clipped to the dtype's range / `num_parts`, and cast.
+        Integer: it is rounded to multiples of its largest magnitude / the dtype's largest
+        value. None: it stays as it is, as complex ones do.
       axes: The axes of one worker's commit.
+      num_parts: How many are going to be added up in a floating dtype.
     """
-    if dtype is None:
+    if dtype is None or jnp.iscomplexobj(row):
         return row, None
     if not jnp.issubdtype(dtype, jnp.integer):
-        return row.astype(dtype), None
+        limit = float(jnp.finfo(dtype).max) / num_parts
+        return jnp.clip(row, -limit, limit).astype(dtype), None
     largest = jnp.max(jnp.abs(row), axis=axes, keepdims=True, initial=0)
     scale = largest / jnp.iinfo(dtype).max
     return jnp.round(row / jnp.where(scale > 0, scale, 1)).astype(dtype), scale

@@ -115,8 +115,8 @@ class Exchange:
         return self.moving_rate or 0.0
 
     def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
-        in_turns = self.reduce == "sequential" and self.moving_rate is None
-        start = leaf.pulled if in_turns else leaf.center
+        elastic = self.moving_rate is not None
+        start = leaf.center if elastic or leaf.pulled is None else leaf.pulled
         commit = make_commit(self.commit, start, local, accumulated, num_steps)
         return commit if leaf.residual is None else commit + leaf.residual
 
@@ -138,7 +138,10 @@ class Exchange:
             sums = {k: jnp.sum(row, axis=0) for k, row in rows.items()}
             num_valid = jnp.sum(valid, dtype=jnp.int32)
         else:
-            codes = {k: encoded(row, self.dtype, ())[0] for k, row in commits.items()}
+            parts = self.workers.num_workers  # of the dtype's range, for each its own
+            codes = {
+                k: encoded(row, self.dtype, (), parts)[0] for k, row in commits.items()
+            }
             *sums, flags = self.workers.total(
                 [*codes.values(), finite.astype(jnp.float32)]
             )

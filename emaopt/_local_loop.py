@@ -201,6 +201,9 @@ def synchronize(
     state = find_center("synchronize", opt_state, name)
     leaves, treedef = jax.tree.flatten(params)
     center = treedef.flatten_up_to(state.center)
+    pulled = [None] * len(leaves)
+    if state.pulled is not None:
+        pulled = treedef.flatten_up_to(state.pulled)
     workers: Any = Mapped(axis_name)
     for leaf, row in zip(center, leaves, strict=True):
         if is_averaged(leaf) and leaf.ndim < jnp.ndim(row):
@@ -211,7 +214,7 @@ def synchronize(
     for fragment, steps in zip(
         fragments_of("synchronize", center, len(since)), since, strict=True
     ):
-        changing = [Leaf(None, None, center[i]) for i in fragment]
+        changing = [Leaf(pulled[i], None, center[i]) for i in fragment]
         fixed = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
         outer_state = exchange.outer.init([leaf.center for leaf in changing])
         after = exchange(Part(changing, outer_state, num_left_out), fixed, steps, list)

@@ -89,7 +89,8 @@ def local_updates(
       outer: The optimizer of the center. `emaopt.averaged(outer, decay)` averages the
         center; the average then moves at exchanges only.
       period: Local steps between exchanges: a number, or a function of the number of
-        local steps so far, () int32.
+        local steps so far, () int32. A function may return a traced number, so that one
+        compiled program serves all periods.
       num_workers: W, for the stacked form.
       axis_name: The mapped axis or axes over the workers, for the mapped form.
       commit: "delta" = c - θ_w; "mean_delta", that / the local steps since the exchange;
@@ -102,9 +103,11 @@ def local_updates(
       warmup_steps: The first steps, each of which ends in an exchange (post-local SGD).
       exchange_dtype: What commits travel in: a floating dtype narrower than float32, or
         int8, scaled by each leaf's largest value. Floating commits are summed in their
-        dtype; int8 ones are gathered and summed in float32, which communicates less than
-        float32 for fewer than 8 workers. In the stacked form int8 needs `jax.set_mesh` to
-        be gathered as such.
+        dtype (XLA widens the sum to float32 on CPU). int8 ones are gathered and summed in
+        float32: W-1 bytes for each parameter, against 8 (W-1)/W of an all-reduce in
+        float32 and half of that in bfloat16: int8 is for 2 or 3 workers. In the stacked
+        form it needs `jax.set_mesh` to be gathered as such. Complex leaves stay as they
+        are.
       error_feedback: Add to each commit what the last one lost in `exchange_dtype`.
       num_fragments: F parts of the tree, of like sizes, that take turns: each is
         exchanged every `period` steps, period/F steps after another, so that one step
@@ -192,6 +195,10 @@ def diloco(
 ) -> optax.GradientTransformationExtraArgs:
     """DiLoCo: hundreds of local steps, then a step of an outer optimizer.
 
+    What to watch: the default outer optimizer is tuned for long runs. With some tens of
+    exchanges a smaller outer learning rate does better: notebooks/3-local-updates.ipynb.
+    A schedule in `outer` counts exchanges.
+
     Args:
       inner: The optimizer of the local steps; AdamW in the paper.
       outer: The optimizer of the center; None, the default, is that of the paper,
@@ -236,6 +243,11 @@ def agn(
     taken along its own path, and the same optimizer, with slots of its own, applies that
     to the center. "paper", as its author wrote it: a worker commits the mean of its
     updates, which is added to the center. For plain SGD they agree.
+
+    What to watch: in "tf" the center's optimizer counts exchanges, so a schedule in it
+    runs `communication_period` times slower there; give `center_optimizer` one in
+    exchanges. And Adam takes no notice of the scale of its gradient: with it at the
+    center, the division by the number of steps changes next to nothing.
 
     Args:
       optimizer: The optimizer of the local steps and, in "tf", of the center.
@@ -386,6 +398,8 @@ def block_momentum(
     function = "block_momentum"
     if block_momentum is not None:
         check_number(function, "block_momentum", block_momentum, 0, 1)
+        if block_momentum == 1:
+            raise ValueError(f"{function}: block_momentum must be in [0, 1), got 1.")
     check_number(function, "block_learning_rate", block_learning_rate, 0, above=True)
 
     def update(updates, state, params=None):

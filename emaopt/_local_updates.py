@@ -154,7 +154,7 @@ class Engine:
         for number, fragment in enumerate(fragments):
             since = state.since_exchange[number]
             for i in fragment:
-                if state.accumulated is not None and gradients[i] is not None:
+                if state.accumulated is not None:
                     sums[i] = accumulate(sums[i], gradients[i], since == 0)
             since = optax.safe_increment(since)
             due = self._due(number, num_steps, since) if exchange is None else exchange

@@ -201,7 +201,7 @@ def average_distance(
 def get_center(opt_state: Any, *, name: str | None = None) -> Any:
     """Reads the center of local updates out of any optimizer state.
 
-    The slow weights of `lookahead` too.
+    The slow weights of `lookahead` too. Between exchanges the center stands still.
 
     Args:
       opt_state: A state of `local_updates` or of a method by name, however deep.

@@ -4,6 +4,7 @@ The only file with collectives. Both forms answer the same few questions, so tha
 engine is written once. A row is what one worker has of a leaf.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,9 @@ class Stacked:
         sharding = jax.typeof(leaf).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf[0]
-        rest = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
-        return leaf.at[0].get(out_sharding=rest)
+        # By an array of indices: a slice along a sharded axis is refused.
+        whole = sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
+        return leaf.at[jnp.zeros(1, jnp.int32)].get(out_sharding=whole)[0]
 
     def init(self, inner: optax.GradientTransformation, params):
         """The state of every worker, where the worker is."""
@@ -53,7 +55,11 @@ class Stacked:
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
         first = next(iter(jax.tree.leaves(shardings)), None)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-        if traced or not isinstance(first, NamedSharding) or first.mesh.size == 1:
+        if traced:
+            return jax.tree.map(
+                functools.partial(_beside, jax.tree.leaves(params)[0]), init(params)
+            )
+        if not isinstance(first, NamedSharding) or first.mesh.size == 1:
             return init(params)
         # Left to themselves, zeros would all stand on one device.
         rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
@@ -101,17 +107,19 @@ class Stacked:
 
     def valid(self, finite):
         """[num_workers] flags of all workers, equal everywhere."""
-        return finite
+        return self.gather([finite])[0]
 
     def gather(self, leaves):
         """The rows of all workers, on a leading axis, on every device."""
-        if not jax.sharding.get_abstract_mesh().axis_names:
-            return leaves  # where they are is the compiler's choice
+        context = jax.sharding.get_abstract_mesh()
 
         def everywhere(leaf):
             sharding = jax.typeof(leaf).sharding
             if AxisType.Explicit in sharding.mesh.axis_types:
-                return jax.sharding.reshard(leaf, PartitionSpec(None, *sharding.spec[1:]))
+                spec = PartitionSpec(None, *sharding.spec[1:])
+                return jax.sharding.reshard(leaf, sharding.update(spec=spec))
+            if not context.axis_names:
+                return leaf  # where it is, is the compiler's choice
             free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
             return lax.with_sharding_constraint(leaf, PartitionSpec(None, *free))
 
@@ -220,6 +228,17 @@ class Mapped:
         if self.axis_name is None:
             return False
         return bool(_varying(lax.axis_index(self.axis_name)))
+
+
+def _beside(param: Any, leaf: Any) -> Any:
+    """A leaf with its rows where a parameter's are, in the Explicit mode of a mesh."""
+    here, there = jax.typeof(leaf).sharding, jax.typeof(param).sharding
+    if AxisType.Explicit not in there.mesh.axis_types or not leaf.ndim:
+        return leaf
+    rest = here.spec[1:] if here.mesh == there.mesh else ()
+    return jax.sharding.reshard(
+        leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
+    )
 
 
 def _is_masked(node: Any) -> bool:

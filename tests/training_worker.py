@@ -8,11 +8,8 @@ Resumes from the latest step in the directory, if there is one. Its last state i
 once more as DIRECTORY.last, over what is there.
 """
 
-import argparse
-import hashlib
 import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +18,12 @@ import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from processes import digest, join
 
 import emaopt
 from emaopt import checkpoint
 
 TX = emaopt.averaged(optax.adam(1e-2), 0.9)
-
-
-def digest(tree):
-    """The sha256 over the bytes of all leaves; the same whatever their containers."""
-    sha = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        leaf = np.asarray(leaf)
-        sha.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-    return sha.hexdigest()
 
 
 def start():
@@ -134,26 +123,6 @@ def train(directory, steps, every, pause):
     checkpoint.save(directory.with_suffix(".last"), state, force=True)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--every", type=int, default=2)
-    parser.add_argument("--pause", type=float, default=0.0)
-    args = parser.parse_args()
-    if args.processes > 1:
-        jax.distributed.initialize(
-            f"localhost:{args.port}",
-            args.processes,
-            args.index,
-            initialization_timeout=60,
-            heartbeat_timeout_seconds=10,
-        )
-    train(args.directory, args.steps, args.every, args.pause)
-
-
 if __name__ == "__main__":
-    main()
+    args = join()
+    train(args.directory, args.steps, args.every, args.pause)

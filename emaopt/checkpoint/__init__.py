@@ -34,9 +34,12 @@ def save(
     Args:
       path: Directory to make; local, or any URL that Orbax takes.
       state: The training state: any pytree that holds the parameters and an optimizer
-        state with an average of them: a dict, a tuple (params, opt_state), a Flax
-        TrainState, an NNX model and its `nnx.Optimizer` or the `nnx.state` of them.
-      name: Which average, if the state holds several: a key on the way to it.
+        state with an average of them, or with the center of local updates: a dict, a
+        tuple (params, opt_state), a Flax TrainState, an NNX model and its `nnx.Optimizer`
+        or the `nnx.state` of them. A center without an average of it stands under the
+        names in its own shapes, without the axis of workers.
+      name: Which average, if the state holds several: a key on the way to it, "center"
+        for that of local updates.
       force: Replace what stands at `path`, whatever it is. It is removed when the new
         checkpoint is complete beside it, as `path`.replacement. A kill at any moment
         leaves one of the two complete, and an error of `restore` says where.

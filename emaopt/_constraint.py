@@ -1,0 +1,62 @@
+"""Constraints: parameters are projected after each update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from emaopt._recursion import is_averaged
+from emaopt._rounding import applied, lead
+
+
+def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Projects the parameters after the update.
+
+    θ := projection(θ + u), through updates that lead there, so that an average behind it
+    in the chain is of the projected parameters. Up to the rounding of
+    `optax.apply_updates`: a bound may be passed by the last bit.
+
+    Args:
+      projection: A function of the parameters that returns a tree like them, such as
+        those of `optax.projections`. To constrain some leaves, return the others as they
+        are.
+
+    Returns:
+      A transformation without state; behind the optimizer in `optax.chain`.
+
+    Raises:
+      TypeError: If `projection` is not a function.
+      ValueError: From `update`, without parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = optax.chain(optax.sgd(3.0), constrain(lambda p: jnp.clip(p, 0.0, 1.0)))
+      >>> params = jnp.array([0.5, 0.5])
+      >>> updates, _ = tx.update(jnp.array([5.0, -5.0]), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [0. 1.]
+    """
+    if not callable(projection):
+        raise TypeError(
+            f"constrain: projection must be a function of the parameters, got "
+            f"{projection!r}."
+        )
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                "constrain projects the parameters, but update was called without them: "
+                "call tx.update(grads, state, params)."
+            )
+        leaves, treedef = jax.tree.flatten(params)
+        projected = treedef.flatten_up_to(projection(applied(params, updates)))
+        leads = [
+            lead(p, target, u, True) if is_averaged(p) and u is not None else u
+            for p, target, u in zip(
+                leaves, projected, treedef.flatten_up_to(updates), strict=True
+            )
+        ]
+        return jax.tree.unflatten(treedef, leads), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)

@@ -1,0 +1,50 @@
+"""Gates: no gradient is used before it, or all of them, are computed."""
+
+from typing import Any
+
+import jax
+import optax
+from jax import lax
+
+GATE_NONE, GATE_OP, GATE_GRAPH = 0, 1, 2
+
+
+def gate_gradients(mode: int) -> optax.GradientTransformation:
+    """Keeps the compiler from using gradients before they are computed.
+
+    GATE_NONE does nothing. GATE_OP puts a `jax.lax.optimization_barrier` around each
+    gradient, GATE_GRAPH one around all of them together. The numbers do not change.
+
+    What to watch: XLA decides the order of operations itself, and a barrier only limits
+    it. On TPU a gradient and its use are then not fused. On CPU the barrier is gone
+    before fusion, and the compiled program is the same.
+
+    Args:
+      mode: GATE_NONE, GATE_OP or GATE_GRAPH.
+
+    Returns:
+      A transformation without state, the first of a chain.
+
+    Raises:
+      ValueError: If `mode` is none of the three.
+
+    Example:
+      >>> import emaopt
+      >>> tx = optax.chain(gate_gradients(emaopt.GATE_GRAPH), optax.adam(1e-3))
+    """
+    check_gate("gate_gradients", mode)
+    return optax.stateless(lambda updates, _: gated(updates, mode))
+
+
+def check_gate(function: str, mode: Any) -> None:
+    if isinstance(mode, bool) or mode not in (GATE_NONE, GATE_OP, GATE_GRAPH):
+        raise ValueError(
+            f"{function}: gate_gradients must be one of: GATE_NONE, GATE_OP, GATE_GRAPH."
+            f" Not {mode!r}"
+        )
+
+
+def gated(tree: Any, mode: int) -> Any:
+    if mode == GATE_OP:
+        return jax.tree.map(lax.optimization_barrier, tree)
+    return lax.optimization_barrier(tree) if mode == GATE_GRAPH else tree
