@@ -46,8 +46,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from emaopt import digits
-from emaopt import simulate_async
+from emaopt import digits, simulate_async
 
 METHODS = ("AGN", "DOWNPOUR", "DynSGD", "EASGD", "AEASGD", "sync")
 SIZES = (10, 20, 40)  # n and λ

@@ -152,8 +152,8 @@ def _slot_test(opt_state: Any, params: Any) -> Callable[[Any], bool]:
             return False
         if not all(isinstance(at, int) and hasattr(x, "shape") for x, at in arrays):
             return False
-        # The containers of parameters tell enough, but for a bare array; what a slot has
-        # for each may be a part of it, or several. Positions alone fit tuples of counters.
+        # Containers tell enough, but for a bare array: a slot may have a part of each
+        # parameter, or several. Positions alone would fit a tuple of counters too.
         return bool(arrays) and all(
             named
             or (not bare and len(x.shape) > 0)

@@ -69,11 +69,14 @@ SWAPPED = cases("tfm_ema", "model", "average")
 OVERWRITTEN = cases("tfm_ema", "before", "after", "average")
 SAVER = "moving_average_optimizer/swapping_saver"
 CLUSTERS = cases("agn", "local", "center")  # replayed in test_asynchronous.py
+# Replayed in test_optimizer.py and test_optimizer_rows.py.
+STEPS = cases("base_optimizer", "param") + cases("base_optimizer", "grad", "X")
 
 
 def test_every_record_is_replayed():
     trajectories = SHADOWS + ASSIGNED + WEIGHTED + TRAINED + WRAPPED
-    assert sorted(files()) == sorted(trajectories + SWAPPED + OVERWRITTEN + CLUSTERS)
+    others = SWAPPED + OVERWRITTEN + CLUSTERS + STEPS
+    assert sorted(files()) == sorted(trajectories + others)
 
 
 def test_every_bug_is_tested():
