@@ -24,7 +24,8 @@ def start_center(leaf: Any) -> Any:
     if not is_averaged(leaf):
         return leaf
     leaf = jnp.asarray(leaf)
-    return jnp.array(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return jnp.array(leaf, dtype=jnp.float32 if narrow else leaf.dtype, copy=True)
 
 
 def accumulate(old: jax.Array, gradient: Any, first: Any) -> jax.Array:

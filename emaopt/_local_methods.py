@@ -73,13 +73,15 @@ def local_updates(
 
     What to watch:
       - A worker whose commit holds a NaN or inf is left out, pulls the center, and is
-        counted in the state. Slots that hold a NaN themselves stay so; put the inner
-        optimizer into `optax.apply_if_finite` to keep it out of them.
+        counted in the state. Without any commit the outer optimizer gets zeros. Slots
+        that hold a NaN themselves stay so; put the inner optimizer into
+        `optax.apply_if_finite` to keep it out of them.
       - Parameters are set through updates: θ + (c - θ) is c up to the last bit. The
         center is exact; `local_round` and `synchronize` set it exactly.
       - Do not put this into `optax.MultiSteps`, which runs the update, and an exchange,
-        at steps that it throws away; `local_updates(optax.MultiSteps(inner, k), ...)`
-        accumulates gradients before the local steps.
+        at steps that it throws away. As the inner optimizer,
+        `optax.MultiSteps(inner, k).gradient_transformation()`, it accumulates gradients
+        before the local steps.
       - Inside shard_map parameters have a leading axis of 1, and so has everything in
         the state (`state_specs`). An `inner` that looks at the shape of a leaf, such as
         muon, belongs into the stacked form.
@@ -111,7 +113,8 @@ def local_updates(
       error_feedback: Add to each commit what the last one lost in `exchange_dtype`.
       num_fragments: F parts of the tree, of like sizes, that take turns: each is
         exchanged every `period` steps, period/F steps after another, so that one step
-        communicates 1/F as much (Streaming DiLoCo).
+        communicates 1/F as much (Streaming DiLoCo). At most `period`; each has an outer
+        state of its own, and so an average of its own in `averaged(outer, decay)`.
 
     Returns:
       A transformation with a `LocalUpdatesState`. Its update takes an extra argument
@@ -367,7 +370,9 @@ def block_momentum(
 
     Every `period` steps, with G = mean_w θ_w - c:
 
-        Δ := η Δ + ζ G       c := c + Δ, and with Nesterov's momentum + η Δ besides
+        Δ := η Δ + ζ G       c := c + Δ;  with Nesterov's momentum c := c + ζ G + η Δ
+
+    With that, the center is where workers start from, ahead of the filtered model by η Δ.
 
     Args:
       inner: The optimizer of the local steps.

@@ -295,6 +295,11 @@ def _check(engine: Engine) -> None:
             f"{function}: with num_fragments={engine.num_fragments} the fragments take "
             "turns, so period must be a whole number, not a function."
         )
+    if not callable(period) and engine.num_fragments > period:
+        raise ValueError(
+            f"{function}: num_fragments={engine.num_fragments} fragments cannot take "
+            f"turns in period={period} steps; several would share a step."
+        )
 
 
 def _check_exchange_dtype(engine: Engine) -> None:

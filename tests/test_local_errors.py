@@ -101,6 +101,12 @@ ARGUMENTS = [
         ValueError,
         "with num_fragments=2 .* period must be a whole number, not a function",
     ),
+    (
+        local_updates,
+        {"num_fragments": 3, "period": 2},
+        ValueError,
+        "num_fragments=3 fragments cannot take turns in period=2 steps",
+    ),
     (emaopt.local_sgd, {"inner": SGD, "period": 0}, ValueError, "period must be .*0"),
     (emaopt.diloco, {"inner": SGD, "outer": 1}, TypeError, "outer must be an optax.*1"),
     (
@@ -205,7 +211,7 @@ def test_axis_that_is_not_mapped():
 
 def test_more_fragments_than_leaves():
     with pytest.raises(ValueError, match="num_fragments=3, but there are only 2 leaves"):
-        local_updates(num_workers=2, num_fragments=3).init(PARAMS)
+        local_updates(num_workers=2, num_fragments=3, period=3).init(PARAMS)
 
 
 def test_update_without_params():

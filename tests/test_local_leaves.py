@@ -245,3 +245,11 @@ def test_step_without_a_gradient_counts_as_one_of_zeros(without):
         params, state = step(params, state, grads)
     means = [sum(2.0**n for n in pair if n != without) / 2 for pair in ((1, 2), (3, 4))]
     np.testing.assert_array_equal(emaopt.get_center(state), np.full(4, -sum(means)))
+
+
+def test_parameters_in_eight_bits_have_a_center_in_float32():
+    params = jnp.ones((2, 4), jnp.float8_e4m3fn)
+    tx = emaopt.local_sgd(optax.sgd(0.25), period=1, num_workers=2)
+    updates, state = tx.update(2 * params, tx.init(params), params)
+    assert (state.center.dtype, updates.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(state.center, np.full(4, 0.5))
