@@ -40,7 +40,8 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
-_CALLS = (*_BRANCHES, "body", "condition", "calls", "to_apply", "called_computations")
+_LOOP = ("body", "condition")
+_CALLS = (*_BRANCHES, *_LOOP, "calls", "to_apply", "called_computations")
 _CALLED = re.compile(rf"\b({'|'.join(_CALLS)})=(\{{[^}}]*\}}|%?[\w.-]+)")
 
 
@@ -50,39 +51,39 @@ class Instruction(NamedTuple):
     opcode: str  # of an asynchronous pair, the collective that it starts
     operands: int  # bytes
     results: int  # bytes
-    branch: str | None  # the outermost branch of a conditional that it stands in
-    times: int  # how often it runs: more than once in loops
+    branch: str | None  # the outermost one of those that may not run, with it inside
+    times: int  # how often it runs there: more than once in loops
 
 
 def instructions(hlo: str, opcodes: Iterable[str] = COLLECTIVES) -> list[Instruction]:
     """Finds instructions in HLO text, compiled or not, on all ways from its entry.
 
+    What may not run are the branches of a conditional, and of a loop whose number of
+    turns the text does not tell. Such a loop counts as one turn.
+
     Raises:
-      ValueError: If the text is no whole program, or what is looked for stands in a loop
-        whose number of trips the text does not tell.
+      ValueError: If the text is no whole program.
     """
     computations, entry = _computations(hlo)
     wanted = re.compile(rf" ({'|'.join(map(re.escape, opcodes))})(-start)?\(")
 
-    def walk(name: str, branch: str | None, times: int | None) -> Iterator[Instruction]:
+    def walk(name: str, branch: str | None, times: int) -> Iterator[Instruction]:
         lines = computations[name]
         for line in lines.values():
             if match := wanted.search(line):
-                if times is None:
-                    raise ValueError(
-                        f"{match[1]} in {name}, a part of a loop whose number of trips "
-                        "the text does not tell."
-                    )
                 operands, results = _sizes(line, match, lines)
                 yield Instruction(match[1], operands, results, branch, times)
             if " async-update(" in line or " async-done(" in line:
                 continue  # they name the computation that async-start calls
+            turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             for role, names in _CALLED.findall(line):
                 for called in re.findall(r"[\w.-]+", names):
-                    inside = branch or (called if role in _BRANCHES else None)
-                    trips = _trips(line) if role in ("body", "condition") else 1
-                    of_all = times and trips and times * trips
-                    yield from walk(called, inside, of_all)
+                    if role in _BRANCHES or (role in _LOOP and not turns):
+                        yield from walk(called, branch or called, times)
+                    elif role in _LOOP and turns:
+                        yield from walk(called, branch, times * int(turns[1]))
+                    else:
+                        yield from walk(called, branch, times)
 
     return list(walk(entry, None, 1))
 
@@ -170,11 +171,6 @@ def _bytes(shape: str) -> int:
             bits *= int(length)
         total += (bits + 7) // 8
     return total
-
-
-def _trips(line: str) -> int | None:
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    return int(known[1]) if known else None
 
 
 def programs(shapes: Shapes, mesh: Any) -> Iterator[tuple[str, Program]]:

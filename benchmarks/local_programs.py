@@ -125,6 +125,31 @@ def local(
     return _program(step, rows, state, rows, *flags)
 
 
+def by_hand(tx: Any, shapes: Shapes, mesh: Mesh, period: int) -> Program:
+    """Local steps and, in a conditional, the mean of the parameters: nothing else."""
+    rows = _arrays([(mesh.size, *shape) for shape in shapes], mesh, PartitionSpec(AXIS))
+    state = jax.eval_shape(tx.init, rows)
+    specs = jax.tree.map(lambda x: PartitionSpec(*[AXIS] * (x.ndim > 0)), state)
+    state = {"tx": _placed(state, mesh, specs), "steps": _scalar(jnp.int32, mesh)}
+    specs = {"tx": specs, "steps": PartitionSpec()}
+
+    def mean(params):
+        return [lax.pcast(lax.pmean(p, AXIS), AXIS, to="varying") for p in params]
+
+    def step(params, state, grads):
+        updates, inner = tx.update(grads, state["tx"], params)
+        steps = state["steps"] + 1
+        params = optax.apply_updates(params, updates)
+        params = lax.cond(steps % period == 0, mean, list, params)
+        return params, {"tx": inner, "steps": steps}
+
+    workers = PartitionSpec(AXIS)
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(workers, specs, workers), out_specs=(workers, specs)
+    )
+    return _program(step, rows, state, rows)
+
+
 def synchronous(tx: Any, shapes: Shapes, mesh: Mesh, *, pack: bool = False) -> Program:
     """A step with the mean of all workers' gradients, `pack`: the small ones in one."""
     rows = _arrays([(mesh.size, *shape) for shape in shapes], mesh, PartitionSpec(AXIS))
@@ -165,6 +190,11 @@ def _program(step: Any, params: Any, state: Any, *others: Any) -> Program:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
     return Program(jitted, (params, state, *others))
+
+
+def _scalar(dtype: Any, mesh: Mesh) -> Any:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((), dtype, sharding=sharding)
 
 
 def _arrays(shapes: Shapes, mesh: Mesh, spec: PartitionSpec) -> list:

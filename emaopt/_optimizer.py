@@ -1,7 +1,6 @@
 """What tf.train.Optimizer had on every optimizer, for any Optax transformation."""
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import jaxpr_as_fun
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
@@ -80,24 +77,20 @@ def compute_gradients(
         for i, value in zip(chosen, values, strict=True):
             filled[i] = value
         result = loss(jax.tree.unflatten(treedef, filled), *args)
-        return result if has_aux else (result, None)
+        value, aux = _with_aux(result) if has_aux else (result, None)
+        if isinstance(value, (int, float, np.number, np.ndarray)):  # a constant
+            value = jnp.asarray(value)
+        return value, aux
 
     values = [jnp.asarray(leaves[i]) for i in chosen]
-    program, shapes = jax.make_jaxpr(flat_loss, return_shape=True)(*values)
-    _check_loss(shapes[0], grad_loss)
-    outs, pullback = jax.vjp(jaxpr_as_fun(program), *values)
-    out_tree = jax.tree.structure(shapes)
-    value, aux = jax.tree.unflatten(out_tree, outs)
+    value, pullback, aux = jax.vjp(flat_loss, *values, has_aux=True)
+    _check_loss(value, grad_loss)
     if grad_loss is None:
         cotangent = jnp.ones_like(value)
     else:
         cotangent = jnp.asarray(grad_loss, value.dtype)
-    others = list(map(_zero_cotangent, outs[1:], program.out_avals[1:]))
-    backward = jax.make_jaxpr(lambda cotangent: pullback([cotangent, *others]))(cotangent)
-    gradients = jaxpr_as_fun(backward)(cotangent)
-    # Forwards, what the loss is computed from; backwards, what `stop_gradient` lets pass.
-    used = dce_jaxpr(program.jaxpr, [True] + [False] * (len(outs) - 1))[1]
-    connected = map(operator.and_, used, _reached(backward.jaxpr))
+    gradients = pullback(cotangent)
+    connected = _reached(jax.make_jaxpr(pullback)(cotangent).jaxpr)
     found: list[Any] = [None] * len(leaves)
     for i, gradient, is_connected in zip(chosen, gradients, connected, strict=True):
         found[i] = gradient if is_connected else None
@@ -314,6 +307,15 @@ def _are_names(var_list: Any) -> bool:
     return not var_list or all(isinstance(name, str) for name in var_list)
 
 
+def _with_aux(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(
+            "compute_gradients: with has_aux=True the loss must return (value, aux), got "
+            f"{result!r}."
+        )
+    return tuple(result)
+
+
 def _check_loss(loss: Any, grad_loss: Any) -> None:
     dtype = getattr(loss, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -326,12 +328,6 @@ def _check_loss(loss: Any, grad_loss: Any) -> None:
             f"compute_gradients: grad_loss has shape {np.shape(grad_loss)}, the loss "
             f"{loss.shape}."
         )
-
-
-def _zero_cotangent(value: Any, aval: Any) -> Any:
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        return jnp.zeros_like(value)
-    return np.zeros(aval.shape, jax.dtypes.float0)
 
 
 def _reached(jaxpr: Any) -> list[bool]:

@@ -143,6 +143,13 @@ def test_what_tensorflow_returns_is_returned(title):
         (lambda: compute(grad_loss=jnp.ones(2)), ValueError, r"\(2,\), the loss \(\)"),
         (lambda: compute(lambda p: (p["v"], 1)), TypeError, "pass has_aux=True"),
         (lambda: compute(lambda p: p["v"] * 1j), TypeError, "complex64"),
+        (lambda: compute(lambda p: None), TypeError, "floating array, got NoneType"),
+        (
+            lambda: compute(lambda p: p["v"], has_aux=True),
+            TypeError,
+            r"with has_aux=True the loss must return \(value, aux\)",
+        ),
+        (lambda: minimize(lambda p: 3.0), ValueError, NO_GRADIENTS + ".*none of a, b"),
         (lambda: apply({"w": 1.0}), ValueError, "tree like the parameters"),
         (lambda: emaopt.gate_gradients(3), ValueError, "gate_gradients: " + GATES),
         (

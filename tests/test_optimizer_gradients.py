@@ -254,6 +254,18 @@ def test_auxiliary_data_comes_with_the_value_and_has_no_gradient():
     assert value == pytest.approx(loss(PARAMS, X)) and aux["outputs"].shape == (4,)
 
 
+def test_loss_may_branch_on_its_values_outside_of_jit_and_return_anything_besides():
+    def branching(params):
+        sign = 1 if params["w"].sum() > 0 else -1
+        return sign * params["w"].sum(), {"sign": sign, "text": "more"}
+
+    for start, sign in (1.0, 1), (-1.0, -1):
+        params = {"w": jnp.full(2, start)}
+        (_, aux), actual = emaopt.compute_gradients(branching, params, has_aux=True)
+        assert aux == {"sign": sign, "text": "more"}
+        np.testing.assert_array_equal(actual["w"], [sign, sign])
+
+
 LOSSES = {
     "plain": loss,
     "jit": jax.jit(loss),
@@ -269,6 +281,20 @@ def test_value_and_gradients_are_those_of_jax(case):
     actual = jax.jit(functools.partial(emaopt.compute_gradients, LOSSES[case]))(PARAMS, X)
     expected = jax.jit(jax.value_and_grad(LOSSES[case]))(PARAMS, X)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_gradients_cost_what_jaxs_do(checkpointed):
+    f = jax.checkpoint(loss) if checkpointed else loss
+    programs = [
+        jax.jit(compute).lower(PARAMS, X).compile().cost_analysis()
+        for compute in (
+            functools.partial(emaopt.compute_gradients, f),
+            jax.value_and_grad(f),
+        )
+    ]
+    for measure in ("flops", "transcendentals", "bytes accessed"):
+        assert programs[0][measure] == programs[1][measure] > 0
 
 
 # Inside of transformations

@@ -1,0 +1,289 @@
+"""Steps per second of local updates against synchronous training.
+
+The gradients are constants, so a step is what the optimizer and the communication cost;
+the parameters have the shapes of ResNet-50. Synchronous training takes the mean of the
+gradients at each step. Both have the same inner optimizer, are compiled once, donate all,
+and run in turn, once in this order and once in the other.
+
+  one process     Two devices of this host, an exchange every 10 steps: the time per step,
+                  of a step that skips the exchange, of one that does it, and the page
+                  faults of that. What the compiled step says: copies at every step + in
+                  the exchange, temporaries, what part of its results is updated in place.
+                  "by hand": the mean of the parameters in a conditional, without center,
+                  outer optimizer and a check of commits. "never": `exchange=False`, the
+                  bound for any period.
+  two processes   One device each, with gloo between them through this host's loopback:
+                  the time per step for several periods, and the bytes, as the loopback
+                  counts them (with those of other programs meanwhile) and as the HLO text
+                  has them. Synchronous training packs small gradients into one collective
+                  as commits are, or goes "array by array".
+
+    python benchmarks/local_updates.py            # ResNet-50, minutes
+    python benchmarks/local_updates.py --quick    # its first layers
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from hlo_bytes import at_peak, instructions, sent
+from local_programs import (
+    AXIS,
+    Program,
+    by_hand,
+    filled,
+    local,
+    make_mesh,
+    resnet50,
+    synchronous,
+)
+
+import emaopt
+
+PERIOD = 10  # in one process
+PERIODS = (1, 5, 10, 50)  # in two
+INNER: dict[str, Any] = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
+
+
+class Section(NamedTuple):
+    """What some steps took."""
+
+    seconds: float
+    faults: int  # page faults of this process
+
+
+class Runner:
+    """A compiled step, with the arrays that it advances."""
+
+    def __init__(self, program: Program):
+        self.compiled = program.lower().compile()
+        self.params, self.state, self.grads = program.start()
+
+    def run(self, steps: int, *extra: Any) -> Section:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.params, self.state = self.compiled(
+                self.params, self.state, self.grads, *extra
+            )
+        jax.block_until_ready((self.params, self.state))
+        seconds = time.perf_counter() - begin
+        return Section(
+            seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        )
+
+
+def in_turn(rivals: list[Callable[[], Any]], rounds: int) -> list[list[Any]]:
+    """What each rival returns in each round, after one to warm up."""
+    found: list[list[Any]] = [[] for _ in rivals]
+    for number in range(-1, rounds):
+        order = range(len(rivals))
+        for i in order if number % 2 else reversed(order):
+            result = rivals[i]()
+            if number >= 0:
+                found[i].append(result)
+    return found
+
+
+def spread(values: list[float], form: str) -> str:
+    middle = statistics.median(values)
+    return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+# One process
+
+
+def one_process(shapes: Any, rounds: int) -> Iterator[str]:
+    mesh = make_mesh(2)
+    yield (
+        f"{'':28}  {'speed / synchronous':>20}  {'synchronous':>16}  {'local':>19}"
+        f"  {'skipping':>8}  {'exchange':>8}  {'faults':>7}  {'copies':>6}"
+        f"  {'temporaries':>11}  {'in place':>8}"
+    )
+    for inner, tx in INNER.items():
+        rival = Runner(synchronous(tx, shapes, mesh))
+        for name, program in programs(tx, shapes, mesh):
+            yield f"{f'{inner}, {name}':28}  {against(Runner(program), rival, rounds)}"
+
+
+def programs(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, Program]]:
+    forms = {"stacked": {"num_workers": 2}, "mapped": {"axis_name": AXIS}}
+    methods = {
+        "delta": lambda **form: emaopt.diloco(tx, period=PERIOD, **form),
+        "mean_gradient": lambda **form: emaopt.agn(tx, PERIOD, **form),
+    }
+    for (commit, method), (form, kind) in itertools.product(
+        methods.items(), forms.items()
+    ):
+        yield f"{commit}, {form}", local(method(**kind), shapes, mesh, form)
+    yield "by hand", by_hand(tx, shapes, mesh, PERIOD)
+    never = methods["delta"](**forms["mapped"])
+    yield "never", local(never, shapes, mesh, "mapped", exchange=False)
+
+
+def against(runner: Runner, rival: Runner, rounds: int) -> str:
+    """The rest of a line: a period of local updates against as many other steps."""
+    periods, others = in_turn(
+        [lambda: (runner.run(PERIOD - 1), runner.run(1)), lambda: rival.run(PERIOD)],
+        rounds,
+    )
+    skipping, exchanges = zip(*periods, strict=True)
+    seconds = [a.seconds + b.seconds for a, b in periods]
+    ratios = [b.seconds / a for a, b in zip(seconds, others, strict=True)]
+    copies = instructions(runner.compiled.as_text(), ["copy"])
+    inside = sum(copy.branch is not None for copy in copies)
+    memory = runner.compiled.memory_analysis()
+    in_place = memory.alias_size_in_bytes / memory.output_size_in_bytes
+    columns = (
+        f"{spread(ratios, '.2f'):>20}",
+        f"{spread([1e3 * o.seconds / PERIOD for o in others], '.0f'):>16}",
+        f"{spread([1e3 * s / PERIOD for s in seconds], '.1f'):>19}",
+        f"{1e3 * statistics.median(s.seconds for s in skipping) / (PERIOD - 1):>8.1f}",
+        f"{1e3 * statistics.median(e.seconds for e in exchanges):>8.0f}",
+        f"{statistics.median(e.faults for e in exchanges):>7,.0f}",
+        f"{f'{len(copies) - inside} + {inside}':>6}",
+        f"{memory.temp_size_in_bytes / 1e6:>8.1f} MB",
+        f"{in_place:>8.1%}",
+    )
+    return "  ".join(columns)
+
+
+# Two processes
+
+
+def two_processes(quick: bool, rounds: int) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, Path(__file__), "--port", str(port)]
+    command += ["--rounds", str(rounds), *["--quick"] * quick]
+    members = [
+        subprocess.Popen([*command, "--index", str(i)], stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        output, _ = members[0].communicate()
+        codes = [member.wait() for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    if codes != [0, 0]:
+        raise RuntimeError(f"The processes ended with {codes}.")
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    found = json.loads(lines[-1])  # Gloo prints there too
+    yield (
+        f"{'':14}  {'ms per step':>24}  {'times synchronous speed':>26}"
+        f"  {'MB per step: loopback':>26}  {'HLO':>7}"
+    )
+    for name, case in found.items():
+        seconds = case["seconds"]
+        ratios = [
+            b / a for a, b in zip(seconds, found["synchronous"]["seconds"], strict=True)
+        ]
+        yield (
+            f"{name:14}  {spread([1e3 * s for s in seconds], '.1f'):>24}"
+            f"  {spread(ratios, '.2f'):>26}"
+            f"  {spread([b / 1e6 for b in case['loopback']], '.1f'):>26}"
+            f"  {case['hlo'] / 1e6:>7.1f}"
+        )
+
+
+def member(index: int, port: int, shapes: Any, rounds: int) -> None:
+    """One of the two processes; the first prints what it found."""
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    mesh = make_mesh(2)
+    tx = emaopt.diloco(INNER["adam"], axis_name=AXIS)
+    program = local(tx, shapes, mesh, "mapped", exchange="argument")
+    runner = Runner(program)
+    packed, unpacked = (
+        Runner(synchronous(INNER["adam"], shapes, mesh, pack=pack))
+        for pack in (True, False)
+    )
+    skip, exchange = (filled(program.arguments[3], due) for due in (False, True))
+
+    def every(period: int) -> tuple[float, float]:
+        """Seconds and bytes per step."""
+        before, seconds = loopback(), 0.0
+        repeats = max(1, PERIOD // period)
+        for _ in range(repeats):
+            seconds += runner.run(period - 1, skip).seconds if period > 1 else 0
+            seconds += runner.run(1, exchange).seconds
+        steps = repeats * period
+        return seconds / steps, (loopback() - before) / steps
+
+    def synchronously(rival: Runner) -> tuple[float, float]:
+        before = loopback()
+        seconds = rival.run(5).seconds
+        return seconds / 5, (loopback() - before) / 5
+
+    def on_wire(runner: Runner) -> float:
+        return 2 * sent(at_peak(instructions(runner.compiled.as_text())), 2)
+
+    rivals: dict[str, tuple[Callable, float]] = {
+        "synchronous": (lambda: synchronously(packed), on_wire(packed)),
+        "array by array": (lambda: synchronously(unpacked), on_wire(unpacked)),
+    }
+    for period in PERIODS:
+        rivals[f"period {period}"] = (
+            lambda period=period: every(period),
+            on_wire(runner) / period,
+        )
+    measured = in_turn([run for run, _ in rivals.values()], rounds)
+    found = {
+        name: {
+            "seconds": [s for s, _ in sections],
+            "loopback": [b for _, b in sections],
+            "hlo": of_hlo,
+        }
+        for (name, (_, of_hlo)), sections in zip(rivals.items(), measured, strict=True)
+    }
+    if index == 0:
+        print(json.dumps(found), flush=True)
+
+
+def loopback() -> int:
+    """Bytes that were sent through this host's loopback since it started."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[8])
+    raise RuntimeError("/proc/net/dev has no loopback.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few arrays and rounds")
+    parser.add_argument("--rounds", type=int, help="of measurements (5, quick: 3)")
+    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rounds = args.rounds or (3 if args.quick else 5)
+    if rounds < 1:
+        parser.error("--rounds must be at least 1")
+    shapes = resnet50()[:30] if args.quick else resnet50()
+    if args.index is not None:
+        member(args.index, args.port, shapes, rounds)
+        return
+    jax.config.update("jax_num_cpu_devices", 2)
+    print(f"median (min to max) of {rounds} rounds; times in ms")
+    print(f"\none process, period {PERIOD}")
+    for line in one_process(shapes, rounds):
+        print(line, flush=True)
+    print("\ntwo processes, adam, delta, mapped")
+    for line in two_processes(args.quick, rounds):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
