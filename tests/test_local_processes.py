@@ -65,8 +65,8 @@ def expected(num_workers, case, steps=range(1, STEPS + 1)):
 def of_two(tmp_path_factory):
     """All lines of two processes, and when the second was made to sleep."""
     directory = tmp_path_factory.mktemp("two") / "steps"
-    with start(directory, 2, "--pause", 0.1, "--every", 100) as group:
-        group.wait_for("step", PERIOD + 1)
+    with start(directory, 2, "--pause", 0.2, "--every", 100) as group:
+        group.wait_for("step", PERIOD)
         group.send(signal.SIGSTOP, only=1)
         begin = time.time()
         group.wait_for("step", 2 * PERIOD - 1, only=0)
@@ -104,7 +104,7 @@ def test_four_processes_train_as_one_does_bit_for_bit_until_they_meet(case, of_f
 
 
 def test_four_processes_train_as_one_does_up_to_the_order_of_sums(of_four):
-    # A sum of four takes three roundings, of 2**-24 each; two orders of it, three times.
+    # A sum of four has three roundings of 2**-24; there are two orders, three exchanges.
     tolerance = 3 * 2 * 3 * 2**-24
     target = {case: training.abstract() for case, training in trainings(4).items()}
     with ocp.CheckpointManager(of_four[0]) as manager:
@@ -121,8 +121,8 @@ def test_four_processes_train_as_one_does_up_to_the_order_of_sums(of_four):
 
 def test_one_of_two_killed_between_exchanges(tmp_path):
     directory = tmp_path / "steps"
-    with start(directory, 2, "--pause", 0.1, "--every", 3) as group:
-        group.wait_for("step", PERIOD + 3)
+    with start(directory, 2, "--pause", 0.2, "--every", 3) as group:
+        group.wait_for("step", PERIOD + 2)
         group.kill(only=1)
         assert group.members[0].wait() != 0
         said = [line.get("step", 0) for line in [*group.said[0], *group.lines()]]
