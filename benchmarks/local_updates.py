@@ -53,6 +53,7 @@ import emaopt
 
 PERIOD = 10  # in one process
 PERIODS = (1, 5, 10, 50)  # in two
+SYNCHRONOUS = 5  # steps of each measurement
 INNER: dict[str, Any] = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
 
 
@@ -133,21 +134,22 @@ def programs(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, Program]]:
 
 
 def against(runner: Runner, rival: Runner, rounds: int) -> str:
-    """The rest of a line: a period of local updates against as many other steps."""
+    """The rest of a line: a period of local updates against synchronous steps."""
     periods, others = in_turn(
-        [lambda: (runner.run(PERIOD - 1), runner.run(1)), lambda: rival.run(PERIOD)],
+        [lambda: (runner.run(PERIOD - 1), runner.run(1)), lambda: rival.run(SYNCHRONOUS)],
         rounds,
     )
     skipping, exchanges = zip(*periods, strict=True)
     seconds = [a.seconds + b.seconds for a, b in periods]
-    ratios = [b.seconds / a for a, b in zip(seconds, others, strict=True)]
+    rivals = [PERIOD * other.seconds / SYNCHRONOUS for other in others]
+    ratios = [b / a for a, b in zip(seconds, rivals, strict=True)]
     copies = instructions(runner.compiled.as_text(), ["copy"])
     inside = sum(copy.branch is not None for copy in copies)
     memory = runner.compiled.memory_analysis()
     in_place = memory.alias_size_in_bytes / memory.output_size_in_bytes
     columns = (
         f"{spread(ratios, '.2f'):>20}",
-        f"{spread([1e3 * o.seconds / PERIOD for o in others], '.0f'):>16}",
+        f"{spread([1e3 * r / PERIOD for r in rivals], '.0f'):>16}",
         f"{spread([1e3 * s / PERIOD for s in seconds], '.1f'):>19}",
         f"{1e3 * statistics.median(s.seconds for s in skipping) / (PERIOD - 1):>8.1f}",
         f"{1e3 * statistics.median(e.seconds for e in exchanges):>8.0f}",
@@ -224,8 +226,8 @@ def member(index: int, port: int, shapes: Any, rounds: int) -> None:
 
     def synchronously(rival: Runner) -> tuple[float, float]:
         before = loopback()
-        seconds = rival.run(5).seconds
-        return seconds / 5, (loopback() - before) / 5
+        seconds = rival.run(SYNCHRONOUS).seconds
+        return seconds / SYNCHRONOUS, (loopback() - before) / SYNCHRONOUS
 
     def on_wire(runner: Runner) -> float:
         return 2 * sent(at_peak(instructions(runner.compiled.as_text())), 2)
