@@ -1,7 +1,8 @@
 """Training steps whose gradients cost nothing, for the benchmarks of local updates.
 
-The shapes are those of two models, in the order in which they use them; the gradients
-are constants, so that a step is what the optimizer and the communication cost.
+The shapes are those of two models, in the order in which they use them. Each worker's
+loss is ½‖θ - x‖² with a number x of its own, so that the gradient is computed as the
+parameters are read, and a step is what the optimizer and the communication cost.
 """
 
 import itertools
@@ -23,7 +24,7 @@ Shapes = list[tuple[int, ...]]
 
 
 class Program(NamedTuple):
-    """(params, state, grads[, exchange]) -> (params, state), which are donated."""
+    """(params, state, data[, exchange]) -> (params, state), which are donated."""
 
     step: Any
     arguments: Any  # shapes, dtypes and shardings
@@ -32,13 +33,13 @@ class Program(NamedTuple):
         return self.step.lower(*self.arguments)
 
     def start(self) -> Any:
-        """(params, state, grads) to call it with: of 1, 0 and 0.01."""
+        """(params, state, data) to call it with: of 1, 0 and 0.5."""
 
         def fill(tree, value):
             return jax.tree.map(lambda leaf: filled(leaf, value), tree)
 
-        params, state, grads, *_ = self.arguments
-        return fill(params, 1), fill(state, 0), fill(grads, 0.01)
+        params, state, data, *_ = self.arguments
+        return fill(params, 1), fill(state, 0), fill(data, 0.5)
 
 
 def filled(like: Any, value: Any) -> jax.Array:
@@ -101,28 +102,29 @@ def local(
       form: "stacked" or "mapped", whichever `tx` was made for.
       exchange: As the update takes it, or "argument": the step gets it as its last one.
     """
-    rows = _arrays([(mesh.size, *shape) for shape in shapes], mesh, PartitionSpec(AXIS))
-    specs = emaopt.state_specs(tx, rows, AXIS)
-    state = _placed(jax.eval_shape(tx.init, rows), mesh, specs)
-    flag = jax.ShapeDtypeStruct(
-        (), jnp.bool, sharding=NamedSharding(mesh, PartitionSpec())
-    )
-    flags = [flag] if exchange == "argument" else []
+    flags = []
+    if exchange == "argument":
+        flags = [_scalar(jnp.bool, mesh)]
 
-    def step(params, state, grads, *flags):
+    def step(params, state, data, *flags):
         due = flags[0] if flags else exchange
-        updates, state = tx.update(grads, state, params, exchange=due)
+        updates, state = tx.update(_gradients(params, data), state, params, exchange=due)
         return optax.apply_updates(params, updates), state
 
-    if form == "mapped":
-        workers = PartitionSpec(AXIS)
-        step = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(workers, specs, workers, *[PartitionSpec() for _ in flags]),
-            out_specs=(workers, specs),
-        )
-    return _program(step, rows, state, rows, *flags)
+    return _of_form(step, tx, shapes, mesh, form, *flags)
+
+
+def in_rounds(tx: Any, shapes: Shapes, mesh: Mesh, form: str, period: int) -> Program:
+    """`period` local steps in one scan, and an exchange."""
+
+    def gradients(rows, data):
+        return (), _gradients(rows, data)
+
+    def round_(params, state, data):
+        batches = jnp.broadcast_to(data, (period, *data.shape))
+        return emaopt.local_round(tx, gradients, params, state, batches)[:2]
+
+    return _of_form(round_, tx, shapes, mesh, form)
 
 
 def by_hand(tx: Any, shapes: Shapes, mesh: Mesh, period: int) -> Program:
@@ -136,8 +138,8 @@ def by_hand(tx: Any, shapes: Shapes, mesh: Mesh, period: int) -> Program:
     def mean(params):
         return [lax.pcast(lax.pmean(p, AXIS), AXIS, to="varying") for p in params]
 
-    def step(params, state, grads):
-        updates, inner = tx.update(grads, state["tx"], params)
+    def step(params, state, data):
+        updates, inner = tx.update(_gradients(params, data), state["tx"], params)
         steps = state["steps"] + 1
         params = optax.apply_updates(params, updates)
         params = lax.cond(steps % period == 0, mean, list, params)
@@ -147,18 +149,17 @@ def by_hand(tx: Any, shapes: Shapes, mesh: Mesh, period: int) -> Program:
     step = jax.shard_map(
         step, mesh=mesh, in_specs=(workers, specs, workers), out_specs=(workers, specs)
     )
-    return _program(step, rows, state, rows)
+    return _program(step, rows, state, _data(mesh))
 
 
 def synchronous(tx: Any, shapes: Shapes, mesh: Mesh, *, pack: bool = False) -> Program:
     """A step with the mean of all workers' gradients, `pack`: the small ones in one."""
-    rows = _arrays([(mesh.size, *shape) for shape in shapes], mesh, PartitionSpec(AXIS))
     params = _arrays(shapes, mesh, PartitionSpec())
     state = jax.eval_shape(tx.init, params)
     state = _placed(state, mesh, jax.tree.map(lambda _: PartitionSpec(), state))
 
-    def step(params, state, grads):
-        grads = [row[0] for row in grads]
+    def step(params, state, data):
+        grads = [leaf - data[0] for leaf in params]
         grads = _packed_mean(grads) if pack else lax.pmean(grads, AXIS)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -170,7 +171,7 @@ def synchronous(tx: Any, shapes: Shapes, mesh: Mesh, *, pack: bool = False) -> P
         in_specs=(whole, whole, PartitionSpec(AXIS)),
         out_specs=(whole, whole),
     )
-    return _program(step, params, state, rows)
+    return _program(step, params, state, _data(mesh))
 
 
 def _packed_mean(leaves: list) -> list:
@@ -190,6 +191,33 @@ def _program(step: Any, params: Any, state: Any, *others: Any) -> Program:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
     return Program(jitted, (params, state, *others))
+
+
+def _of_form(
+    step: Any, tx: Any, shapes: Shapes, mesh: Mesh, form: str, *flags: Any
+) -> Program:
+    rows = _arrays([(mesh.size, *shape) for shape in shapes], mesh, PartitionSpec(AXIS))
+    specs = emaopt.state_specs(tx, rows, AXIS)
+    state = _placed(jax.eval_shape(tx.init, rows), mesh, specs)
+    if form == "mapped":
+        workers = PartitionSpec(AXIS)
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(workers, specs, workers, *[PartitionSpec() for _ in flags]),
+            out_specs=(workers, specs),
+        )
+    return _program(step, rows, state, _data(mesh), *flags)
+
+
+def _gradients(rows: list, data: Any) -> list:
+    """Of each worker's loss, at its row of the parameters."""
+    return [row - data.reshape(-1, *[1] * (row.ndim - 1)) for row in rows]
+
+
+def _data(mesh: Mesh) -> Any:
+    """A number for each worker."""
+    return _arrays([(mesh.size,)], mesh, PartitionSpec(AXIS))[0]
 
 
 def _scalar(dtype: Any, mesh: Mesh) -> Any:

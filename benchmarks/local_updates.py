@@ -1,17 +1,21 @@
 """Steps per second of local updates against synchronous training.
 
-The gradients are constants, so a step is what the optimizer and the communication cost;
-the parameters have the shapes of ResNet-50. Synchronous training takes the mean of the
-gradients at each step. Both have the same inner optimizer, are compiled once, donate all,
-and run in turn, once in this order and once in the other.
+The gradient is one subtraction, so a step is what the optimizer and the communication
+cost; the parameters have the shapes of ResNet-50. Synchronous training takes the mean of
+the gradients at each step. Both have the same inner optimizer, are compiled once, donate
+all, and run in turn, once in this order and once in the other.
 
   one process     Two devices of this host, an exchange every 10 steps: the time per step,
                   of a step that skips the exchange, of one that does it, and the page
-                  faults of that. What the compiled step says: copies at every step + in
-                  the exchange, temporaries, what part of its results is updated in place.
+                  faults of that. "round": `local_round`, one program for 10 steps.
+                  "flag": two programs, `update(..., exchange=True)` and False, which the
+                  loop calls in turn. "step": one program with a conditional; what the
+                  exchange reads must be there at every step, so that the gradient is
+                  written to memory, as a real backward pass does anyway.
                   "by hand": the mean of the parameters in a conditional, without center,
-                  outer optimizer and a check of commits. "never": `exchange=False`, the
-                  bound for any period.
+                  outer optimizer and a check of commits.
+                  What the program (of the exchange) says: copies at every step + in the
+                  conditional, temporaries, what part of its results is updated in place.
   two processes   One device each, with gloo between them through this host's loopback:
                   the time per step for several periods, and the bytes, as the loopback
                   counts them (with those of other programs meanwhile) and as the HLO text
@@ -23,6 +27,7 @@ and run in turn, once in this order and once in the other.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import resource
@@ -43,6 +48,7 @@ from local_programs import (
     Program,
     by_hand,
     filled,
+    in_rounds,
     local,
     make_mesh,
     resnet50,
@@ -54,6 +60,7 @@ import emaopt
 PERIOD = 10  # in one process
 PERIODS = (1, 5, 10, 50)  # in two
 SYNCHRONOUS = 5  # steps of each measurement
+ROUND = "round"
 INNER: dict[str, Any] = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
 
 
@@ -65,19 +72,18 @@ class Section(NamedTuple):
 
 
 class Runner:
-    """A compiled step, with the arrays that it advances."""
+    """Compiled steps, with the arrays that they advance in place."""
 
-    def __init__(self, program: Program):
-        self.compiled = program.lower().compile()
-        self.params, self.state, self.grads = program.start()
+    def __init__(self, *programs: Program):
+        self.compiled = [program.lower().compile() for program in programs]
+        self.params, self.state, self.data = programs[0].start()
 
-    def run(self, steps: int, *extra: Any) -> Section:
+    def run(self, steps: int, *extra: Any, which: int = 0) -> Section:
+        compiled = self.compiled[which]
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         begin = time.perf_counter()
         for _ in range(steps):
-            self.params, self.state = self.compiled(
-                self.params, self.state, self.grads, *extra
-            )
+            self.params, self.state = compiled(self.params, self.state, self.data, *extra)
         jax.block_until_ready((self.params, self.state))
         seconds = time.perf_counter() - begin
         return Section(
@@ -108,17 +114,20 @@ def spread(values: list[float], form: str) -> str:
 def one_process(shapes: Any, rounds: int) -> Iterator[str]:
     mesh = make_mesh(2)
     yield (
-        f"{'':28}  {'speed / synchronous':>20}  {'synchronous':>16}  {'local':>19}"
+        f"{'':36}  {'speed / synchronous':>20}  {'synchronous':>16}  {'local':>19}"
         f"  {'skipping':>8}  {'exchange':>8}  {'faults':>7}  {'copies':>6}"
         f"  {'temporaries':>11}  {'in place':>8}"
     )
     for inner, tx in INNER.items():
         rival = Runner(synchronous(tx, shapes, mesh))
-        for name, program in programs(tx, shapes, mesh):
-            yield f"{f'{inner}, {name}':28}  {against(Runner(program), rival, rounds)}"
+        for name, programs in variants(tx, shapes, mesh):
+            runner = Runner(*programs)
+            yield f"{f'{inner}, {name}':36}  {against(runner, name, rival, rounds)}"
 
 
-def programs(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, Program]]:
+def variants(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, list[Program]]]:
+    """The programs of each variant: of a step or a round, and of an exchange if it is
+    another."""
     forms = {"stacked": {"num_workers": 2}, "mapped": {"axis_name": AXIS}}
     methods = {
         "delta": lambda **form: emaopt.diloco(tx, period=PERIOD, **form),
@@ -127,32 +136,44 @@ def programs(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, Program]]:
     for (commit, method), (form, kind) in itertools.product(
         methods.items(), forms.items()
     ):
-        yield f"{commit}, {form}", local(method(**kind), shapes, mesh, form)
-    yield "by hand", by_hand(tx, shapes, mesh, PERIOD)
-    never = methods["delta"](**forms["mapped"])
-    yield "never", local(never, shapes, mesh, "mapped", exchange=False)
+        made = method(**kind)
+        step = functools.partial(local, made, shapes, mesh, form)
+        yield f"{commit}, {form}, {ROUND}", [in_rounds(made, shapes, mesh, form, PERIOD)]
+        if commit == "delta":
+            yield f"{commit}, {form}, flag", [step(exchange=False), step(exchange=True)]
+        yield f"{commit}, {form}, step", [step()]
+    yield "by hand", [by_hand(tx, shapes, mesh, PERIOD)]
 
 
-def against(runner: Runner, rival: Runner, rounds: int) -> str:
+def against(runner: Runner, name: str, rival: Runner, rounds: int) -> str:
     """The rest of a line: a period of local updates against synchronous steps."""
-    periods, others = in_turn(
-        [lambda: (runner.run(PERIOD - 1), runner.run(1)), lambda: rival.run(SYNCHRONOUS)],
-        rounds,
-    )
+
+    def period():
+        if name.endswith(ROUND):
+            return None, runner.run(1)
+        return runner.run(PERIOD - 1), runner.run(1, which=-1)
+
+    periods, others = in_turn([period, lambda: rival.run(SYNCHRONOUS)], rounds)
     skipping, exchanges = zip(*periods, strict=True)
-    seconds = [a.seconds + b.seconds for a, b in periods]
+    seconds = [b.seconds + (a.seconds if a else 0) for a, b in periods]
     rivals = [PERIOD * other.seconds / SYNCHRONOUS for other in others]
     ratios = [b / a for a, b in zip(seconds, rivals, strict=True)]
-    copies = instructions(runner.compiled.as_text(), ["copy"])
+    compiled = runner.compiled[-1]
+    copies = instructions(compiled.as_text(), ["copy"])
     inside = sum(copy.branch is not None for copy in copies)
-    memory = runner.compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     in_place = memory.alias_size_in_bytes / memory.output_size_in_bytes
+    steps, exchange = "", ""
+    if not name.endswith(ROUND):
+        step = statistics.median(s.seconds for s in skipping) / (PERIOD - 1)
+        steps = f"{1e3 * step:.1f}"
+        exchange = f"{1e3 * statistics.median(e.seconds for e in exchanges):.0f}"
     columns = (
         f"{spread(ratios, '.2f'):>20}",
         f"{spread([1e3 * r / PERIOD for r in rivals], '.0f'):>16}",
         f"{spread([1e3 * s / PERIOD for s in seconds], '.1f'):>19}",
-        f"{1e3 * statistics.median(s.seconds for s in skipping) / (PERIOD - 1):>8.1f}",
-        f"{1e3 * statistics.median(e.seconds for e in exchanges):>8.0f}",
+        f"{steps:>8}",
+        f"{exchange:>8}",
         f"{statistics.median(e.faults for e in exchanges):>7,.0f}",
         f"{f'{len(copies) - inside} + {inside}':>6}",
         f"{memory.temp_size_in_bytes / 1e6:>8.1f} MB",
@@ -230,7 +251,7 @@ def member(index: int, port: int, shapes: Any, rounds: int) -> None:
         return seconds / SYNCHRONOUS, (loopback() - before) / SYNCHRONOUS
 
     def on_wire(runner: Runner) -> float:
-        return 2 * sent(at_peak(instructions(runner.compiled.as_text())), 2)
+        return 2 * sent(at_peak(instructions(runner.compiled[0].as_text())), 2)
 
     rivals: dict[str, tuple[Callable, float]] = {
         "synchronous": (lambda: synchronously(packed), on_wire(packed)),

@@ -11,7 +11,7 @@ from jax import lax
 
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked
+from emaopt._workers import Mapped, Stacked, after, held_until
 
 
 class Leaf(NamedTuple):
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What an exchange reads of one leaf: a row for each worker."""
+    """What an exchange only reads of one leaf: a row for each worker."""
 
     local: Any  # the parameters after the step; None: the leaf is no part of it
     accumulated: Any  # Σ gradients, or None
@@ -60,28 +60,48 @@ class Exchange:
     def __call__(
         self,
         part: Part,
-        fixed: list[Fixed],
+        read: Callable[[Callable[[Any], Any]], list[Fixed]],
         num_steps: Any,
         subtree: Callable[[list], Any],
     ) -> Part:
         """Returns the part after the exchange.
 
+        Commits are made twice: to check them, and from the same values, held back until
+        all are checked, to send them. So they are made leaf by leaf, when they are needed,
+        and never kept all at once.
+
         Args:
           part: Before it.
-          fixed: For each of its leaves.
+          read: What the exchange reads of each of its leaves, made of held(tree) in
+            place of every tree of arrays of the worker's own.
           num_steps: () int32, local steps since the last exchange.
           subtree: Makes of a list like the leaves a tree with the parameters' names.
         """
         leaves = part.leaves
         old = Center([leaf.center for leaf in leaves], part.outer_state)
-        local = {k: f.local for k, f in enumerate(fixed) if f.local is not None}
-        commits = {
-            k: self._commit(leaves[k], row, fixed[k].accumulated, num_steps)
-            for k, row in local.items()
-        }
+
+        def commits_of(fixed):
+            return {
+                k: self._commit(leaves[k], f.local, f.accumulated, num_steps)
+                for k, f in enumerate(fixed)
+                if f.local is not None
+            }
+
+        checked = commits_of(read(lambda tree: tree))
         finite = self.workers.same(True)
-        for row in commits.values():  # x - x is 0, or NaN where x is not finite
-            finite &= jnp.sum(row - row, axis=self.workers.axes(row)) == 0
+        for row in checked.values():
+            # x - x is 0, or NaN where x is not finite. No sum: for one, XLA on CPU calls
+            # a library, which takes constants as whole arrays.
+            finite &= jnp.all(row - row == 0, axis=self.workers.axes(row))
+
+        def held(tree):
+            known = finite.astype(jnp.int32) >= 0  # always
+            return held_until(lambda leaf: self.workers.spread(known, leaf), tree)
+
+        fixed = read(held)
+        # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
+        commits = commits_of(fixed) if self.moving_rate is None else checked
+        local = {k: fixed[k].local for k in commits}
 
         def where_finite(rows, otherwise):
             return {
@@ -96,12 +116,12 @@ class Exchange:
         pulled = where_finite(pulled, dict(enumerate(center.leaves)))
         kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
         residual = where_finite({k: commits[k] - sent[k] for k in kept}, kept)
-        after = [
+        changed = [
             Leaf(pulled.get(k, leaf.pulled), residual.get(k, leaf.residual), new)
             for k, (leaf, new) in enumerate(zip(leaves, center.leaves, strict=True))
         ]
         left_out = self.workers.num_workers - num_valid
-        return Part(after, center.outer_state, part.num_left_out + left_out)
+        return Part(changed, center.outer_state, part.num_left_out + left_out)
 
     @property
     def keeps_pulled(self) -> bool:
@@ -151,10 +171,12 @@ class Exchange:
                 for coded in (codes, sums)
             )
             num_valid = flags.astype(jnp.int32)
+        # The slots may be overwritten when this number is there: no commit is read then.
+        num_done = after(num_valid, list(sums.values()))
         if self.reduce == "mean":
             sums = {k: row / jnp.maximum(num_valid, 1) for k, row in sums.items()}
         center = self._moved(old, sums, subtree)
-        return self.workers.equal_as(center, old), pulled, sent, num_valid
+        return self.workers.equal_as(center, old), pulled, sent, num_done
 
     def _in_turns(self, old, local, commits, finite, subtree):
         """An outer step for each worker, in rank order; returns what `_at_once` does."""
@@ -178,8 +200,8 @@ class Exchange:
         own = dict(zip(pulled, self.workers.own(list(pulled.values())), strict=True))
         if elastic:
             own = {k: local[k].astype(row.dtype) + row for k, row in own.items()}
-        num_valid = jnp.sum(valid, dtype=jnp.int32)
-        return self.workers.equal_as(center, old), own, sent, num_valid
+        num_done = after(jnp.sum(valid, dtype=jnp.int32), list(rows.values()))
+        return self.workers.equal_as(center, old), own, sent, num_done
 
     def _gathered(self, rows: dict, finite: Any) -> tuple[dict, dict, Any]:
         """(the rows as they were sent, those of all workers, which of them are valid)."""

@@ -215,9 +215,10 @@ def synchronize(
         fragments_of("synchronize", center, len(since)), since, strict=True
     ):
         changing = [Leaf(pulled[i], None, center[i]) for i in fragment]
-        fixed = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
+        rows = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
         outer_state = exchange.outer.init([leaf.center for leaf in changing])
-        after = exchange(Part(changing, outer_state, num_left_out), fixed, steps, list)
+        part = Part(changing, outer_state, num_left_out)
+        after = exchange(part, lambda held, rows=rows: held(rows), steps, list)
         num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
         for i, leaf in zip(fragment, after.leaves, strict=True):
             center[i] = jnp.where(steps > 0, leaf.center, center[i])

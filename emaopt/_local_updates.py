@@ -15,7 +15,7 @@ from emaopt._commits import accumulate, check_commit, start_center
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._recursion import is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
-from emaopt._workers import Mapped, Stacked, once_if
+from emaopt._workers import Mapped, Stacked, held_until, once_if
 
 REDUCTIONS = ("mean", "sum", "sequential")
 
@@ -136,7 +136,7 @@ class Engine:
             """The leaves in the parameters' order, None where there are none."""
             return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
 
-        def local_step(inner_state):
+        def local_step(updates, inner_state, params):
             """A step of every worker."""
             steps, inner_state = self.workers.each(
                 inner.update, updates, inner_state, params, **extra_args
@@ -162,16 +162,26 @@ class Engine:
             def exchanged(changing, fixed, fragment=fragment):
                 inner_state, before = changing
                 sums, since = fixed
-                steps, _ = local_step(inner_state)
-                rows = [
-                    Fixed(
-                        None if gradients[i] is None else applied(leaves[i], steps[i]), s
-                    )
-                    for i, s in zip(fragment, sums, strict=True)
-                ]
+
+                def read(held):
+                    own = held(params)
+                    steps, _ = local_step(held(updates), held(inner_state), own)
+                    own = column(own)
+                    return [
+                        Fixed(
+                            None if gradients[i] is None else applied(own[i], steps[i]), s
+                        )
+                        for i, s in zip(fragment, held(sums), strict=True)
+                    ]
+
                 subtree = functools.partial(_subtree, treedef, fragment)
-                after = self._exchange(before, rows, since, subtree)
-                return _held_until(after.num_left_out >= 0, inner_state), after
+                after = self._exchange(before, read, since, subtree)
+                # The local step comes again, after the exchange and from the same state,
+                # whose slots it overwrites in place. What passes a conditional unchanged
+                # goes around it: without an order between the two, the compiler would
+                # copy the slots at every step.
+                known = after.num_left_out >= 0
+                return held_until(lambda _: known, inner_state), after
 
             before = Part(
                 [changing[i] for i in fragment], state.outer_state[number], num_left_out
@@ -187,7 +197,7 @@ class Engine:
             outer_states.append(after.outer_state)
             since_exchange.append(jnp.where(due, 0, since))
 
-        steps, inner_state = local_step(inner_state)
+        steps, inner_state = local_step(updates, inner_state, params)
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
                 target = leaf.center if leaf.pulled is None else leaf.pulled
@@ -233,22 +243,6 @@ def fragments_of(function: str, center: list, num_fragments: int) -> list[list[i
         fragments[smallest].append(i)
         sizes[smallest] += center[i].size
     return [sorted(fragment) for fragment in fragments]
-
-
-def _held_until(true: Any, tree: Any) -> Any:
-    """The tree, after what `true` depends on.
-
-    The local step comes twice: in the exchange, and after it from the same state, whose
-    slots it overwrites in place. What passes a conditional unchanged goes around it, and
-    without an order between the two, the compiler would copy the slots at every step.
-    """
-
-    def held(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.number):
-            return leaf
-        return jnp.where(true, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(held, tree)
 
 
 def _subtree(treedef: Any, positions: list[int], leaves: list) -> Any:
