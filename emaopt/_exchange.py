@@ -67,7 +67,7 @@ class Exchange:
         """Returns the part after the exchange.
 
         Commits are made twice: to check them, and from the same values, held back until
-        all are checked, to send them. So they are made leaf by leaf, when they are needed,
+        all are checked, to send them. So they are made leaf by leaf, when they are sent,
         and never kept all at once.
 
         Args:
