@@ -5,6 +5,7 @@ Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
               inverse_gamma_decay, half_life_decay, scale_decay
 Their weights: decay_weights, weight_summary
 Reading:      get_average, swap, reset_average, average_distance, by_name
+Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
               get_center, stack_workers, state_specs, worker_spread, local_round,
               synchronize, simulate_async
@@ -59,6 +60,7 @@ from emaopt._reading import worker_spread as worker_spread
 from emaopt._recursion import Averager as Averager
 from emaopt._recursion import AverageState as AverageState
 from emaopt._recursion import SwappedState as SwappedState
+from emaopt._sharding import state_shardings as state_shardings
 from emaopt._slots import get_slot as get_slot
 from emaopt._slots import get_slot_names as get_slot_names
 from emaopt._slots import variables as variables

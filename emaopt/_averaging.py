@@ -29,6 +29,8 @@ def average_tree(
     zero_init: bool = False,
     skip_nonfinite: bool = False,
     stochastic_rounding: bool = False,
+    sharding: Any = "like_params",
+    memory_kind: str | None = None,
 ) -> Averager:
     """Averages any pytree: statistics, target networks, metrics.
 
@@ -38,7 +40,7 @@ def average_tree(
     Args:
       decay: β in [0, 1] or a function t -> β.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
-        stochastic_rounding: As in `average_params`.
+        stochastic_rounding, sharding, memory_kind: As in `average_params`.
 
     Returns:
       An `Averager` with two pure functions:
@@ -68,6 +70,8 @@ def average_tree(
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
         stochastic_rounding=stochastic_rounding,
+        sharding=sharding,
+        memory_kind=memory_kind,
     )
 
 
@@ -82,6 +86,8 @@ def average_params(
     zero_init: bool = False,
     skip_nonfinite: bool = False,
     stochastic_rounding: bool = False,
+    sharding: Any = "like_params",
+    memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters; the updates pass through unchanged.
 
@@ -134,6 +140,17 @@ def average_params(
         sqrt(|θ - a| ulp / 2), whatever the decay. The bits depend on the element's index
         (inside of shard_map, in the device's part) and the update's number alone: alike
         on all replicas and after a restart. Default False.
+      sharding: Where the average is, along mesh axes over which the parameters are
+        replicated: an axis or a tuple of axes, so that each device holds 1/N of the
+        average and updates it without communication (ZeRO), split in the first dimension
+        that N divides. A PartitionSpec says in which dimension; a NamedSharding brings
+        its mesh along, else it is that of `jax.set_mesh`. For some of the leaves: a tree
+        of these like the parameters or a prefix of it, or a function from the parameters
+        to one. Leaves that do not divide stay as the parameters, which is the default,
+        "like_params". Inside of `jax.shard_map` that is over the axes, the average has
+        the shape of the device's part.
+      memory_kind: "pinned_host" keeps the average in the host's memory and brings it to
+        the device for each update; best with `every`. Default: the parameters' memory.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are
@@ -167,6 +184,8 @@ def average_params(
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
         stochastic_rounding=stochastic_rounding,
+        sharding=sharding,
+        memory_kind=memory_kind,
     )
 
     def init(params):
@@ -198,6 +217,8 @@ def averaged(
     zero_init: bool = False,
     skip_nonfinite: bool = False,
     stochastic_rounding: bool = False,
+    sharding: Any = "like_params",
+    memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it averages the parameters that it makes.
 
@@ -214,7 +235,7 @@ def averaged(
         to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
         None, the default: never.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
-        stochastic_rounding: As in `average_params`.
+        stochastic_rounding, sharding, memory_kind: As in `average_params`.
 
     Returns:
       A transformation whose state is an `AveragedState(inner_state, averaging)`.
@@ -249,6 +270,8 @@ def averaged(
         zero_init=zero_init,
         skip_nonfinite=skip_nonfinite,
         stochastic_rounding=stochastic_rounding,
+        sharding=sharding,
+        memory_kind=memory_kind,
     )
     inner = optax.with_extra_args_support(optimizer)
 

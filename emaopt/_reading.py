@@ -24,6 +24,7 @@ from emaopt._nodes import (
     served_nodes,
 )
 from emaopt._recursion import AverageState, is_averaged
+from emaopt._sharding import near
 
 _NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
@@ -77,7 +78,9 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
 
     def read(keys, leaf):
         value = averages.get(keys, leaf)
-        return value.astype(jnp.asarray(leaf).dtype) if is_averaged(value) else value
+        if not is_averaged(value):
+            return value
+        return near(value, leaf).astype(jnp.asarray(leaf).dtype)
 
     return _map_with_keys(read, params)
 
@@ -151,7 +154,9 @@ def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> An
 
     def restart(keys, leaf):
         new = raw[keys]
-        return jnp.array(new, dtype=leaf.dtype) if hasattr(leaf, "dtype") else new
+        if not hasattr(leaf, "dtype"):
+            return new
+        return near(jnp.array(new, dtype=leaf.dtype), leaf)
 
     fresh = AverageState(
         *jax.tree.map(jnp.zeros_like, state[:-1]),
@@ -193,7 +198,7 @@ def average_distance(
         if is_averaged(average):
             dtype = average.dtype if average.dtype.itemsize >= 4 else jnp.float32
             theta[keys] = jnp.asarray(raw[keys], dtype)
-            difference[keys] = theta[keys] - average.astype(dtype)
+            difference[keys] = theta[keys] - near(average, raw[keys]).astype(dtype)
     norm = optax.tree.norm(theta)
     return jnp.where(norm > 0, optax.tree.norm(difference) / norm, 0.0)
 

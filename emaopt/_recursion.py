@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._decays import DecayLike, one_minus
 from emaopt._rounding import rounded_product, rounded_stochastically
+from emaopt._sharding import Place, check_placement, places
 
 
 class AverageState(NamedTuple):
@@ -65,6 +66,8 @@ def make_averager(
     zero_init: bool,
     skip_nonfinite: bool,
     stochastic_rounding: bool,
+    sharding: Any,
+    memory_kind: str | None,
 ) -> Averager:
     """The recursion behind `average_tree`, `average_params` and `averaged`."""
     check_decay(function, decay)
@@ -88,13 +91,20 @@ def make_averager(
             f"{function}: stochastic_rounding is for accumulator_dtype=jnp.bfloat16, got "
             f"{accumulator_dtype}."
         )
+    check_placement(function, sharding, memory_kind)
 
     def init(tree):
         leaves, treedef = jax.tree.flatten(tree)
         chosen = _chosen(function, mask, tree, len(leaves))
+        where = places(function, sharding, memory_kind, tree, leaves)
+
+        def start(leaf, place):
+            entry = _start(leaf, accumulator_dtype, zero_init)
+            return place.start(entry) if is_averaged(entry) else entry
+
         entries = [
-            _start(leaf, accumulator_dtype, zero_init) if keep else optax.MaskedNode()
-            for leaf, keep in zip(leaves, chosen, strict=True)
+            start(leaf, place) if keep else optax.MaskedNode()
+            for leaf, place, keep in zip(leaves, where, chosen, strict=True)
         ]
         zero = replicated_beside(leaves)
         return AverageState(
@@ -108,8 +118,10 @@ def make_averager(
     def update(tree, state, num_updates=None):
         _check_state(function, state, debias)
         leaves, treedef = jax.tree.flatten(tree)
-        entries = _entries(function, leaves, treedef, state.average)
+        where = places(function, sharding, memory_kind, tree, leaves)
+        entries = _entries(function, leaves, treedef, state.average, where)
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
+        where = [where[i] for i in moving]
         old = [entries[i] for i in moving]
         new = [jnp.asarray(leaves[i]) for i in moving]
 
@@ -127,19 +139,24 @@ def make_averager(
         copying = copying | (step == 1)
 
         def move(old, new):
-            moved = [_move(a, q, step, copying) for a, q in zip(old, new, strict=True)]
+            old = [p.fetched(a) for p, a in zip(where, old, strict=True)]
+            parts = [p.part(q) for p, q in zip(where, new, strict=True)]
+            moved = [_move(a, q, step, copying) for a, q in zip(old, parts, strict=True)]
             if stochastic_rounding:
                 moved = [rounded_stochastically(m, s) for m in moved]
             moved = [m.astype(a.dtype) for m, a in zip(moved, old, strict=True)]
             if not skip_nonfinite:
-                return moved, jnp.bool_(True)
+                return put_back(moved), jnp.bool_(True)
             # q - q is 0, or NaN where q is not finite. Unlike jnp.isfinite, it fuses with
             # its reduction on CPU.
             finite = jnp.bool_(True)
             for q in new:
                 finite &= jnp.sum(q - q) == 0
             kept = [jnp.where(finite, m, a) for m, a in zip(moved, old, strict=True)]
-            return kept, finite
+            return put_back(kept), finite
+
+        def put_back(averages):
+            return [p.kept(a) for p, a in zip(where, averages, strict=True)]
 
         if every == 1:
             due = jnp.bool_(True)
@@ -304,7 +321,9 @@ def _check_state(function: str, state: Any, debias: bool) -> None:
         )
 
 
-def _entries(function: str, leaves: list[Any], treedef: Any, average: Any) -> list[Any]:
+def _entries(
+    function: str, leaves: list[Any], treedef: Any, average: Any, where: list[Place]
+) -> list[Any]:
     """The average's leaves (MaskedNode where masked) in the order of the tree's."""
     try:
         entries = treedef.flatten_up_to(average)
@@ -313,19 +332,22 @@ def _entries(function: str, leaves: list[Any], treedef: Any, average: Any) -> li
             f"{function}: the parameters have another structure than the ones that init "
             f"was called with: {error}"
         ) from None
-    for leaf, entry in zip(leaves, entries, strict=True):
-        if not isinstance(entry, optax.MaskedNode) and _kind(leaf) != _kind(entry):
+    for leaf, entry, place in zip(leaves, entries, where, strict=True):
+        if isinstance(entry, optax.MaskedNode):
+            continue
+        if _kind(leaf, place.shape(np.shape(leaf))) != _kind(entry, np.shape(entry)):
             raise ValueError(
-                f"{function}: a leaf was {_kind(entry)} at init and is {_kind(leaf)} now."
+                f"{function}: a leaf was {_kind(entry, np.shape(entry))} at init and is "
+                f"{_kind(leaf, np.shape(leaf))} now."
             )
     return entries
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Any, shape: tuple[int, ...]) -> str:
     """What must not change between init and update, in words."""
     if not _is_array(leaf):
         return "no array"
     dtype = jnp.asarray(leaf).dtype
     kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
     names = [kind.__name__ for kind in kinds if jnp.issubdtype(dtype, kind)] or ["key"]
-    return f"{names[0]} of shape {np.shape(leaf)}"
+    return f"{names[0]} of shape {shape}"

@@ -22,7 +22,8 @@ LAYERS = {
     "_decays": {"_checks"},
     "_weights": {"_checks", "_decays"},
     "_rounding": set(),
-    "_recursion": {"_checks", "_decays", "_rounding"},
+    "_sharding": {"_checks", "_names"},
+    "_recursion": {"_checks", "_decays", "_rounding", "_sharding"},
     "_averaging": {"_checks", "_decays", "_recursion", "_rounding"},
     "_commits": {"_recursion", "_rounding"},
     "_asynchronous": {"_checks", "_commits", "_rounding"},
@@ -38,7 +39,7 @@ LAYERS = {
     },
     "_local_methods": {"_checks", "_local_updates"},
     "_nodes": {"_local_updates", "_names", "_recursion"},
-    "_reading": {"_names", "_nodes", "_recursion"},
+    "_reading": {"_names", "_nodes", "_recursion", "_sharding"},
     "_local_loop": {
         "_checks",
         "_exchange",

@@ -1,0 +1,319 @@
+"""Where an average lives: sharded further than its parameters, in host memory."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from emaopt._checks import check_optimizer
+from emaopt._names import leaves_with_keys
+
+LIKE_PARAMS = "like_params"
+HOST = "pinned_host"
+
+
+class Place(NamedTuple):
+    """Where the average of one leaf lives, relative to the leaf."""
+
+    splits: tuple[
+        tuple[int, tuple[str, ...]], ...
+    ]  # (dimension, mesh axes) of each split
+    mesh: Any  # that has the axes; None without splits
+    on_host: bool
+
+    def start(self, average: jax.Array) -> jax.Array:
+        """A new average, where the parameter is, put to its place."""
+        if isinstance(average, jax.core.Tracer):
+            return self.kept(self.part(average))
+        sharding = average.sharding
+        if self.splits and isinstance(self.mesh, Mesh):
+            spec = getattr(sharding, "spec", PartitionSpec())
+            average = jax.device_put(
+                average, NamedSharding(self.mesh, self._extended(spec))
+            )
+        elif self.splits:
+            average = self.part(average)
+        if not self.on_host:
+            return average
+        return jax.device_put(average, average.sharding.with_memory_kind(HOST))
+
+    def part(self, value: jax.Array) -> jax.Array:
+        """A value that is whole along the axes, split along them as the average is.
+
+        In the Auto mode of a mesh, the compiler spreads shardings backwards: a constraint
+        on the value would split the parameters and their slots too, or gather them at
+        every step. So each device takes its part of what it has, in a `shard_map` over
+        these axes alone; along others the value stays as it is.
+        """
+        if not self.splits:
+            return value
+        axes = {axis for _, names in self.splits for axis in names}
+        if axes <= _manual(self.mesh):
+            return self._own(value)
+        if _are_explicit(self.mesh, axes):
+            sharding = jax.typeof(value).sharding
+            return jax.sharding.reshard(
+                value, sharding.update(spec=self._extended(sharding.spec))
+            )
+        return jax.shard_map(
+            self._own,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(),
+            out_specs=self._extended(PartitionSpec()),
+            axis_names=axes,
+            check_vma=False,
+        )(value)
+
+    def fetched(self, average: jax.Array) -> jax.Array:
+        """The average in the device's memory, to compute with."""
+        return (
+            jax.device_put(average, jax.memory.Space.Device) if self.on_host else average
+        )
+
+    def kept(self, average: jax.Array) -> jax.Array:
+        """The average in its own memory."""
+        return _put(average, jax.memory.Space.Host) if self.on_host else average
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the average here, of that of the leaf."""
+        sizes = list(shape)
+        for dim, axes in self.splits:
+            if set(axes) <= _manual(self.mesh):
+                sizes[dim] //= _size(self.mesh, axes)
+        return tuple(sizes)
+
+    def _own(self, value):
+        for dim, axes in self.splits:
+            size = value.shape[dim] // _size(self.mesh, axes)
+            start = lax.axis_index(axes) * size
+            value = lax.dynamic_slice_in_dim(value, start, size, dim)
+        return value
+
+    def _extended(self, spec: Any) -> PartitionSpec:
+        """A spec with the axes of the splits behind those that are there."""
+        entries = list(spec)
+        for dim, axes in self.splits:
+            entries += [None] * (dim + 1 - len(entries))
+            entries[dim] = (*_names(entries[dim]), *axes)
+        return PartitionSpec(*entries)
+
+
+def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
+    """Raises unless the arguments can say where an average lives."""
+    if memory_kind not in (None, HOST):
+        raise ValueError(
+            f"{function}: memory_kind must be None, as the parameters', or {HOST!r}, "
+            f"got {memory_kind!r}."
+        )
+    if callable(sharding):
+        return
+    for entry in jax.tree.leaves(sharding, is_leaf=_is_entry):
+        if not _is_entry(entry):
+            raise TypeError(
+                f"{function}: sharding must be {LIKE_PARAMS!r}, the name of a mesh axis "
+                "or a tuple of names, a PartitionSpec, a NamedSharding, or a tree of "
+                f"these like the parameters, got {entry!r}."
+            )
+
+
+def places(
+    function: str, sharding: Any, memory_kind: Any, tree: Any, leaves: list
+) -> list[Place]:
+    """The place of each leaf's average, in flattening order."""
+    on_host = memory_kind is not None
+    if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
+        return [Place((), None, on_host)] * len(leaves)
+    entries = sharding(tree) if callable(sharding) else sharding
+    try:
+        entries = jax.tree.map(
+            lambda entry, subtree: [entry] * len(jax.tree.leaves(subtree)),
+            entries,
+            tree,
+            is_leaf=_is_entry,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{function}: sharding must be like the parameters or a prefix of them: "
+            f"{error}"
+        ) from None
+    entries = jax.tree.leaves(entries, is_leaf=_is_entry)
+    names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
+    return [
+        _place(function, entry, leaf, name)._replace(on_host=on_host)
+        for entry, leaf, name in zip(entries, leaves, names, strict=True)
+    ]
+
+
+def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
+    nowhere = Place((), None, False)
+    shape = getattr(leaf, "shape", ())
+    if (isinstance(entry, str) and entry == LIKE_PARAMS) or 0 in shape or not shape:
+        return nowhere
+    mesh = _mesh_of(function, entry, leaf)
+    spec = entry.spec if isinstance(entry, NamedSharding) else entry
+    named = spec if isinstance(spec, PartitionSpec) else [entry]
+    for axis in (axis for part in named for axis in _names(part)):
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{function}: sharding={entry!r}, but the axes of the mesh are "
+                f"{', '.join(mesh.axis_names)}."
+            )
+    if isinstance(spec, PartitionSpec):
+        splits = [(dim, _names(part)) for dim, part in enumerate(spec) if part]
+    else:
+        axes = _names(entry)
+        splits = [(d, axes) for d, n in enumerate(shape) if n % _size(mesh, axes) == 0]
+        splits = splits[:1]
+    if any(d >= len(shape) or shape[d] % _size(mesh, axes) for d, axes in splits):
+        return nowhere
+    there = _spec_of(leaf)
+    for dim, axes in splits:
+        own = _names(there[dim]) if dim < len(there) else ()
+        taken = {axis for part in there for axis in _names(part)} & set(axes)
+        if taken or (own and not _are_explicit(mesh, axes)):
+            raise ValueError(
+                f"{function}: the average of {name} cannot be split along "
+                f"{', '.join(axes)} in dimension {dim}: the parameter is sharded "
+                f"already, as {there}. Give sharding as a tree, with another "
+                f"PartitionSpec or {LIKE_PARAMS!r} for this leaf."
+            )
+    return Place(tuple(splits), mesh, False)
+
+
+def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
+    """The mesh that has the axes: of this place in the program, or the one given."""
+    around = jax.sharding.get_abstract_mesh()
+    own = getattr(leaf, "sharding", None) if isinstance(leaf, jax.Array) else None
+    if _manual(around):
+        return around
+    if isinstance(entry, NamedSharding):
+        return entry.mesh
+    if not isinstance(leaf, jax.core.Tracer) and isinstance(own, NamedSharding):
+        return own.mesh
+    if around.axis_names:
+        return around
+    raise ValueError(
+        f"{function}: sharding={entry!r} names axes, but no mesh is in use here. Call it "
+        "under jax.set_mesh(mesh), or give sharding=NamedSharding(mesh, "
+        "PartitionSpec(...))."
+    )
+
+
+def _spec_of(leaf: Any) -> Any:
+    """How a leaf is sharded, as far as that can be known here."""
+    if isinstance(leaf, jax.core.Tracer):
+        return jax.typeof(leaf).sharding.spec
+    return getattr(getattr(leaf, "sharding", None), "spec", ())
+
+
+def _size(mesh: Any, axes: tuple[str, ...]) -> int:
+    """How many parts an array is split into along the axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _manual(mesh: Any) -> set[str]:
+    """The axes along which the program is written for one device."""
+    return set(getattr(mesh, "manual_axes", ()))
+
+
+def _are_explicit(mesh: Any, axes: Any) -> bool:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return all(kinds[axis] == AxisType.Explicit for axis in axes)
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """The axes in an entry of a PartitionSpec."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _is_entry(node: Any) -> bool:
+    if isinstance(node, tuple) and type(node) is tuple:
+        return bool(node) and all(isinstance(name, str) for name in node)
+    return isinstance(node, (str, PartitionSpec, NamedSharding))
+
+
+def _put(average: jax.Array, space: Any) -> jax.Array:
+    """The average in another memory, sharded as it is."""
+    if isinstance(average, jax.core.Tracer):
+        return jax.device_put(average, space)
+    kind = HOST if space == jax.memory.Space.Host else "device"
+    return jax.device_put(average, average.sharding.with_memory_kind(kind))
+
+
+def near(average: Any, param: Any) -> Any:
+    """An average, gathered to where a parameter is."""
+    if not isinstance(average, jax.Array) or not isinstance(param, jax.Array):
+        return average
+    if isinstance(average, jax.core.Tracer) or isinstance(param, jax.core.Tracer):
+        average = jax.device_put(average, jax.memory.Space.Device)
+        there = jax.typeof(param).sharding
+        return jax.sharding.reshard(average, there) if any(there.spec) else average
+    if average.sharding == param.sharding:
+        return average
+    return jax.device_put(average, param.sharding)
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Returns where each array of an optimizer's state belongs.
+
+    For `jax.jit(tx.init, out_shardings=...)`, which on its own leaves what starts with
+    zeros replicated; for the target of a restore; for compiling ahead of time. Slots are
+    sharded as their parameters, averages as their `sharding` says; the rest is
+    replicated.
+
+        shardings = emaopt.state_shardings(tx, params)
+        opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    Args:
+      optimizer: Any Optax transformation.
+      params: The parameters, or `jax.ShapeDtypeStruct`s, whose shardings are
+        `NamedSharding`s of one mesh.
+
+    Returns:
+      A tree of `NamedSharding` like the state.
+
+    Raises:
+      ValueError: If the parameters are not sharded over one mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = jax.device_put(jnp.zeros(8), NamedSharding(mesh, P("data")))
+      >>> print(state_shardings(optax.adam(1e-3), params)[0].mu.spec)
+      P('data',)
+    """
+    check_optimizer("state_shardings", "optimizer", optimizer)
+    own = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    meshes = {sharding.mesh for sharding in own if isinstance(sharding, NamedSharding)}
+    if len(meshes) != 1 or not all(isinstance(s, NamedSharding) for s in own):
+        raise ValueError(
+            "state_shardings: the parameters must be arrays or ShapeDtypeStructs with "
+            f"NamedShardings of one mesh, got {own[0] if own else 'none'}."
+        )
+    # In a mesh of Explicit axes, types carry shardings through the tracing of init.
+    (mesh,) = meshes
+    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    typed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, leaf.sharding.spec)
+        ),
+        params,
+    )
+    with jax.set_mesh(explicit):
+        traced = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
+
+    def sharding(aval):
+        host = aval.memory_space == jax.memory.Space.Host
+        spec = aval.sharding.spec
+        return NamedSharding(mesh, spec, **({"memory_kind": HOST} if host else {}))
+
+    closed, shapes = traced
+    return jax.tree.unflatten(jax.tree.structure(shapes), map(sharding, closed.out_avals))

@@ -1,0 +1,384 @@
+"""Where averages live: split over mesh axes, in host memory, and nothing else changed."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import emaopt
+from emaopt import checkpoint
+
+ADAM = optax.adam(0.05)
+WAYS = {
+    "chained": lambda **kw: optax.chain(ADAM, emaopt.average_params(0.9, **kw)),
+    "averaged": lambda **kw: emaopt.averaged(ADAM, 0.9, **kw),
+}
+OPTIONS = {
+    "plain": {},
+    "every": {"every": 2},
+    "start and debias": {"start": 2, "debias": True},
+    "skip_nonfinite": {"skip_nonfinite": True},
+    "bfloat16": {"accumulator_dtype": jnp.bfloat16, "stochastic_rounding": True},
+}
+# The mesh, the parameters' specs, the option, and the averages' specs.
+ALONG = {
+    "data alone": ((8,), {"w": P(), "b": P()}, "data", {"w": P("data"), "b": P("data")}),
+    "beside a model's axis": (
+        (2, 4),
+        {"w": P(None, "model"), "b": P()},
+        "data",
+        {"w": P("data", "model"), "b": P("data")},
+    ),
+    "in the dimension that is free": (
+        (2, 4),
+        {"w": P("model"), "b": P()},
+        {"w": P(None, "data"), "b": "like_params"},
+        {"w": P("model", "data"), "b": P()},
+    ),
+    "two axes": (
+        (2, 4),
+        {"w": P(), "b": P()},
+        ("data", "model"),
+        {"w": P(("data", "model")), "b": P(("data", "model"))},
+    ),
+}
+KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+COLLECTIVES = r" (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+
+
+def make_mesh(shape, kind=AxisType.Auto):
+    names = ("data", "model")[: len(shape)]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def start(mesh, specs):
+    params = {"w": jnp.linspace(-1, 1, 24 * 16).reshape(24, 16), "b": jnp.ones(16)}
+    return {
+        k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()
+    }
+
+
+def step(tx, params, state):
+    updates, state = tx.update(params, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def train(tx, params, steps=5, state=None):
+    one = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, params), state or tx.init(params)
+    sizes = []
+    for _ in range(steps):
+        params, state = one(params, state)
+        sizes.append(one._cache_size())
+    assert sizes[1:] == sizes[1:2] * (steps - 1)  # optax's counters start on one device
+    return params, state
+
+
+def average_of(state):
+    return emaopt.get_average(state)
+
+
+def is_sharded(tree, mesh, specs):
+    return all(
+        leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[k]), leaf.ndim)
+        for k, leaf in tree.items()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("along", ALONG)
+@pytest.mark.parametrize("way", WAYS)
+def test_split_average_has_the_bits_of_a_whole_one(way, along, kind):
+    shape, specs, option, expected = ALONG[along]
+    mesh = make_mesh(shape, kind)
+    with jax.set_mesh(mesh):
+        params = start(mesh, specs)
+        whole = train(WAYS[way](), params)
+        split = train(WAYS[way](sharding=option), params)
+    assert is_sharded(average_of(split[1]), mesh, expected)
+    assert is_sharded(split[0], mesh, specs)
+    chex.assert_trees_all_equal(split, whole)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_split_average_has_the_bits_of_a_whole_one_with_every_option(options):
+    mesh = make_mesh((8,))
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": P(), "b": P()})
+        whole = train(WAYS["averaged"](**OPTIONS[options]), params)
+        split = train(WAYS["averaged"](**OPTIONS[options], sharding="data"), params)
+    assert is_sharded(average_of(split[1]), mesh, {"w": P("data"), "b": P("data")})
+    chex.assert_trees_all_equal(split, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("along", ALONG)
+def test_split_average_adds_no_collective_and_moves_no_slot(along, every, kind):
+    shape, specs, option, expected = ALONG[along]
+    mesh = make_mesh(shape, kind)
+    with jax.set_mesh(mesh):
+        params = start(mesh, specs)
+        tx = emaopt.averaged(ADAM, 0.9, sharding=option, every=every)
+        state = tx.init(params)
+        one = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
+        program = one.lower(params, state).compile()
+    assert not re.findall(COLLECTIVES, program.as_text())
+    new_params, new_state = program.output_shardings
+    for k, spec in specs.items():
+        own = NamedSharding(mesh, spec)
+        slots = new_state.inner_state[0]
+        for sharding in (new_params[k], slots.mu[k], slots.nu[k]):
+            assert sharding.is_equivalent_to(own, params[k].ndim)
+        assert new_state.averaging.average[k].is_equivalent_to(
+            NamedSharding(mesh, expected[k]), params[k].ndim
+        )
+    donated = sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((params, state))
+    )
+    assert program.memory_analysis().alias_size_in_bytes == donated
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("options", ["plain", "every", "skip_nonfinite"])
+def test_inside_of_shard_map_each_device_keeps_its_part(options, check_vma):
+    mesh = make_mesh((8,))
+    tx = emaopt.averaged(ADAM, 0.9, sharding="data", **OPTIONS[options])
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": P(), "b": P()})
+        plain, state = train(emaopt.averaged(ADAM, 0.9, **OPTIONS[options]), params)
+        mine = tx.init(params)
+        specs = jax.tree.map(lambda x: x.sharding.spec, mine)
+        one = jax.jit(
+            jax.shard_map(
+                lambda *args: step(tx, *args),
+                in_specs=(P(), specs),
+                out_specs=(P(), specs),
+                check_vma=check_vma,
+            )
+        )
+        for _ in range(5):
+            params, mine = one(params, mine)
+        text = one.lower(params, mine).compile().as_text()
+    assert not re.findall(COLLECTIVES, text)
+    assert mine.averaging.average["w"].addressable_shards[0].data.shape == (3, 16)
+    chex.assert_trees_all_close(average_of(mine), average_of(state), rtol=1e-6)
+    chex.assert_trees_all_close(params, plain, rtol=1e-6)
+
+
+def test_what_does_not_divide_stays_with_its_parameter():
+    mesh = make_mesh((8,))
+    params = {"w": jnp.ones((12, 16)), "b": jnp.ones(12), "s": jnp.ones(()), "n": None}
+    params["none"], params["i"] = jnp.ones((0, 8)), jnp.arange(8)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    tx = emaopt.averaged(optax.set_to_zero(), 0.9, sharding="data")
+    with jax.set_mesh(mesh):
+        _, state = train(tx, params)
+    specs = jax.tree.map(lambda x: x.sharding.spec, average_of(state))
+    assert specs.pop("w") == P(None, "data")
+    assert all(not any(spec) for spec in jax.tree.leaves(specs))
+
+
+def test_a_sharding_brings_its_mesh_along():
+    mesh = make_mesh((8,))
+    params = start(mesh, {"w": P(), "b": P()})
+    there = NamedSharding(mesh, P("data"))
+    params, state = train(emaopt.averaged(ADAM, 0.9, sharding=there), params)
+    assert is_sharded(average_of(state), mesh, {"w": P("data"), "b": P("data")})
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("sharding", ["like_params", "data"])
+def test_average_in_host_memory_has_the_bits_of_one_on_the_device(sharding, options):
+    mesh = make_mesh((8,))
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": P(), "b": P()})
+        plain = train(WAYS["averaged"](**OPTIONS[options]), params)
+        tx = WAYS["averaged"](
+            **OPTIONS[options], sharding=sharding, memory_kind="pinned_host"
+        )
+        hosted = train(tx, params)
+    kinds = {x.sharding.memory_kind for x in average_of(hosted[1]).values()}
+    assert kinds == {"pinned_host"}
+    assert hosted[0]["w"].sharding.memory_kind == "device"
+    chex.assert_trees_all_equal(jax.device_get(hosted), jax.device_get(plain))
+
+
+def test_host_memory_without_a_mesh():
+    params = {"w": jnp.ones(3)}
+    tx = emaopt.averaged(optax.sgd(1.0), 0.5, memory_kind="pinned_host")
+    params, state = train(tx, params, 1)
+    assert state.averaging.average["w"].sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(emaopt.get_average(state, params)["w"], 0.5)
+
+
+# Reading
+
+
+@pytest.fixture
+def trained():
+    mesh = make_mesh((8,))
+    tx = emaopt.averaged(ADAM, 0.9, sharding="data", memory_kind="pinned_host")
+    with jax.set_mesh(mesh):
+        yield (tx, *train(tx, start(mesh, {"w": P(), "b": P()})))
+
+
+def test_get_average_gathers_it_beside_the_parameters(trained):
+    _, params, state = trained
+    average = emaopt.get_average(state, params)
+    assert jax.tree.map(lambda x: x.sharding, average) == jax.tree.map(
+        lambda x: x.sharding, params
+    )
+    chex.assert_trees_all_equal(
+        jax.device_get(average), jax.device_get(average_of(state))
+    )
+    compiled = jax.jit(emaopt.get_average)(state, params)
+    assert compiled["w"].sharding.memory_kind == "device"
+    chex.assert_trees_all_equal(compiled, average)
+
+
+def test_average_distance_is_that_of_the_gathered_average(trained):
+    _, params, state = trained
+    average = emaopt.get_average(state, params)
+    apart = optax.tree.norm(optax.tree.sub(params, average)) / optax.tree.norm(params)
+    for distance in (emaopt.average_distance, jax.jit(emaopt.average_distance)):
+        np.testing.assert_allclose(distance(state, params), apart, rtol=1e-6)
+
+
+def test_swap_exchanges_places_too_and_back(trained):
+    _, params, state = trained
+    there = jax.tree.map(lambda x: x.sharding, (params, state))
+    again = emaopt.swap(*emaopt.swap(params, state))
+    assert jax.tree.map(lambda x: x.sharding, again) == there
+    chex.assert_trees_all_equal(jax.device_get(again), jax.device_get((params, state)))
+
+
+def test_reset_average_keeps_the_place(trained):
+    tx, params, state = trained
+    there = jax.tree.map(lambda x: x.sharding, average_of(state))
+    state = emaopt.reset_average(state, params)
+    assert jax.tree.map(lambda x: x.sharding, average_of(state)) == there
+    chex.assert_trees_all_equal(jax.device_get(average_of(state)), jax.device_get(params))
+    train(tx, params, 2, state)
+
+
+def test_checkpoint_keeps_the_place_and_serves_the_average(trained, tmp_path):
+    tx, params, state = trained
+    run = {"params": params, "opt_state": state}
+    checkpoint.save(tmp_path / "run", run)
+    restored = checkpoint.restore(tmp_path / "run", run)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+        lambda x: x.sharding, run
+    )
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(run))
+    whole = params["w"].sharding
+    served = checkpoint.load_averaged(tmp_path / "run", sharding=whole)
+    assert served["w"].sharding == whole
+    chex.assert_trees_all_equal(jax.device_get(served), jax.device_get(average_of(state)))
+    train(tx, restored["params"], 2, restored["opt_state"])
+
+
+# The shardings of a state
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+@pytest.mark.parametrize("along", ALONG)
+def test_state_shardings_are_those_of_init(along, memory_kind, kind):
+    shape, specs, option, _ = ALONG[along]
+    mesh = make_mesh(shape, kind)
+    tx = emaopt.averaged(ADAM, 0.9, sharding=option, memory_kind=memory_kind)
+    with jax.set_mesh(mesh):
+        params = start(mesh, specs)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+        shardings = emaopt.state_shardings(tx, shapes)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        eager = tx.init(params)
+        train(tx, params, 2, state)
+    for made, wanted, one in zip(
+        *map(jax.tree.leaves, (state, shardings, eager)), strict=True
+    ):
+        for sharding in (made.sharding, one.sharding):
+            if one.ndim:  # eagerly, optax puts counters on one device
+                assert sharding.is_equivalent_to(wanted, one.ndim)
+        assert made.sharding.memory_kind == one.sharding.memory_kind
+
+
+OPTIMIZERS = {
+    name: getattr(optax, name)
+    for name in ("adam", "adafactor", "lion", "sm3", "adagrad", "lbfgs", "novograd")
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_shardings_of_any_optimizer_fit_its_state(name):
+    mesh = make_mesh((2, 4))
+    params = start(mesh, {"w": P("data", "model"), "b": P()})
+    tx = emaopt.averaged(OPTIMIZERS[name](1e-3), 0.9)
+    shardings = emaopt.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    own = params["w"].sharding
+    alike = [x for x in jax.tree.leaves(state) if x.shape == params["w"].shape]
+    assert alike and all(x.sharding.is_equivalent_to(own, 2) for x in alike)
+
+
+# Errors
+
+MESH = make_mesh((8,))
+SPLIT = NamedSharding(MESH, P("data"))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"memory_kind": "unpinned_host"}, ValueError, "memory_kind must be None"),
+        ({"sharding": 3}, TypeError, "sharding must be 'like_params'"),
+        ({"sharding": {"w": 1.0}}, TypeError, "the name of a mesh axis"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        emaopt.average_params,
+        emaopt.average_tree,
+        lambda *a, **k: emaopt.averaged(ADAM, *a, **k),
+    ],
+)
+def test_bad_argument_is_refused_when_the_transformation_is_built(
+    make, options, error, message
+):
+    with pytest.raises(error, match=message):
+        make(0.9, **options)
+
+
+@pytest.mark.parametrize(
+    "sharding, spec, message",
+    [
+        ("rows", P(), "sharding='rows', but the axes of the mesh are data"),
+        ("data", P("data"), "the average of w cannot be split along data in dimension 0"),
+        ({"v": "data"}, P(), "sharding must be like the parameters or a prefix"),
+    ],
+)
+def test_sharding_that_does_not_fit_the_parameters_is_refused(sharding, spec, message):
+    params = {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(MESH, spec))}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        emaopt.average_params(0.9, sharding=sharding).init(params)
+
+
+def test_axes_without_a_mesh_are_refused():
+    tx = emaopt.average_params(0.9, sharding="data")
+    with pytest.raises(ValueError, match="no mesh is in use here"):
+        jax.jit(tx.init)({"w": jnp.ones(8)})
+
+
+def test_state_shardings_want_parameters_on_one_mesh():
+    with pytest.raises(ValueError, match="state_shardings: the parameters must be"):
+        emaopt.state_shardings(ADAM, {"w": jnp.ones(8)})
