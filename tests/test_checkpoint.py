@@ -17,11 +17,12 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from models import Net, train_step
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import _files
 
 TX = optax.chain(optax.adam(1e-1), emaopt.average_params(0.9))
 
@@ -305,6 +306,40 @@ def test_restore_to_another_sharding(tmp_path):
     restored = checkpoint.restore(tmp_path / "c", jax.tree.map(placed, state))
     assert_same(restored, state)
     assert len(restored[1][1].average["w"].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("written, read", [(8, 1), (1, 8), (4, 8), (8, 4)])
+def test_restore_reads_one_part_of_one_array_after_another(
+    written, read, tmp_path, monkeypatch
+):
+    """As few as Orbax takes at once, so that memory stays bounded: no less, no error."""
+
+    def on(devices, x):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        # What was split along one axis is read along the other one.
+        axes = (("data", None), (None, "data"))[devices == read]
+        return NamedSharding(mesh, PartitionSpec(*axes[: x.ndim and 2]))
+
+    params = {"w": jnp.arange(8.0 * 24).reshape(8, 24), "i": jnp.ones((24, 8), jnp.int4)}
+    state = {"params": params, "opt_state": emaopt.averaged(optax.sgd(0.1), 0.9)}
+    state["opt_state"] = state["opt_state"].init(params)
+    state |= {"keys": jax.random.split(jax.random.key(0), 1000), "number": np.int32(3)}
+    checkpoint.save(
+        tmp_path / "c",
+        jax.tree.map(
+            lambda x: jax.device_put(x, on(written, x)) if jnp.ndim(x) == 2 else x, state
+        ),
+    )
+    monkeypatch.setattr(_files, "MIN_IN_FLIGHT", 1)
+    target = jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(read, x))
+            if jnp.ndim(x) == 2
+            else x
+        ),
+        state,
+    )
+    assert_same(checkpoint.restore(tmp_path / "c", target), state)
 
 
 def test_a_swapped_state_is_saved_as_it_is(tmp_path):

@@ -5,6 +5,7 @@ Composite does, in a directory for each of its top-level keys; here both are one
 """
 
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
 VERSION = 1
+MIN_IN_FLIGHT = 2**25  # bytes
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
 
@@ -212,7 +214,9 @@ def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
 def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, Any]:
     """Reads the wanted leaves, as what `wanted` says, and nothing else."""
     values = {}
-    handler = ocp.PyTreeCheckpointHandler()
+    sizes = [size for n in wanted for size in _sizes_of_reads(wanted[n], files.saved[n])]
+    limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *(size + 1 for size in sizes)])
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 1e9)  # pyright: ignore[reportArgumentType]
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in names_of(tree)]
         if not any(name in wanted for name in names):
@@ -233,6 +237,31 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
         leaves = names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
     return values
+
+
+def _sizes_of_reads(plan: Any, saved: Any) -> list[int]:
+    """The bytes of each part of an array that this process reads: whole chunks.
+
+    Orbax limits the sum of those under way, and refuses one that is over the limit.
+    """
+    if getattr(saved, "storage", None) is None:
+        return []  # a number
+    parts: Any = {None: (slice(None),) * len(saved.shape)}
+    if isinstance(plan, jax.ShapeDtypeStruct) and plan.shape == saved.shape:
+        parts = plan.sharding.addressable_devices_indices_map(plan.shape)
+    bounds = {
+        tuple(part.indices(n)[:2] for part, n in zip(index, saved.shape, strict=True))
+        for index in parts.values()
+    }
+    chunks = saved.storage.chunk_shape
+    return [
+        jnp.dtype(saved.dtype).itemsize
+        * math.prod(
+            (-(-stop // n) - start // n) * n
+            for (start, stop), n in zip(bound, chunks, strict=True)
+        )
+        for bound in bounds
+    ]
 
 
 def _brief(error: BaseException) -> str:
