@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -465,26 +466,69 @@ def test_missing_metadata_is_named(tmp_path):
 def test_broken_metadata_is_named(tmp_path):
     checkpoint.save(tmp_path / "c", trained())
     (tmp_path / "c" / "_METADATA").write_text('{"tree')
-    with pytest.raises(ValueError, match=r"_METADATA cannot be read"):
+    with pytest.raises(ValueError, match=r"the metadata in .*c cannot be read"):
         checkpoint.restore(tmp_path / "c", trained())
+
+
+def flipped(content):
+    """Flipped bits all over; Orbax has no checksums that would find a single one."""
+    return bytes(x ^ 0x10 if i % 97 == 0 else x for i, x in enumerate(content))
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": flipped,
+    "lost": None,
+}
 
 
 # Orbax drops the reads that were under way when the first one failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_damaged_arrays_are_an_error_and_nothing_is_restored(damage, tmp_path):
+@pytest.mark.parametrize("managed", [False, True])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_an_error_that_says_where_or_does_no_harm(
+    damage, managed, tmp_path
+):
     params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
     state = {"params": params, "opt_state": TX.init(params)}
+    if managed:
+        with manager(tmp_path) as m:
+            m.save(1, args=Save(state))
+    else:
+        checkpoint.save(tmp_path / "1", state)
+    errors = 0
+    for file in [path for path in (tmp_path / "1").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        if (change := DAMAGE[damage]) is not None:
+            file.write_bytes(change(content))
+        else:
+            file.unlink()
+        for call, expected in (
+            (lambda: checkpoint.restore(tmp_path / "1", state), state),
+            (lambda: checkpoint.load_averaged(tmp_path / "1"), averages(state)),
+        ):
+            try:
+                assert_same(call(), expected)
+            except ValueError as error:
+                assert re.search(rf"{tmp_path}/1.*[Tt]ake another step", str(error))
+                errors += 1
+        file.write_bytes(content)
+    assert errors >= 8
+    assert_same(checkpoint.restore(tmp_path / "1", state), state)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_array_that_cannot_be_read_is_named(tmp_path):
+    state = {
+        "params": (params := {"w": jnp.ones((64, 64))}),
+        "opt_state": TX.init(params),
+    }
     checkpoint.save(tmp_path / "c", state)
     file = max((tmp_path / "c").rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    if damage == "truncate":
-        content = content[: len(content) // 2]
-    else:
-        for i in range(0, len(content), 97):
-            content[i] ^= 0x10
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c cannot be read.*take another step"):
+    file.write_bytes(flipped(file.read_bytes()))
+    with pytest.raises(ValueError, match=r'Error reading "[a-z0-9._]*\.w/0\.0"'):
         checkpoint.restore(tmp_path / "c", state)
     gc.collect()
 

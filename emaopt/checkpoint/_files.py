@@ -105,14 +105,14 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         )  # fmt: skip
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
-    items, saved, marker = {}, {}, _step_metadata(path).get(KEY)
+    items, saved, marker = {}, {}, _step_metadata(function, path).get(KEY)
     for prefix, directory in directories.items():
         try:
             metadata = handler.metadata(directory)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(
-                f"{function}: {directory / '_METADATA'} cannot be read, {_brief(error)}. "
-                "Take another step."
+                f"{function}: the metadata in {directory} cannot be read, "
+                f"{_brief(error)}. Take another step."
             ) from error
         marker = marker or (metadata.custom_metadata or {}).get(KEY)
         items[prefix] = directory, metadata.tree
@@ -154,12 +154,17 @@ def _directories(path: Any) -> dict[Names, Any]:
     return {(name,): found[name] for name in sorted(found)}
 
 
-def _step_metadata(path: Any) -> dict[str, Any]:
+def _step_metadata(function: str, path: Any) -> dict[str, Any]:
     """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
-    try:
-        return json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-    except (OSError, ValueError, KeyError):
+    if not (file := path / "_CHECKPOINT_METADATA").exists():
         return {}
+    try:
+        return json.loads(file.read_text()).get("custom_metadata") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
+            "remove the file: all arrays but those of size 0 can be had without it."
+        ) from error
 
 
 def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
@@ -265,6 +270,8 @@ def _sizes_of_reads(plan: Any, saved: Any) -> list[int]:
 
 
 def _brief(error: BaseException) -> str:
+    while error.__cause__ is not None:  # the innermost names the file
+        error = error.__cause__
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
