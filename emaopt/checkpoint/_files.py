@@ -21,7 +21,7 @@ from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
 VERSION = 1
-MIN_IN_FLIGHT = 2**25  # bytes
+MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
 
@@ -221,7 +221,10 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
     values = {}
     sizes = [size for n in wanted for size in _sizes_of_reads(wanted[n], files.saved[n])]
     limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *(size + 1 for size in sizes)])
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 1e9)  # pyright: ignore[reportArgumentType]
+    gigabytes: Any = (
+        limit / 1e9
+    )  # more are under way in Orbax by default than fit in memory
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in names_of(tree)]
         if not any(name in wanted for name in names):
