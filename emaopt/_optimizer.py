@@ -12,7 +12,7 @@ import optax
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
 from emaopt._names import leaves_with_keys
-from emaopt._recursion import is_averaged
+from emaopt._recursion import is_array, is_averaged
 from emaopt._rows import densified, is_sparse, row_step
 from emaopt._slots import marked
 
@@ -46,6 +46,8 @@ def compute_gradients(
       (value, gradients); with `has_aux`, ((value, aux), gradients). The gradients are a
       tree like `params`, None outside of `var_list` and where none flows from the loss to
       a parameter: it is not used, or behind `jax.lax.stop_gradient` or integers only.
+      Of a complex parameter, the direction in which the loss grows, as in TensorFlow: the
+      conjugate of what `jax.grad` returns, which is what Optax's optimizers take.
 
     Raises:
       TypeError: If `loss` is not a function or returns no floating value.
@@ -93,6 +95,8 @@ def compute_gradients(
     connected = _reached(jax.make_jaxpr(pullback)(cotangent).jaxpr)
     found: list[Any] = [None] * len(leaves)
     for i, gradient, is_connected in zip(chosen, gradients, connected, strict=True):
+        if jnp.iscomplexobj(gradient):
+            gradient = gradient.conj()
         found[i] = gradient if is_connected else None
     grads = gated(jax.tree.unflatten(treedef, found), gate_gradients)
     return ((value, aux) if has_aux else value), grads
@@ -360,6 +364,11 @@ def _checked_gradients(
     checked: list[Any] = []
     gradient: Any
     for name, leaf, gradient in zip(names, leaves, found, strict=True):
+        if not is_array(leaf):
+            raise TypeError(
+                f"apply_gradients: the parameter {name} must be an array, got {leaf!r}. "
+                "Keep what is none apart, as eqx.partition(model, eqx.is_array) does."
+            )
         if gradient is not None and not is_sparse(gradient):
             if not isinstance(gradient, (jax.Array, np.ndarray, np.number, float, int)):
                 raise TypeError(

@@ -164,6 +164,32 @@ def test_flax_train_state_in_a_line():
     )
 
 
+@pytest.mark.parametrize(
+    "tx, steps",
+    [
+        (optax.sgd(0.2), 100),
+        (optax.sgd(0.1, momentum=0.5), 100),
+        (optax.adam(0.1), 200),
+        (optax.lbfgs(), 10),
+    ],
+)
+def test_complex_parameters_go_down_to_the_least_squares_solution(tx, steps):
+    rng = np.random.default_rng(0)
+    matrix = np.linalg.qr(rng.normal(size=(4, 3)) + 1j * rng.normal(size=(4, 3)))[0]
+    right = rng.normal(size=4) + 1j
+
+    def loss(w):
+        return jnp.sum(jnp.abs(matrix @ w - right) ** 2)
+
+    w = jnp.zeros(3, jnp.complex64)
+    step = jax.jit(lambda state, w: emaopt.minimize(tx, loss, state, w)[1:])
+    state = tx.init(w)
+    for _ in range(steps):
+        w, state = step(state, w)
+    expected = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    np.testing.assert_allclose(w, expected, rtol=1e-3)
+
+
 def test_nnx_model_in_a_line():
     tx = emaopt.averaged(optax.sgd(0.1, 0.9), 0.5)
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
