@@ -220,11 +220,8 @@ def minimize(
         has_aux=has_aux,
     )
     if not jax.tree.leaves(grads):
-        names = [
-            "/".join(keys)
-            for i, (keys, _) in enumerate(leaves_with_keys(params))
-            if i in _chosen(params, var_list)
-        ]
+        names = ["/".join(keys) for keys, _ in leaves_with_keys(params)]
+        names = [names[i] for i in _chosen(params, var_list)]
         raise ValueError(
             "minimize: No gradients provided for any variable: the loss depends on none "
             f"of {', '.join(names)}."

@@ -534,6 +534,18 @@ def test_trees_without_parameters(tmp_path):
     state = {"params": {}, "opt_state": TX.init({})}
     checkpoint.save(tmp_path / "c", state)
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    with pytest.raises(ValueError, match="c holds an average of no parameters"):
+        checkpoint.load_averaged(tmp_path / "c")
+
+
+def test_nan_infinity_and_the_smallest_numbers_keep_their_bits(tmp_path):
+    values = jnp.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], jnp.float32)
+    params = {"w": values, "h": values.astype(jnp.bfloat16)}
+    state = {"params": params, "opt_state": TX.init(params)}
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    average = emaopt.get_average(state["opt_state"])
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), average)
 
 
 # Errors.
