@@ -116,7 +116,7 @@ def apply_gradients(
     Args:
       optimizer: Any Optax transformation.
       grads: A tree like `params`. None: the parameter, its slots and its average stay as
-        they are. A `jax.experimental.sparse.BCOO` with one sparse dimension, as of the
+        they are, at zero if `zero_init` had it start there. A `jax.experimental.sparse.BCOO` with one sparse dimension, as of the
         rows of an embedding: duplicate rows are summed.
       opt_state: The optimizer's state.
       params: The parameters.
