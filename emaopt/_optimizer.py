@@ -116,8 +116,9 @@ def apply_gradients(
     Args:
       optimizer: Any Optax transformation.
       grads: A tree like `params`. None: the parameter, its slots and its average stay as
-        they are, at zero if `zero_init` had it start there. A `jax.experimental.sparse.BCOO` with one sparse dimension, as of the
-        rows of an embedding: duplicate rows are summed.
+        they are, at zero if `zero_init` had it start there. A
+        `jax.experimental.sparse.BCOO` with one sparse dimension, as of the rows of an
+        embedding: duplicate rows are summed.
       opt_state: The optimizer's state.
       params: The parameters.
       touched_rows_only: Whether parameters with sparse gradients, and their slots, move
