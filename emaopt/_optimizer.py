@@ -211,6 +211,7 @@ def minimize(
       >>> print(value, params["a"], params["b"])
       36.0 [-14. -13.] [-6. -5.]
     """
+    check_optimizer("minimize", "optimizer", optimizer)
     value, grads = compute_gradients(
         loss,
         params,
@@ -241,17 +242,24 @@ def minimize(
         jnp.zeros_like(p) if g is None else g
         for p, g in zip(leaves, treedef.flatten_up_to(grads), strict=True)
     ]
+    ours = {
+        "value": jnp.sum(plain * weight),
+        "grad": jax.tree.unflatten(treedef, whole),
+        "value_fn": value_fn,
+    }
     params, opt_state = apply_gradients(
-        optimizer,
-        grads,
-        opt_state,
-        params,
-        value=jnp.sum(plain * weight),
-        grad=jax.tree.unflatten(treedef, whole),
-        value_fn=value_fn,
-        **extra_args,
+        optimizer, grads, opt_state, params, **_taken(optimizer, ours), **extra_args
     )
     return value, params, opt_state
+
+
+def _taken(optimizer: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of the extra arguments that the optimizer's update has a place for."""
+    takes = inspect.signature(optimizer.update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return extra_args
+    names = {parameter.name for parameter in takes}
+    return {name: value for name, value in extra_args.items() if name in names}
 
 
 def _chosen(params: Any, var_list: Any) -> list[int]:

@@ -163,6 +163,11 @@ def test_what_tensorflow_returns_is_returned(title):
         ),
         (lambda: emaopt.gate_gradients(3), ValueError, "gate_gradients: " + GATES),
         (
+            lambda: emaopt.minimize(optax.sgd, lambda p: p["v"], (), V),
+            TypeError,
+            "minimize: optimizer must be an optax.GradientTransformation",
+        ),
+        (
             lambda: emaopt.apply_gradients(SGD.update, V, (), V),
             TypeError,
             "apply_gradients: optimizer must be an optax.GradientTransformation",

@@ -112,6 +112,17 @@ def test_optimizer_gets_the_value_gradient_and_function_that_it_minimizes():
     np.testing.assert_array_equal(aux, np.ones(3))
 
 
+def test_extra_arguments_that_the_users_optimizer_needs_come_through():
+    inner = optax.sgd(0.1), optax.sgd(0.05)
+    tx = optax.contrib.sam(*inner, opaque_mode=True, sync_period=2)
+    grad_fn = jax.grad(lambda params, i: loss(params))
+    grads, state = jax.grad(loss)(START), tx.init(START)
+    updates, _ = tx.update(grads, state, START, grad_fn=grad_fn)
+    right = optax.apply_updates(START, updates)
+    _, params, _ = emaopt.minimize(tx, loss, state, START, grad_fn=grad_fn)
+    chex.assert_trees_all_close(params, right, rtol=1e-6)
+
+
 def test_arguments_of_the_loss_and_chosen_variables_are_passed_on():
     tx = optax.sgd(0.1)
     value, params, _ = emaopt.minimize(

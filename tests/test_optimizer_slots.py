@@ -37,6 +37,12 @@ def exported():
 OTHERS = {
     "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=0),
     "schedule_free": lambda rate: optax.contrib.schedule_free(optax.sgd(rate), rate),
+    "polyak_sgd": lambda rate: optax.polyak_sgd(),
+    "sam": lambda rate: optax.contrib.sam(optax.sgd(rate), optax.sgd(rate)),
+    "mechanize": lambda rate: optax.contrib.mechanize(optax.adam(rate)),
+    "split_real_and_imaginary": lambda rate: optax.contrib.split_real_and_imaginary(
+        optax.adam(rate)
+    ),
 }
 OPTIMIZERS = exported() | OTHERS
 del OPTIMIZERS["optimistic_adam"]  # warns that it is deprecated
@@ -64,6 +70,9 @@ NAMES = {
     "sm3": ["nu"],
     "rprop": ["prev_updates", "step_sizes"],
     "schedule_free_sgd": ["z"],
+    "sam": ["cache"],
+    "mechanize": [*ADAM, "x0"],
+    "split_real_and_imaginary": ADAM,
     "lbfgs": ["diff_params_memory", "diff_updates_memory", "grad", "params", "updates"],
     "muon": [
         "inner_states/adam/inner_state/0/mu",
