@@ -81,7 +81,8 @@ def check_optimizer(function: str, argument: str, optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             f"{function}: {argument} must be an optax.GradientTransformation such as "
-            f"optax.adam(1e-3), got {optimizer!r}."
+            f"optax.adam(1e-3), got {optimizer!r}. Of an optax.MultiSteps, give "
+            "its gradient_transformation()."
         )
 
 

@@ -16,8 +16,8 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
     gradient, GATE_GRAPH one around all of them together. The numbers do not change.
 
     What to watch: XLA decides the order of operations itself, and a barrier only limits
-    it. On TPU a gradient and its use are then not fused. On CPU the barrier is gone
-    before fusion, and the compiled program is the same.
+    it. On TPU a gradient and its use are then not fused. On CPU and GPU the barrier is
+    gone before fusion, and the compiled program has the same operations.
 
     Args:
       mode: GATE_NONE, GATE_OP or GATE_GRAPH.

@@ -12,7 +12,7 @@ import optax
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
 from emaopt._names import leaves_with_keys
-from emaopt._recursion import is_averaged
+from emaopt._recursion import is_array, is_averaged
 from emaopt._rows import densified, is_sparse, row_step
 from emaopt._slots import marked
 
@@ -46,6 +46,8 @@ def compute_gradients(
       (value, gradients); with `has_aux`, ((value, aux), gradients). The gradients are a
       tree like `params`, None outside of `var_list` and where none flows from the loss to
       a parameter: it is not used, or behind `jax.lax.stop_gradient` or integers only.
+      Of a complex parameter, the direction in which the loss grows, as in TensorFlow: the
+      conjugate of what `jax.grad` returns, which is what Optax's optimizers take.
 
     Raises:
       TypeError: If `loss` is not a function or returns no floating value.
@@ -93,6 +95,8 @@ def compute_gradients(
     connected = _reached(jax.make_jaxpr(pullback)(cotangent).jaxpr)
     found: list[Any] = [None] * len(leaves)
     for i, gradient, is_connected in zip(chosen, gradients, connected, strict=True):
+        if jnp.iscomplexobj(gradient):
+            gradient = gradient.conj()
         found[i] = gradient if is_connected else None
     grads = gated(jax.tree.unflatten(treedef, found), gate_gradients)
     return ((value, aux) if has_aux else value), grads
@@ -112,8 +116,9 @@ def apply_gradients(
     Args:
       optimizer: Any Optax transformation.
       grads: A tree like `params`. None: the parameter, its slots and its average stay as
-        they are. A `jax.experimental.sparse.BCOO` with one sparse dimension, as of the
-        rows of an embedding: duplicate rows are summed.
+        they are, at zero if `zero_init` had it start there. A
+        `jax.experimental.sparse.BCOO` with one sparse dimension, as of the rows of an
+        embedding: duplicate rows are summed.
       opt_state: The optimizer's state.
       params: The parameters.
       touched_rows_only: Whether parameters with sparse gradients, and their slots, move
@@ -206,6 +211,7 @@ def minimize(
       >>> print(value, params["a"], params["b"])
       36.0 [-14. -13.] [-6. -5.]
     """
+    check_optimizer("minimize", "optimizer", optimizer)
     value, grads = compute_gradients(
         loss,
         params,
@@ -216,11 +222,8 @@ def minimize(
         has_aux=has_aux,
     )
     if not jax.tree.leaves(grads):
-        names = [
-            "/".join(keys)
-            for i, (keys, _) in enumerate(leaves_with_keys(params))
-            if i in _chosen(params, var_list)
-        ]
+        names = ["/".join(keys) for keys, _ in leaves_with_keys(params)]
+        names = [names[i] for i in _chosen(params, var_list)]
         raise ValueError(
             "minimize: No gradients provided for any variable: the loss depends on none "
             f"of {', '.join(names)}."
@@ -239,17 +242,24 @@ def minimize(
         jnp.zeros_like(p) if g is None else g
         for p, g in zip(leaves, treedef.flatten_up_to(grads), strict=True)
     ]
+    ours = {
+        "value": jnp.sum(plain * weight),
+        "grad": jax.tree.unflatten(treedef, whole),
+        "value_fn": value_fn,
+    }
     params, opt_state = apply_gradients(
-        optimizer,
-        grads,
-        opt_state,
-        params,
-        value=jnp.sum(plain * weight),
-        grad=jax.tree.unflatten(treedef, whole),
-        value_fn=value_fn,
-        **extra_args,
+        optimizer, grads, opt_state, params, **_taken(optimizer, ours), **extra_args
     )
     return value, params, opt_state
+
+
+def _taken(optimizer: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of the extra arguments that the optimizer's update has a place for."""
+    takes = inspect.signature(optimizer.update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return extra_args
+    names = {parameter.name for parameter in takes}
+    return {name: value for name, value in extra_args.items() if name in names}
 
 
 def _chosen(params: Any, var_list: Any) -> list[int]:
@@ -360,6 +370,11 @@ def _checked_gradients(
     checked: list[Any] = []
     gradient: Any
     for name, leaf, gradient in zip(names, leaves, found, strict=True):
+        if not is_array(leaf):
+            raise TypeError(
+                f"apply_gradients: the parameter {name} must be an array, got {leaf!r}. "
+                "Keep what is none apart, as eqx.partition(model, eqx.is_array) does."
+            )
         if gradient is not None and not is_sparse(gradient):
             if not isinstance(gradient, (jax.Array, np.ndarray, np.number, float, int)):
                 raise TypeError(

@@ -233,12 +233,12 @@ def _checked_accumulator(
     return dtype
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
 
 
 def is_averaged(leaf: Any) -> bool:
-    return _is_array(leaf) and jnp.issubdtype(
+    return is_array(leaf) and jnp.issubdtype(
         jnp.asarray(leaf).dtype if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact
     )
 
@@ -262,7 +262,7 @@ def _at_least_float32(dtype: Any) -> Any:
 
 
 def _newest(leaf: Any) -> Any:
-    if not _is_array(leaf):
+    if not is_array(leaf):
         return leaf
     return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
 
@@ -345,7 +345,7 @@ def _entries(
 
 def _kind(leaf: Any, shape: tuple[int, ...]) -> str:
     """What must not change between init and update, in words."""
-    if not _is_array(leaf):
+    if not is_array(leaf):
         return "no array"
     dtype = jnp.asarray(leaf).dtype
     kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)

@@ -1,5 +1,7 @@
 """The slots of any optimizer state: the trees in it that are like the parameters."""
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,9 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
     local updates. Masked parameters may be missing.
 
     Args:
-      opt_state: The state of any Optax optimizer, however deep its wrappers.
-      params: The parameters.
+      opt_state: The state of any Optax optimizer, however deep its wrappers, or an
+        `nnx.Optimizer`.
+      params: The parameters; of an NNX model, `nnx.state(model, nnx.Param)`.
 
     Returns:
       The last part of each slot's name, and the whole names, joined with "/", of those
@@ -46,8 +49,9 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
     """Reads a slot out of an optimizer's state.
 
     Args:
-      opt_state: The state of any Optax optimizer, however deep its wrappers.
-      params: The parameters.
+      opt_state: The state of any Optax optimizer, however deep its wrappers, or an
+        `nnx.Optimizer`.
+      params: The parameters; of an NNX model, `nnx.state(model, nnx.Param)`.
       name: The slot's name, such as "mu", or more of it, such as "0/mu".
 
     Returns:
@@ -73,7 +77,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
         what = "several slots" if found else "no slot"
         there = ", ".join("/".join(keys) for keys in found or slots) or "none"
         raise ValueError(f"get_slot: {what} {name!r} in this state; there are {there}.")
-    return found.popitem()[1]
+    return _like(params, found.popitem()[1])
 
 
 def variables(opt_state: Any) -> dict[str, Any]:
@@ -85,12 +89,22 @@ def variables(opt_state: Any) -> dict[str, Any]:
     Returns:
       {name: array}, sorted by name; names are the keys on the way, joined with "/".
 
+    Raises:
+      ValueError: If two arrays have one name, because a key has a "/" in it.
+
     Example:
       >>> import jax.numpy as jnp
       >>> list(variables(optax.adam(1e-3).init({"w": jnp.zeros(2)})))
       ['0/count', '0/mu/w', '0/nu/w']
     """
-    return dict(sorted(("/".join(k), leaf) for k, leaf in leaves_with_keys(opt_state)))
+    named = [("/".join(keys), leaf) for keys, leaf in leaves_with_keys(opt_state)]
+    counts = Counter(name for name, _ in named)
+    if twice := sorted(name for name in counts if counts[name] > 1):
+        raise ValueError(
+            f'variables: several arrays are called {", ".join(twice)}; keys with a "/" '
+            "in them make names that are not their own."
+        )
+    return dict(sorted(named, key=lambda pair: pair[0]))
 
 
 def marked(opt_state: Any, params: Any, marks: list[Any], default: Any) -> Any:
@@ -121,6 +135,7 @@ def marked(opt_state: Any, params: Any, marks: list[Any], default: Any) -> Any:
 def _slots(function: str, opt_state: Any, params: Any) -> dict[tuple[str, ...], Any]:
     if not jax.tree.leaves(params):
         raise ValueError(f"{function}: there are no parameters.")
+    opt_state, params = _bare(opt_state), _bare(params)
     is_slot = _slot_test(opt_state, params)
     found = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_slot)[0]
     return {
@@ -128,6 +143,37 @@ def _slots(function: str, opt_state: Any, params: Any) -> dict[tuple[str, ...], 
         for path, node in found
         if path and is_slot(node)
     }
+
+
+def _bare(tree: Any) -> Any:
+    """The tree with arrays in dicts where Flax has variables in states.
+
+    A slot in an `nnx.Optimizer` holds other variables than the parameters' own.
+    """
+    nnx = sys.modules.get("flax.nnx")  # who has a variable has imported it
+    if nnx is None:
+        return tree
+
+    def is_flax(node):
+        return isinstance(node, (nnx.State, nnx.Variable))
+
+    def bare(node):
+        if isinstance(node, nnx.State):
+            return nnx.to_pure_dict(node)
+        return jax.tree.leaves(node)[0] if isinstance(node, nnx.Variable) else node
+
+    if not any(map(is_flax, jax.tree.leaves(tree, is_leaf=is_flax))):
+        return tree
+    return jax.tree.map(bare, tree, is_leaf=is_flax)
+
+
+def _like(params: Any, slot: Any) -> Any:
+    """A bare slot with the parameters' own containers, if it lacks none of them."""
+    leaves, wanted = dict(leaves_with_keys(slot)), leaves_with_keys(params)
+    if _bare(params) is params or any(names not in leaves for names, _ in wanted):
+        return slot
+    treedef = jax.tree.structure(params)
+    return jax.tree.unflatten(treedef, [leaves[names] for names, _ in wanted])
 
 
 def _slot_test(opt_state: Any, params: Any) -> Callable[[Any], bool]:

@@ -1,4 +1,4 @@
-"""Compiles local updates for chips that are not here; `test_ahead_of_time` runs it.
+"""Compiles local updates and gates for chips that are not here, for `test_ahead_of_time`.
 
     python aot_worker.py TARGET DIRECTORY
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import emaopt
@@ -160,9 +160,33 @@ def loss(params, batch):
     return jnp.mean((hidden @ params["down"] + params["bias"] - batch) ** 2)
 
 
+def gated_step(mode, device):
+    """A step of Adam on one chip, behind a gate."""
+    tx, place = optax.adam(1e-3), SingleDeviceSharding(device)
+
+    def step(params, state):
+        return emaopt.minimize(tx, layers, state, params, gate_gradients=mode)
+
+    params = {name: jnp.zeros((512, 512)) for name in "abcd"}
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (params, jax.eval_shape(tx.init, params)),
+    )
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+
+
+def layers(params):
+    x = jnp.ones((64, 512))
+    for kernel in params.values():
+        x = jnp.tanh(x @ kernel)
+    return jnp.sum(x**2)
+
+
 def programs(target):
     """(name, program) for each."""
     mesh = make_mesh(target)
+    for gate in ("GATE_NONE", "GATE_OP", "GATE_GRAPH"):
+        yield gate, gated_step(getattr(emaopt, gate), mesh.devices.flat[0])
     for form in FORMS:
         for method in METHODS:
             alone = Training(method, form, mesh)

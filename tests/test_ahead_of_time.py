@@ -1,4 +1,4 @@
-"""Local updates compiled for TPUs and GPUs, none of which has to be here.
+"""Local updates and gates compiled for TPUs and GPUs, none of which has to be here.
 
 The oracle is the text of the programs: what they communicate, and when, what they copy,
 and the memory they ask for. `aot_worker` compiles them with compilers that come as
@@ -166,3 +166,17 @@ def test_exchange_as_a_python_value_compiles_to_no_conditional(target):
     assert not forced.branches and large(results(forced.always, COLLECTIVES))
     assert not none.branches and not results(none.always, COLLECTIVES)
     assert none.temporary < 2**12
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_gates_keep_tpus_from_fusing_gradients_with_their_use_and_do_nothing_on_gpus(
+    target,
+):
+    fusions = {}
+    for gate in ("GATE_NONE", "GATE_OP", "GATE_GRAPH"):
+        program = programs(target)[gate]
+        lines = program.always + program.branches
+        assert results(lines, "opt-barrier") == []
+        fusions[gate] = len(results(lines, "fusion"))
+    assert fusions["GATE_GRAPH"] == fusions["GATE_OP"]
+    assert (fusions["GATE_OP"] > fusions["GATE_NONE"]) == ("TPU" in target)

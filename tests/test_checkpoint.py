@@ -17,11 +17,12 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from models import Net, train_step
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import _files
 
 TX = optax.chain(optax.adam(1e-1), emaopt.average_params(0.9))
 
@@ -189,10 +190,25 @@ def test_swap_state_is_an_involution(make):
     assert_same(checkpoint.swap_state(checkpoint.swap_state(state)), state)
 
 
+READERS = {
+    "StandardCheckpointer": "ocp.StandardCheckpointer().restore(path + '/saved')",
+    "StandardCheckpointer of a step": (
+        "ocp.StandardCheckpointer().restore(path + '/steps/7/default')"
+    ),
+    "CheckpointManager": "ocp.CheckpointManager(path + '/steps').restore(7)",
+    "v1": "v1.load(path + '/saved')",
+    "v1 of a step": "v1.load(path + '/steps/7')",
+}
+
+
 def test_any_process_without_emaopt_serves_the_average(tmp_path):
     state = as_dict()
-    checkpoint.save(tmp_path / "c", state)
-    program = """
+    checkpoint.save(tmp_path / "saved", state)
+    registry = checkpoint.handler_registry()
+    with ocp.CheckpointManager(tmp_path / "steps", handler_registry=registry) as manager:
+        manager.save(7, args=ocp.args.StandardSave(state))
+    readers = ", ".join(READERS.values())
+    program = f"""
         import json, sys
         sys.modules["emaopt"] = None  # importing it raises from here on
         try:
@@ -201,17 +217,24 @@ def test_any_process_without_emaopt_serves_the_average(tmp_path):
             pass
         import numpy as np
         import orbax.checkpoint as ocp
-        params = ocp.StandardCheckpointer().restore(sys.argv[1])["params"]
-        print(json.dumps(np.asarray(params["blocks"][0]).tolist()))
+        from orbax.checkpoint import v1
+        path = sys.argv[1]
+        for tree in ({readers}):
+            params = tree["params"]
+            found = params["blocks"][0], params["dense"]["kernel"]
+            print(json.dumps([np.asarray(x, np.float32).tolist() for x in found]))
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "c")],
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
     )
-    expected = emaopt.get_average(state["opt_state"])["blocks"][0]
-    assert json.loads(run.stdout) == np.asarray(expected).tolist()
+    average = emaopt.get_average(state["opt_state"])
+    found = average["blocks"][0], average["dense"]["kernel"]
+    expected = [np.asarray(x, np.float32).tolist() for x in found]
+    read = list(map(json.loads, run.stdout.splitlines()))
+    assert read == [expected] * len(READERS)
 
 
 def test_resuming_equals_training_on_bit_for_bit(tmp_path):
@@ -305,6 +328,80 @@ def test_restore_to_another_sharding(tmp_path):
     restored = checkpoint.restore(tmp_path / "c", jax.tree.map(placed, state))
     assert_same(restored, state)
     assert len(restored[1][1].average["w"].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("written, read", [(8, 1), (1, 8), (4, 8), (8, 4)])
+def test_restore_reads_one_part_of_one_array_after_another(
+    written, read, tmp_path, monkeypatch
+):
+    """As few as Orbax takes at once, so that memory stays bounded: no less, no error."""
+
+    def on(devices, x):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        # What was split along one axis is read along the other one.
+        axes = (("data", None), (None, "data"))[devices == read]
+        return NamedSharding(mesh, PartitionSpec(*axes[: x.ndim and 2]))
+
+    params = {"w": jnp.arange(8.0 * 24).reshape(8, 24), "i": jnp.ones((24, 8), jnp.int4)}
+    state = {"params": params, "opt_state": emaopt.averaged(optax.sgd(0.1), 0.9)}
+    state["opt_state"] = state["opt_state"].init(params)
+    state |= {"keys": jax.random.split(jax.random.key(0), 1000), "number": np.int32(3)}
+    checkpoint.save(
+        tmp_path / "c",
+        jax.tree.map(
+            lambda x: jax.device_put(x, on(written, x)) if jnp.ndim(x) == 2 else x, state
+        ),
+    )
+    monkeypatch.setattr(_files, "MIN_IN_FLIGHT", 1)
+    target = jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(read, x))
+            if jnp.ndim(x) == 2
+            else x
+        ),
+        state,
+    )
+    assert_same(checkpoint.restore(tmp_path / "c", target), state)
+
+
+def test_restore_to_other_dtypes(tmp_path):
+    state = as_dict()
+    checkpoint.save(tmp_path / "c", state)
+
+    def cast(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return (
+            x.astype({2: jnp.float32, 4: jnp.float16}[x.dtype.itemsize])
+            if floating
+            else x
+        )
+
+    wanted = jax.tree.map(cast, state)
+    assert_same(checkpoint.restore(tmp_path / "c", abstract(wanted)), wanted)
+
+
+def test_an_average_that_is_sharded_over_replicas_comes_back_so(tmp_path):
+    """Parameters on all devices, the average split over them; on other devices too."""
+
+    def placed(state, devices):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+        def place(path, x):
+            split = "average" in jax.tree_util.keystr(path) and x.ndim
+            spec = PartitionSpec("data") if split else PartitionSpec()
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        return jax.tree_util.tree_map_with_path(place, state)
+
+    params = {"w": jnp.arange(16.0).reshape(8, 2)}
+    state = placed(train(params, TX.init(params)), 8)
+    checkpoint.save(tmp_path / "c", state)
+    for devices in (8, 4, 1):
+        wanted = placed(state, devices)
+        restored = checkpoint.restore(tmp_path / "c", abstract(wanted))
+        assert_same(restored, state)
+        same = jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted)
+        assert all(jax.tree.leaves(same))
 
 
 def test_a_swapped_state_is_saved_as_it_is(tmp_path):
@@ -437,6 +534,18 @@ def test_trees_without_parameters(tmp_path):
     state = {"params": {}, "opt_state": TX.init({})}
     checkpoint.save(tmp_path / "c", state)
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    with pytest.raises(ValueError, match="c holds an average of no parameters"):
+        checkpoint.load_averaged(tmp_path / "c")
+
+
+def test_nan_infinity_and_the_smallest_numbers_keep_their_bits(tmp_path):
+    values = jnp.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], jnp.float32)
+    params = {"w": values, "h": values.astype(jnp.bfloat16)}
+    state = {"params": params, "opt_state": TX.init(params)}
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    average = emaopt.get_average(state["opt_state"])
+    assert_same(checkpoint.load_averaged(tmp_path / "c"), average)
 
 
 # Errors.

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
 from tensorflow_records import facts
 from test_checkpoint import (
+    CONTAINERS,
     abstract,
     as_dict,
+    as_states,
     as_train_state,
     assert_same,
     mixed_params,
@@ -134,8 +137,89 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
         assert_same(m.restore(1, args=Restore(state)), jax.tree.map(jnp.asarray, kept))
 
 
-def test_max_to_keep_and_best_fn_with_a_record_of_the_weights_measured(tmp_path):
-    registry = checkpoint.handler_registry(metrics_of="averaged")
+def by_save(path, state):
+    checkpoint.save(path / "c", state)
+    return lambda target: checkpoint.restore(path / "c", target)
+
+
+def by_manager(asynchronous):
+    def save(path, state):
+        m = manager(path, enable_async_checkpointing=asynchronous)
+        m.save(1, args=Save(state))
+
+        def restore(target):
+            with m:
+                m.wait_until_finished()
+                return m.restore(1, args=Restore(target))
+
+        return restore
+
+    return save
+
+
+def by_v1(asynchronous):
+    def save(path, state):
+        record = checkpoint.metadata(state)
+        state = checkpoint.swap_state(as_states(state))
+        if asynchronous:
+            saved = v1.save_async(path / "c", state, custom_metadata=record)
+        else:
+            v1.save(path / "c", state, custom_metadata=record)
+
+        def restore(target):
+            if asynchronous:
+                saved.result()
+            loaded = v1.load(path / "c", checkpoint.swap_state(as_states(target)))
+            return checkpoint.swap_state(loaded)
+
+        return restore
+
+    return save
+
+
+WRITERS = {
+    "save": by_save,
+    "manager": by_manager(False),
+    "manager, async": by_manager(True),
+    "v1": by_v1(False),
+    "v1, async": by_v1(True),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    "make", [make for make, _ in CONTAINERS.values()], ids=CONTAINERS
+)
+def test_every_container_goes_through_every_api_while_its_buffers_are_donated(
+    make, writer, tmp_path, monkeypatch
+):
+    if "v1" in writer:  # which refuses arrays of size 0
+        params = {k: x for k, x in mixed_params().items() if k != "empty"}
+        monkeypatch.setattr("test_checkpoint.mixed_params", lambda: params)
+    state = make()
+    kept = jax.tree.map(copied, as_states(state))
+    target = abstract(state)
+    restore = WRITERS[writer](tmp_path, state)
+    donating = jax.jit(lambda leaves: [2 * x for x in leaves], donate_argnums=0)
+    donating([x for x in jax.tree.leaves(as_states(state)) if is_number(x)])
+    assert_same(as_states(restore(target)), kept)
+
+
+def copied(leaf):
+    """A copy on the host, so that nothing can overwrite it."""
+    return jnp.asarray(np.array(leaf)) if is_number(leaf) else leaf
+
+
+def is_number(leaf):
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, jax.Array) and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+@pytest.mark.parametrize("metrics_of", ["raw", "averaged", None])
+def test_max_to_keep_and_best_fn_with_a_record_of_the_weights_measured(
+    metrics_of, tmp_path
+):
+    registry = checkpoint.handler_registry(metrics_of=metrics_of)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=1, best_fn=lambda metrics: metrics["loss"], best_mode="min"
     )
@@ -146,8 +230,11 @@ def test_max_to_keep_and_best_fn_with_a_record_of_the_weights_measured(tmp_path)
         m.wait_until_finished()
         assert m.best_step() == 2 and m.all_steps() == [2]
         assert_same(m.restore(2, args=Restore(states[2])), states[2])
-        record = m.item_metadata(2).custom_metadata["emaopt"]
-    assert record["metrics_of"] == "averaged"
+    with ocp.CheckpointManager(tmp_path) as plain:
+        plain.restore(2)
+        record = plain.item_metadata(2).custom_metadata["emaopt"]
+        assert plain.metrics(2) == {"loss": 0.1}
+    assert record.get("metrics_of") == metrics_of
 
 
 def test_users_own_custom_metadata_stays(tmp_path):
@@ -465,26 +552,67 @@ def test_missing_metadata_is_named(tmp_path):
 def test_broken_metadata_is_named(tmp_path):
     checkpoint.save(tmp_path / "c", trained())
     (tmp_path / "c" / "_METADATA").write_text('{"tree')
-    with pytest.raises(ValueError, match=r"_METADATA cannot be read"):
+    with pytest.raises(ValueError, match=r"the metadata in .*c cannot be read"):
         checkpoint.restore(tmp_path / "c", trained())
+
+
+def flipped(content):
+    """Flipped bits all over; Orbax has no checksums that would find a single one."""
+    return bytes(x ^ 0x10 if i % 97 == 0 else x for i, x in enumerate(content))
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": flipped,
+    "lost": None,
+}
 
 
 # Orbax drops the reads that were under way when the first one failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_damaged_arrays_are_an_error_and_nothing_is_restored(damage, tmp_path):
+@pytest.mark.parametrize("managed", [False, True])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_an_error_that_says_where_or_does_no_harm(
+    damage, managed, tmp_path
+):
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    state = {"params": params, "opt_state": TX.init(params)}
+    if managed:
+        with manager(tmp_path) as m:
+            m.save(1, args=Save(state))
+    else:
+        checkpoint.save(tmp_path / "1", state)
+    errors = 0
+    for file in [path for path in (tmp_path / "1").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        if (change := DAMAGE[damage]) is not None:
+            file.write_bytes(change(content))
+        else:
+            file.unlink()
+        for call, expected in (
+            (lambda: checkpoint.restore(tmp_path / "1", state), state),
+            (lambda: checkpoint.load_averaged(tmp_path / "1"), averages(state)),
+        ):
+            try:
+                assert_same(call(), expected)
+            except ValueError as error:
+                assert re.search(rf"{tmp_path}/1.*[Tt]ake another step", str(error))
+                errors += 1
+        file.write_bytes(content)
+    assert errors >= 8
+    assert_same(checkpoint.restore(tmp_path / "1", state), state)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_array_that_cannot_be_read_is_named(tmp_path):
     params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
     state = {"params": params, "opt_state": TX.init(params)}
     checkpoint.save(tmp_path / "c", state)
     file = max((tmp_path / "c").rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    if damage == "truncate":
-        content = content[: len(content) // 2]
-    else:
-        for i in range(0, len(content), 97):
-            content[i] ^= 0x10
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c cannot be read.*take another step"):
+    file.write_bytes(flipped(file.read_bytes()))
+    with pytest.raises(ValueError, match=r'Error reading "[a-z0-9_.]*\.w/0\.0"'):
         checkpoint.restore(tmp_path / "c", state)
     gc.collect()
 

@@ -1,4 +1,4 @@
-"""What checkpoints cost in memory and in reading, of a state of 256 MiB.
+"""What checkpoints cost in memory and in reading, of states of 256 MiB and 1 GiB.
 
 Run as a program, it does one thing and prints what that took:
 
@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +74,15 @@ def main(what, path, mib):
     print(json.dumps({"size": size, "peak": peak, "read": proc("io", "rchar:") - read}))
 
 
-def measure(what, path, mib=MIB):
-    """Runs this file; the C library gives memory back when it is freed, not later."""
+# The C library gives memory back when it is freed, not later.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def measure(what, path, mib=MIB, malloc=AT_ONCE):
+    """Runs this file."""
     run = subprocess.run(
         [sys.executable, __file__, what, path, str(mib)],
-        env=os.environ
-        | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | malloc,
         capture_output=True,
         text=True,
         timeout=120,
@@ -96,12 +98,15 @@ def large(tmp_path_factory):
     return path
 
 
-def test_restore_holds_little_more_than_the_state(large, tmp_path):
+def test_restore_holds_little_more_than_the_state(tmp_path):
+    measure("save", tmp_path / "large", 1024)
     checkpoint.save(tmp_path / "small", noise(1))
-    before = measure("restore", tmp_path / "small", 1)["peak"]
-    runs = [measure("restore", large) for _ in range(3)]
-    assert runs[0]["size"] == pytest.approx(MIB * 2**20, rel=0.01)
-    assert median(run["peak"] - before for run in runs) <= 1.2 * runs[0]["size"]
+    # By default, the C library keeps some of what was freed.
+    for malloc, most in ((AT_ONCE, 1.1), ({}, 1.3)):
+        before = measure("restore", tmp_path / "small", 1, malloc)["peak"]
+        run = measure("restore", tmp_path / "large", 1024, malloc)
+        assert run["size"] == pytest.approx(2**30, rel=0.01)
+        assert run["peak"] - before <= most * run["size"], malloc
 
 
 def test_save_holds_no_more_than_orbax_does(tmp_path):

@@ -151,7 +151,22 @@ def test_what_tensorflow_returns_is_returned(title):
         ),
         (lambda: minimize(lambda p: 3.0), ValueError, NO_GRADIENTS + ".*none of a, b"),
         (lambda: apply({"w": 1.0}), ValueError, "tree like the parameters"),
+        (
+            lambda: emaopt.apply_gradients(SGD, V | {"f": None}, (), V | {"f": jnp.tanh}),
+            TypeError,
+            "the parameter f must be an array, got .*eqx.partition",
+        ),
+        (
+            lambda: emaopt.apply_gradients(optax.MultiSteps(SGD, 2), V, (), V),
+            TypeError,
+            r"Of an optax.MultiSteps, give its gradient_transformation\(\)",
+        ),
         (lambda: emaopt.gate_gradients(3), ValueError, "gate_gradients: " + GATES),
+        (
+            lambda: emaopt.minimize(optax.sgd, lambda p: p["v"], (), V),
+            TypeError,
+            "minimize: optimizer must be an optax.GradientTransformation",
+        ),
         (
             lambda: emaopt.apply_gradients(SGD.update, V, (), V),
             TypeError,

@@ -112,6 +112,17 @@ def test_optimizer_gets_the_value_gradient_and_function_that_it_minimizes():
     np.testing.assert_array_equal(aux, np.ones(3))
 
 
+def test_extra_arguments_that_the_users_optimizer_needs_come_through():
+    inner = optax.sgd(0.1), optax.sgd(0.05)
+    tx = optax.contrib.sam(*inner, opaque_mode=True, sync_period=2)
+    grad_fn = jax.grad(lambda params, i: loss(params))
+    grads, state = jax.grad(loss)(START), tx.init(START)
+    updates, _ = tx.update(grads, state, START, grad_fn=grad_fn)
+    right = optax.apply_updates(START, updates)
+    _, params, _ = emaopt.minimize(tx, loss, state, START, grad_fn=grad_fn)
+    chex.assert_trees_all_close(params, right, rtol=1e-6)
+
+
 def test_arguments_of_the_loss_and_chosen_variables_are_passed_on():
     tx = optax.sgd(0.1)
     value, params, _ = emaopt.minimize(
@@ -162,6 +173,32 @@ def test_flax_train_state_in_a_line():
         jax.tree.map(lambda a, b: (a + b) / 2, START, state.params),
         rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    "tx, steps",
+    [
+        (optax.sgd(0.2), 100),
+        (optax.sgd(0.1, momentum=0.5), 100),
+        (optax.adam(0.1), 200),
+        (optax.lbfgs(), 10),
+    ],
+)
+def test_complex_parameters_go_down_to_the_least_squares_solution(tx, steps):
+    rng = np.random.default_rng(0)
+    matrix = np.linalg.qr(rng.normal(size=(4, 3)) + 1j * rng.normal(size=(4, 3)))[0]
+    right = rng.normal(size=4) + 1j
+
+    def loss(w):
+        return jnp.sum(jnp.abs(matrix @ w - right) ** 2)
+
+    w = jnp.zeros(3, jnp.complex64)
+    step = jax.jit(lambda state, w: emaopt.minimize(tx, loss, state, w)[1:])
+    state = tx.init(w)
+    for _ in range(steps):
+        w, state = step(state, w)
+    expected = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    np.testing.assert_allclose(w, expected, rtol=1e-3)
 
 
 def test_nnx_model_in_a_line():

@@ -2,11 +2,14 @@
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from models import Net, train_step
 
 import emaopt
 
@@ -34,6 +37,12 @@ def exported():
 OTHERS = {
     "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=0),
     "schedule_free": lambda rate: optax.contrib.schedule_free(optax.sgd(rate), rate),
+    "polyak_sgd": lambda rate: optax.polyak_sgd(),
+    "sam": lambda rate: optax.contrib.sam(optax.sgd(rate), optax.sgd(rate)),
+    "mechanize": lambda rate: optax.contrib.mechanize(optax.adam(rate)),
+    "split_real_and_imaginary": lambda rate: optax.contrib.split_real_and_imaginary(
+        optax.adam(rate)
+    ),
 }
 OPTIMIZERS = exported() | OTHERS
 del OPTIMIZERS["optimistic_adam"]  # warns that it is deprecated
@@ -61,6 +70,9 @@ NAMES = {
     "sm3": ["nu"],
     "rprop": ["prev_updates", "step_sizes"],
     "schedule_free_sgd": ["z"],
+    "sam": ["cache"],
+    "mechanize": [*ADAM, "x0"],
+    "split_real_and_imaginary": ADAM,
     "lbfgs": ["diff_params_memory", "diff_updates_memory", "grad", "params", "updates"],
     "muon": [
         "inner_states/adam/inner_state/0/mu",
@@ -190,6 +202,42 @@ def test_slots_of_unnamed_parameters_are_told_by_their_shapes():
         assert names == ["average", "mu", "nu"]
 
 
+def of_nnx(tx):
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    train_step(model, optimizer)
+    return nnx.state(model, nnx.Param), optimizer
+
+
+def test_slots_of_an_nnx_optimizer_are_like_the_models_state():
+    params, optimizer = of_nnx(emaopt.averaged(optax.adam(0.1), 0.9))
+    opt_state = optimizer.opt_state
+    slots = {
+        "mu": opt_state.inner_state[0].mu,
+        "nu": opt_state.inner_state[0].nu,
+        "average": opt_state.averaging.average,
+    }
+    for state in (optimizer, opt_state, nnx.state(optimizer)):
+        assert emaopt.get_slot_names(state, params) == sorted(slots)
+        for name, expected in slots.items():
+            slot = emaopt.get_slot(state, params, name)
+            assert jax.tree.structure(slot) == jax.tree.structure(params)
+            chex.assert_trees_all_equal(
+                nnx.to_pure_dict(slot), nnx.to_pure_dict(expected)
+            )
+            pure = emaopt.get_slot(state, nnx.to_pure_dict(params), name)
+            chex.assert_trees_all_equal(pure, nnx.to_pure_dict(expected))
+
+
+def test_slots_of_an_nnx_optimizer_may_lack_parameters():
+    mask = emaopt.by_name("kernel")
+    params, optimizer = of_nnx(optax.masked(optax.sgd(0.1, momentum=0.9), mask))
+    slot = emaopt.get_slot(optimizer, params, "trace")
+    trace = optimizer.opt_state.inner_state[0].trace
+    assert len(jax.tree.leaves(slot)) == len(jax.tree.leaves(trace)) == 2
+    chex.assert_trees_all_equal(jax.tree.leaves(slot), jax.tree.leaves(trace))
+
+
 @pytest.mark.parametrize(
     "name, params, words",
     [
@@ -218,6 +266,13 @@ def test_variables_are_all_arrays_of_the_state_each_under_a_name(name):
     assert list(variables) == sorted(variables)
     ids = sorted(map(id, jax.tree.leaves(state)))
     assert sorted(map(id, variables.values())) == ids
+
+
+def test_variables_that_would_have_one_name_are_refused():
+    params = {"a/b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}
+    state = optax.sgd(0.1, momentum=0.9).init(params)
+    with pytest.raises(ValueError, match="several arrays are called 0/trace/a/b"):
+        emaopt.variables(state)
 
 
 def test_variables_have_the_parameters_names_and_take_values_by_them():

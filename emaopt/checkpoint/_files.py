@@ -5,6 +5,7 @@ Composite does, in a directory for each of its top-level keys; here both are one
 """
 
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
 VERSION = 1
+MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
 
@@ -103,14 +105,14 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         )  # fmt: skip
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
-    items, saved, marker = {}, {}, _step_metadata(path).get(KEY)
+    items, saved, marker = {}, {}, _step_metadata(function, path).get(KEY)
     for prefix, directory in directories.items():
         try:
             metadata = handler.metadata(directory)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(
-                f"{function}: {directory / '_METADATA'} cannot be read, {_brief(error)}. "
-                "Take another step."
+                f"{function}: the metadata in {directory} cannot be read, "
+                f"{_brief(error)}. Take another step."
             ) from error
         marker = marker or (metadata.custom_metadata or {}).get(KEY)
         items[prefix] = directory, metadata.tree
@@ -152,12 +154,17 @@ def _directories(path: Any) -> dict[Names, Any]:
     return {(name,): found[name] for name in sorted(found)}
 
 
-def _step_metadata(path: Any) -> dict[str, Any]:
+def _step_metadata(function: str, path: Any) -> dict[str, Any]:
     """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
-    try:
-        return json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-    except (OSError, ValueError, KeyError):
+    if not (file := path / "_CHECKPOINT_METADATA").exists():
         return {}
+    try:
+        return json.loads(file.read_text()).get("custom_metadata") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
+            "remove the file: all arrays but those of size 0 can be had without it."
+        ) from error
 
 
 def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
@@ -212,7 +219,12 @@ def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
 def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, Any]:
     """Reads the wanted leaves, as what `wanted` says, and nothing else."""
     values = {}
-    handler = ocp.PyTreeCheckpointHandler()
+    sizes = [size for n in wanted for size in _sizes_of_reads(wanted[n], files.saved[n])]
+    limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *(size + 1 for size in sizes)])
+    gigabytes: Any = (
+        limit / 1e9
+    )  # more are under way in Orbax by default than fit in memory
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in names_of(tree)]
         if not any(name in wanted for name in names):
@@ -235,7 +247,34 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
     return values
 
 
+def _sizes_of_reads(plan: Any, saved: Any) -> list[int]:
+    """The bytes of each part of an array that this process reads: whole chunks.
+
+    Orbax limits the sum of those under way, and refuses one that is over the limit.
+    """
+    if getattr(saved, "storage", None) is None:
+        return []  # a number
+    parts: Any = {None: (slice(None),) * len(saved.shape)}
+    if isinstance(plan, jax.ShapeDtypeStruct) and plan.shape == saved.shape:
+        parts = plan.sharding.addressable_devices_indices_map(plan.shape)
+    bounds = {
+        tuple(part.indices(n)[:2] for part, n in zip(index, saved.shape, strict=True))
+        for index in parts.values()
+    }
+    chunks = saved.storage.chunk_shape
+    return [
+        jnp.dtype(saved.dtype).itemsize
+        * math.prod(
+            (-(-stop // n) - start // n) * n
+            for (start, stop), n in zip(bound, chunks, strict=True)
+        )
+        for bound in bounds
+    ]
+
+
 def _brief(error: BaseException) -> str:
+    while error.__cause__ is not None:  # the innermost names the file
+        error = error.__cause__
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 

@@ -121,7 +121,10 @@ def _averages_on_disk(
     """The names that lead to parameters and average, and where each average stands."""
     present = _files.all_leaves(files)
     if files.marker is not None and _is_asked_for(files, name):
-        params = files.marker.params
+        if not (params := files.marker.params):
+            raise ValueError(
+                f"load_averaged: {files.path} holds an average of no parameters."
+            )
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
         return params, (*files.marker.average, files.marker.field), there
     tree = _files.whole_tree(files)
