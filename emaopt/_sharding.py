@@ -291,14 +291,14 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
     """
     check_optimizer("state_shardings", "optimizer", optimizer)
     own = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
-    meshes = {sharding.mesh for sharding in own if isinstance(sharding, NamedSharding)}
-    if len(meshes) != 1 or not all(isinstance(s, NamedSharding) for s in own):
+    meshes = {s.mesh if isinstance(s, NamedSharding) else None for s in own}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if not isinstance(mesh, Mesh):
         raise ValueError(
             "state_shardings: the parameters must be arrays or ShapeDtypeStructs with "
             f"NamedShardings of one mesh, got {own[0] if own else 'none'}."
         )
     # In a mesh of Explicit axes, types carry shardings through the tracing of init.
-    (mesh,) = meshes
     kinds = (AxisType.Explicit,) * len(mesh.axis_names)
     explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
     typed = jax.tree.map(
