@@ -143,6 +143,14 @@ def decay_of(spec: str) -> DecayLike:
     return decay
 
 
+def says_decay(name: str) -> bool:
+    """Whether the name of an average is a decay's: "power:0.1"; not a mere number."""
+    try:
+        return ":" in name and decay_of(name) is not None
+    except ValueError:
+        return False
+
+
 def weights_of(spec: str, num_steps: int) -> np.ndarray:
     """The weight of every iterate, [T+1], of a decay's average or of an annealing."""
     shape, _, fraction = spec.partition(":")

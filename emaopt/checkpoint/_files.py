@@ -4,8 +4,10 @@ A checkpoint is a tree. Orbax keeps it in one directory, or, as CheckpointManage
 Composite does, in a directory for each of its top-level keys; here both are one tree.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from emaopt._nodes import counter_of, swapped_nodes
 from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
+RECORD = "emaopt_combination"  # there, too, of what `combine` writes
 VERSION = 1
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
@@ -39,6 +42,7 @@ class Files(NamedTuple):
     items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
     saved: dict[Names, Any]  # metadata of every leaf
     marker: Marker | None
+    custom: dict[str, Any]  # custom_metadata of other keys
 
 
 def write_marker(
@@ -103,7 +107,7 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         )  # fmt: skip
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
-    items, saved, marker = {}, {}, _step_metadata(path).get(KEY)
+    items, saved, custom = {}, {}, _step_metadata(path)
     for prefix, directory in directories.items():
         try:
             metadata = handler.metadata(directory)
@@ -112,10 +116,11 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
                 f"{function}: {directory / '_METADATA'} cannot be read, {_brief(error)}. "
                 "Take another step."
             ) from error
-        marker = marker or (metadata.custom_metadata or {}).get(KEY)
+        custom = (metadata.custom_metadata or {}) | custom
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
-    files = Files(path, items, saved, _read_marker(function, path, marker))
+    marker = _read_marker(function, path, custom.pop(KEY, None))
+    files = Files(path, items, saved, marker, custom)
     if files.marker and () in items and _is_item(path, files.marker):
         return open_files(function, path.parent)
     return files if files.marker else files._replace(marker=_lost_marker(function, files))
@@ -143,10 +148,22 @@ def _lost_marker(function: str, files: Files) -> Marker | None:
     return None
 
 
+def is_checkpoint(path: Any) -> bool:
+    """Whether anything of a checkpoint's stands there, be it complete or not."""
+    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path))
+
+
 def _directories(path: Any) -> dict[Names, Any]:
     if (path / "_METADATA").exists():
         return {(): path}
-    found = {p.name: p for p in path.iterdir() if (p / "_METADATA").exists()}
+    if not path.is_dir():
+        return {}
+    found = {
+        p.name: p
+        for p in path.iterdir()
+        if (p / "_METADATA").exists()
+        and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
+    }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
         return {(): found[name]}
     return {(name,): found[name] for name in sorted(found)}
@@ -155,7 +172,8 @@ def _directories(path: Any) -> dict[Names, Any]:
 def _step_metadata(path: Any) -> dict[str, Any]:
     """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
     try:
-        return json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        text = (path / "_CHECKPOINT_METADATA").read_text()
+        return json.loads(text)["custom_metadata"] or {}
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -223,16 +241,23 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
         arguments = ocp.args.PyTreeRestore(
             item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
         )
-        try:
+        with explained(function, directory):
             restored = handler.restore(directory, args=arguments)
-        except Exception as error:
-            raise ValueError(
-                f"{function}: {directory} cannot be read, {_brief(error)}. If its files "
-                "are damaged, take another step; nothing was restored from this one."
-            ) from error
         leaves = names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
     return values
+
+
+@contextlib.contextmanager
+def explained(function: str, place: Any) -> Iterator[None]:
+    """Says of what goes wrong in reading where it did."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{function}: {place} cannot be read, {_brief(error)}. If its files are "
+            "damaged, take another step; nothing was restored from this one."
+        ) from error
 
 
 def _brief(error: BaseException) -> str:
