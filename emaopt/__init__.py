@@ -10,7 +10,7 @@ Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, loo
               synchronize, simulate_async
 Optimizers:   compute_gradients, apply_gradients, minimize, gate_gradients, constrain,
               get_slot, get_slot_names, variables
-Modules:      checkpoint, batch_stats, posthoc
+Modules:      checkpoint, batch_stats, posthoc, plots
 """
 
 import importlib
@@ -69,6 +69,6 @@ from emaopt._weights import weight_summary as weight_summary
 
 def __getattr__(name: str):
     """Imports a module with dependencies of its own when it is first used."""
-    if name in ("batch_stats", "checkpoint", "posthoc"):
+    if name in ("batch_stats", "checkpoint", "plots", "posthoc"):
         return importlib.import_module(f"emaopt.{name}")
     raise AttributeError(f"module 'emaopt' has no attribute {name!r}")

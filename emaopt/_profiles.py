@@ -24,6 +24,10 @@ SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # w(x), x in [0, 1]
 }
 
 
+class BadProfile(ValueError):
+    """Words that say no profile; the message lists those that do."""
+
+
 def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray:
     """Returns the profile that stands in for a decay of the learning rate.
 
@@ -124,7 +128,7 @@ def decay_of(spec: str) -> DecayLike:
     """The decay that a word says: "ema:0.999" or "0.999", "power:0.1", "uniform" ...
 
     Raises:
-      ValueError: If it says none; the message lists what there is.
+      BadProfile: If it says none; the message lists what there is.
     """
     name, _, argument = spec.partition(":")
     if name not in _DECAYS and not argument and _is_number(name):
@@ -133,13 +137,16 @@ def decay_of(spec: str) -> DecayLike:
         known = ", ".join(
             f"{n}:{what}" if what else n for n, (_, what) in _DECAYS.items()
         )
-        raise ValueError(f"{spec!r} is no decay: take one of {known}.")
+        raise BadProfile(f"{spec!r} is no decay: take one of {known}.")
     if not argument:
         return _DECAYS[name][0]()
     if not _is_number(argument):
-        raise ValueError(f"{spec!r}: {argument!r} is not a number.")
-    decay = _DECAYS[name][0](float(argument))
-    check_decay(spec, decay)
+        raise BadProfile(f"{spec!r}: {argument!r} is not a number.")
+    try:
+        decay = _DECAYS[name][0](float(argument))
+        check_decay(spec, decay)
+    except ValueError as error:
+        raise BadProfile(f"{spec!r} is no decay: {error}") from None
     return decay
 
 
@@ -147,7 +154,7 @@ def says_decay(name: str) -> bool:
     """Whether the name of an average is a decay's: "power:0.1"; not a mere number."""
     try:
         return ":" in name and decay_of(name) is not None
-    except ValueError:
+    except BadProfile:
         return False
 
 
@@ -157,10 +164,13 @@ def weights_of(spec: str, num_steps: int) -> np.ndarray:
     if shape not in SHAPES:
         return decay_weights(decay_of(spec), num_steps)
     if not _is_number(fraction):
-        raise ValueError(
+        raise BadProfile(
             f"{spec!r}: say which fraction of the run it takes, as in {shape}:0.2."
         )
-    return annealing_weights(shape, num_steps, float(fraction))
+    try:
+        return annealing_weights(shape, num_steps, float(fraction))
+    except ValueError as error:
+        raise BadProfile(f"{spec!r}: {error}") from None
 
 
 def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndarray:
@@ -173,9 +183,9 @@ def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndar
     if spec == "uniform":
         return np.full(count, 1 / count)
     if steps is None:
-        raise ValueError(
+        raise BadProfile(
             f"the profile {spec!r} needs the steps of the checkpoints: their names do "
-            "not end in increasing numbers."
+            "not all end in numbers. Give steps (on the command line, --steps)."
         )
     if spec in SHAPES:
         if count == 1:

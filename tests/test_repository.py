@@ -58,16 +58,45 @@ LAYERS = {
     "_rows": {"_slots"},
     "_optimizer": {"_checks", "_gates", "_names", "_recursion", "_rows", "_slots"},
     "batch_stats": {"_averaging", "_decays"},
-    "checkpoint.__init__": {"_swapping", "checkpoint", "checkpoint._handlers", "orbax"},
+    "checkpoint.__init__": {
+        "_swapping",
+        "checkpoint",
+        "checkpoint._describing",
+        "checkpoint._handlers",
+        "checkpoint._synthesis",
+        "orbax",
+    },
+    "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._files": {"_names", "_nodes", "_swapping", "orbax"},
     "checkpoint._handlers": {"_swapping", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._matching": {"_nodes", "_recursion", "_swapping", "checkpoint._files"},
+    "checkpoint._merging": {
+        "_combining",
+        "checkpoint",
+        "checkpoint._files",
+        "checkpoint._selecting",
+    },
     "checkpoint._restoring": {
         "_nodes",
         "_swapping",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._matching",
+    },
+    "checkpoint._selecting": {
+        "_nodes",
+        "_profiles",
+        "_swapping",
+        "checkpoint",
+        "checkpoint._files",
+    },
+    "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
+    "checkpoint._synthesis": {
+        "_profiles",
+        "_weights",
+        "checkpoint",
+        "checkpoint._merging",
+        "posthoc",
     },
     "checkpoint._trees": {
         "_nodes",
@@ -76,6 +105,9 @@ LAYERS = {
         "checkpoint._files",
         "orbax",
     },
+    "plots": {"matplotlib"},
+    "_printing": {"_weights", "rich"},
+    "cli": {"", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},
 }
 
 

@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _trees
+from emaopt.checkpoint._describing import Description as Description
+from emaopt.checkpoint._describing import describe as describe
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
 from emaopt.checkpoint._synthesis import Synthesis as Synthesis
 from emaopt.checkpoint._synthesis import average as average
@@ -195,7 +197,7 @@ def export_safetensors(
     separator: str = "/",
     force: bool = False,
     progress: _merging.Progress = lambda done, total: None,
-) -> None:
+) -> str:
     """Exports the averaged parameters of a checkpoint to a safetensors file.
 
     Leaf by leaf, as `combine`. The file is written beside its place and renamed, so `out`
@@ -211,6 +213,9 @@ def export_safetensors(
       force: Replace what stands at `out`.
       progress: As for `combine`.
 
+    Returns:
+      Which weights they are, in words.
+
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
       FileExistsError: If `out` exists and `force` is False.
@@ -223,12 +228,13 @@ def export_safetensors(
       >>> params = {"dense": {"kernel": jnp.ones(2)}}
       >>> path = tempfile.mkdtemp() + "/checkpoint"
       >>> save(path, (params, tx.init(params)))
-      >>> export_safetensors(path, path + ".safetensors")
+      >>> print(export_safetensors(path, path + ".safetensors"))
+      the averages of 1/averaging
       >>> load_file(path + ".safetensors")
       {'dense/kernel': array([1., 1.], dtype=float32)}
     """
     found = _selecting.select("export_safetensors", path, weights, at)
-    _merging.exported(
+    return _merging.exported(
         "export_safetensors",
         found,
         out,

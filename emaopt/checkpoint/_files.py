@@ -6,6 +6,7 @@ Composite does, in a directory for each of its top-level keys; here both are one
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -268,6 +269,13 @@ def _brief(error: BaseException) -> str:
 def names_of(tree: Any) -> dict[Names, Any]:
     """The leaves by name, the same in memory and on disk."""
     return dict(leaves_with_keys(tree))
+
+
+def nbytes(leaf: Any) -> int:
+    """The size in memory of what a leaf's metadata describes."""
+    if not hasattr(leaf, "dtype"):
+        return 0
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def listed(paths: Any) -> str:

@@ -58,7 +58,9 @@ def combined(
     _selecting.check_alike(function, weights)
     place = _files.absolute(out)
     if place.exists() and not force:
-        raise ValueError(f"{function}: {place} already exists; pass force=True to replace it.")
+        raise ValueError(
+            f"{function}: {place} already exists; pass force=True to replace it."
+        )
     newest = weights[-1]
     empty = newest.files.marker.empty if newest.files.marker else {}
     names = [n for n, there in newest.places.items() if there not in empty]
@@ -153,7 +155,7 @@ def exported(
     separator: str,
     force: bool,
     progress: Progress,
-) -> None:
+) -> str:
     """Writes weights as a safetensors file: its header and the arrays, one after another.
 
     References:
@@ -162,7 +164,7 @@ def exported(
     out = os.path.abspath(os.fspath(out))
     if os.path.exists(out) and not force:
         raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
-    if dtype is not None and not jnp.issubdtype(np.dtype(dtype), jnp.floating):
+    if dtype is not None and not jnp.issubdtype(dtype := jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"{function}: dtype must be floating, got {dtype!r}.")
     empty = weights.files.marker.empty if weights.files.marker else {}
     full = [n for n, there in weights.places.items() if there not in empty]
@@ -175,7 +177,7 @@ def exported(
     header, end = {}, 0
     for names, (shape, kind) in kinds.items():
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
-            kind = np.dtype(dtype)
+            kind = dtype
         if kind not in _SAFETENSORS:
             raise ValueError(
                 f"{function}: safetensors has no {kind}; {'/'.join(names)} is."
@@ -215,3 +217,4 @@ def exported(
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+    return weights.said

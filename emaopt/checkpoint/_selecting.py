@@ -47,7 +47,7 @@ def select(
         served = files.marker is not None and files.marker.params == prefix
         homes = (inside, prefix) if served else (inside,)
         kept = {n for n, there in places.items() if not _below(there, homes)}
-        said = f"the average {which}" if name else "the average"
+        said = f"the averages of {'/'.join(inside[:-1]) or 'the state'}"
         return Weights(files, prefix, places, frozenset(kept), said)
     prefix = tuple(at.split("/")) if at else _parameters(function, files)
     names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]

@@ -51,8 +51,7 @@ class Pending:
 def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[Stored]:
     """Opens the wanted leaves; their arrays are not read."""
     wanted, found = list(wanted), {}
-    registry = ocp.type_handlers.create_type_handler_registry((_Opened, _Opening()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handler = _handler(_Opened, _Opening())
     for prefix, (directory, tree) in files.items.items():
         if not any(names[: len(prefix)] == prefix for names in wanted):
             continue
@@ -118,8 +117,7 @@ def write(
     Orbax writes into a temporary directory and renames it; after an error nothing of it
     is left.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((Pending, _Writing(arrays)))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handler = _handler(Pending, _Writing(arrays))
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(_remove_unfinished, path)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -137,6 +135,13 @@ class _Opening(ocp.type_handlers.NumpyHandler):
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
         del args
         return [_Opened(info) for info in infos]
+
+
+def _handler(kind: type, by: Any) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, with a type of ours; it warns if it knows no others."""
+    stock = jax.Array, ocp.type_handlers.ArrayHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(stock, (kind, by))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _Opened:

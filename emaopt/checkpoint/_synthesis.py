@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emaopt._profiles import decay_of, merge_weights, weights_of
+from emaopt._profiles import BadProfile, decay_of, merge_weights, weights_of
 from emaopt._weights import decay_weights
 from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _streaming
 from emaopt.checkpoint._merging import Progress
@@ -132,8 +132,9 @@ def average(
       >>> with ocp.StandardCheckpointer() as checkpointer:
       ...     for step in (100, 200, 300):
       ...         checkpointer.save(f"{run}/{step}", {"params": jnp.ones(2)})
-      >>> print(*average([run], f"{run}/mean", profile="linear").values())
-      0.25 0.5 0.25
+      >>> weights = average([run], f"{run}/mean", profile="linear")
+      >>> print(*[f"{weight:.2f}" for weight in weights.values()])
+      0.25 0.50 0.25
 
     References:
       Kaddour, 2022, Stop wasting my time! Saving days of ImageNet and BERT training with
@@ -146,8 +147,8 @@ def average(
     found, numbers = _ordered("average", paths, steps, report)
     try:
         coefficients = merge_weights(profile, len(found), numbers)
-    except ValueError as error:
-        raise ValueError(f"average: {error}") from None
+    except BadProfile as error:
+        raise BadProfile(f"average: {error}") from None
     _merging.combined(
         "average",
         [_selecting.select("average", path, weights, at) for path in found],
@@ -252,11 +253,11 @@ def synthesize(
                 f"{', '.join(names)} in the one and {', '.join(averages)} in the other."
             )
         for n, (_, one) in averages.items():
-            snapshots.setdefault(n, []).append((_updates(name, files, one), one))
+            snapshots.setdefault(n, []).append((updates(name, files, one), one))
     options = {
         n: Recorded(
             names[n],
-            [updates for updates, _ in taken],
+            [count for count, _ in taken],
             every=every,
             start=start,
             debias=taken[0][1].debias,
@@ -267,9 +268,9 @@ def synthesize(
     wanted = _target(name, target, newest if step is None else step)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
     sources = [
-        (path, n, updates)
+        (path, n, count)
         for n in snapshots
-        for path, (updates, _) in zip(found, snapshots[n], strict=True)
+        for path, (count, _) in zip(found, snapshots[n], strict=True)
     ]
     # Oldest first: what is not averaged is the newest checkpoint's.
     order = sorted(range(len(sources)), key=lambda i: sources[i][2])
@@ -292,7 +293,7 @@ def synthesize(
         progress=progress,
         report=report,
     )
-    said = [(str(path), n, updates) for path, n, updates in sources]
+    said = [(str(path), n, count) for path, n, count in sources]
     return Synthesis(solution, len(wanted) - 1, said)
 
 
@@ -328,8 +329,8 @@ def _ordered(
 def _decay(function: str, decay: Any) -> Any:
     try:
         return decay_of(decay) if isinstance(decay, str) else decay
-    except ValueError as error:
-        raise ValueError(f"{function}: {error}") from None
+    except BadProfile as error:
+        raise BadProfile(f"{function}: {error}") from None
 
 
 def _known(
@@ -365,7 +366,8 @@ def _listed(averages: Sequence[_selecting.Average]) -> str:
     return ", ".join(repr("/".join(a.names)) for a in averages) or "no average"
 
 
-def _updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
+def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
+    """How many updates an average has had."""
     leaves = _streaming.stored(function, files, [one.counter])
     (counter,) = next(_streaming.prefetched([lambda: _streaming.read(function, leaves)]))
     return int(counter)
@@ -375,8 +377,8 @@ def _target(function: str, target: Any, step: int) -> np.ndarray:
     try:
         if isinstance(target, str):
             return weights_of(target, step)
-    except ValueError as error:
-        raise ValueError(f"{function}: {error}") from None
+    except BadProfile as error:
+        raise BadProfile(f"{function}: {error}") from None
     if callable(target) or np.ndim(target) == 0:
         return decay_weights(target, step)
     return np.asarray(target, np.float64)
