@@ -164,7 +164,7 @@ def average(
     **1-sqrt** weigh them as if the learning rate had been brought to 0 in that way (WSM):
     over the last fraction of the run, with *cosine:0.2* its last fifth, or over the span
     of the checkpoints. The others come as near to that average of all steps as these
-    checkpoints allow. The weights are printed. A uniform mean of the raw weights of a run:
+    checkpoints allow. The weights are printed. The uniform mean of raw weights:
 
         emaopt average run/800 run/900 run/1000 --weights raw --out mean
 
@@ -216,7 +216,7 @@ def synthesize(
         typer.Option(
             help="At which step. Else at the newest snapshot's.", show_default=False
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     recorded: Annotated[
         list[str] | None,
         typer.Option(
