@@ -102,7 +102,8 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
     directories = _directories(path)
     if not directories:
-        steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+        inside = path.iterdir() if path.is_dir() else ()
+        steps = sorted(int(p.name) for p in inside if p.name.isdigit())
         what = f"It holds the steps {steps}: give one's directory." if steps else (
             "The save was not finished, or its metadata is lost: take another step."
         )  # fmt: skip

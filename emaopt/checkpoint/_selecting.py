@@ -44,11 +44,9 @@ def select(
     if which not in (None, "raw"):
         name = None if which == "average" else which
         prefix, inside, places = _restoring.averages_on_disk(function, files, name)
-        served = files.marker is not None and files.marker.params == prefix
-        homes = (inside, prefix) if served else (inside,)
-        kept = {n for n, there in places.items() if not _below(there, homes)}
+        kept = frozenset(n for n in places if inside + n not in present)
         said = f"the averages of {'/'.join(inside[:-1]) or 'the state'}"
-        return Weights(files, prefix, places, frozenset(kept), said)
+        return Weights(files, prefix, places, kept, said)
     prefix = tuple(at.split("/")) if at else _parameters(function, files)
     names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]
     if not names:
@@ -69,10 +67,6 @@ def select(
     elif served_nodes(_files.whole_tree(files)):
         said = "the raw parameters"
     return Weights(files, prefix, places, frozenset(), said)
-
-
-def _below(names: Names, homes: Sequence[Names]) -> bool:
-    return any(names[: len(home)] == home for home in homes)
 
 
 def _parameters(function: str, files: _files.Files) -> Names:

@@ -30,7 +30,7 @@ class Stored(NamedTuple):
     """A leaf on disk."""
 
     info: Any  # what Orbax reads it by
-    place: str  # for messages
+    path: Any  # of the checkpoint
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -64,7 +64,7 @@ def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[
     return [
         Stored(
             found[names].info,
-            f"{files.path}: {'/'.join(names)}",
+            files.path,
             tuple(files.saved[names].shape),
             np.dtype(files.saved[names].dtype),
         )
@@ -89,7 +89,7 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
     """Reads leaves at once. Not where an event loop runs: `prefetched` has threads."""
     handler = ocp.type_handlers.NumpyHandler()
     arguments = [ocp.RestoreArgs()] * len(leaves)
-    with _files.explained(function, leaves[0].place):
+    with _files.explained(function, leaves[0].path):
         read = handler.deserialize([leaf.info for leaf in leaves], arguments)
         return list(asyncio.run(read))  # pyright: ignore[reportArgumentType]
 

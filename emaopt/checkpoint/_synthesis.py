@@ -237,6 +237,7 @@ def synthesize(
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696
     """
     name = "synthesize"
+    _target(name, target, 1)  # whether it is a profile at all
     found, _ = _ordered(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, Any] = {}
