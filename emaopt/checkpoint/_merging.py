@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from emaopt._combining import add, weighted_sum
@@ -23,12 +22,12 @@ _SAFETENSORS = {
         np.bool_: "BOOL",
         np.uint8: "U8",
         np.int8: "I8",
-        ml_dtypes.float8_e4m3fn: "F8_E4M3",
-        ml_dtypes.float8_e5m2: "F8_E5M2",
+        jnp.float8_e4m3fn: "F8_E4M3",
+        jnp.float8_e5m2: "F8_E5M2",
         np.uint16: "U16",
         np.int16: "I16",
         np.float16: "F16",
-        ml_dtypes.bfloat16: "BF16",
+        jnp.bfloat16: "BF16",
         np.uint32: "U32",
         np.int32: "I32",
         np.float32: "F32",
