@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[
-    pathlib.Path,
+    str,
     typer.Argument(
         help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
         "CheckpointManager, one step's.",
@@ -25,7 +25,7 @@ Checkpoint = Annotated[
     ),
 ]
 Out = Annotated[
-    pathlib.Path,
+    str,
     typer.Option(
         help="Directory to make: an ordinary Orbax checkpoint of the parameters alone, "
         "under their original names. It is there whole or not at all.",
@@ -130,7 +130,7 @@ def inspect(path: Checkpoint) -> None:
 @app.command()
 def average(
     paths: Annotated[
-        list[pathlib.Path],
+        list[str],
         typer.Argument(
             help="Checkpoints of one run, or directories of its CheckpointManager: all "
             "steps in them.",
@@ -193,7 +193,7 @@ def average(
 @app.command()
 def synthesize(
     directory: Annotated[
-        pathlib.Path,
+        str,
         typer.Argument(help="A CheckpointManager's directory.", show_default=False),
     ],
     out: Out,
@@ -425,7 +425,7 @@ def _integers(command: str, text: str) -> list[int]:
         _stop(f"emaopt {command}: --steps takes numbers as in 100,200, got {text!r}.", 2)
 
 
-def _written(path: pathlib.Path) -> None:
+def _written(path: str | pathlib.Path) -> None:
     Console(soft_wrap=True, highlight=False).print(f"Written: {path}", markup=False)
 
 

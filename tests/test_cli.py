@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -45,7 +46,7 @@ def plain(path):
 def weights(step):
     """Parameters of all kinds, other ones at each step."""
     rng = np.random.default_rng(step)
-    sharded = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    sharded = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
     return {
         "dense": {
             "kernel": jax.device_put(rng.standard_normal((16, 3), np.float32), sharded),
@@ -163,6 +164,17 @@ def test_an_earlier_average_and_another_profile_are_synthesized(recorded, tmp_pa
     )
     assert made.step == 480 and made.solution.residual < 0.02
     assert plain(tmp_path / "out")["params"]["w"].shape == (40,)
+
+
+def test_commands_of_readme_run(recorded, tmp_path, monkeypatch):
+    directory, *_ = recorded
+    (tmp_path / "run").symlink_to(directory)
+    monkeypatch.chdir(tmp_path)
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    commands = re.findall(r"^emaopt (\w+ .*)$", readme, re.M)
+    assert len(commands) == 5
+    for command in commands:
+        assert succeed(*command.split())
 
 
 @pytest.mark.parametrize("which", ["served", "raw", "wide", "power:0.05"])
@@ -405,6 +417,10 @@ def odd(run, tmp_path_factory):
     files = (directory / "damaged_5").rglob("d/*")
     largest = max(files, key=lambda file: file.stat().st_size)  # the array's own
     largest.write_bytes(largest.read_bytes()[:1000])
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = {"params": {"w": np.ones(3), "name": "x"}}
+        checkpointer.save(directory / "text_8", tree)
+        checkpointer.save(directory / "bare_9", {"params": {}})
     (directory / "empty_6").mkdir()
     (directory / "file_7").write_text("mine")
     cut = directory / "cut"
@@ -461,6 +477,17 @@ ERRORS = {
         1,
         r"damaged_5 cannot be read, .*params\.w",
     ),
+    "text": (
+        ("average", "text_8", "--out", "out"),
+        1,
+        r"text_8 holds text at params/name, not arrays alone",
+    ),
+    "text in export": (
+        ("export", "text_8", "--safetensors", "out"),
+        1,
+        r"text_8 holds text at params/name",
+    ),
+    "nothing": (("average", "bare_9", "--out", "out"), 1, "bare_9 holds no arrays"),
     "the same step twice": (
         ("average", "good_1", "again_1", "--out", "out"),
         1,

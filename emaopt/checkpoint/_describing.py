@@ -67,9 +67,9 @@ def describe(path: str | os.PathLike) -> Description:
     files = weights.files
     leaves = []
     for names, leaf in _files.all_leaves(files).items():
-        shape, dtype = tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", None)
-        size = _files.nbytes(leaf)
-        leaves.append(Leaf("/".join(names), str(dtype or "string"), shape, size))
+        kind = str(getattr(leaf, "dtype", "text"))
+        shape, size = _files.shape(leaf), _files.nbytes(leaf)
+        leaves.append(Leaf("/".join(names), kind, shape, size))
     averages = []
     for one in _selecting.averages_in(files):
         updates = _synthesis.updates("describe", files, one)

@@ -272,6 +272,11 @@ def names_of(tree: Any) -> dict[Names, Any]:
     return dict(leaves_with_keys(tree))
 
 
+def shape(leaf: Any) -> tuple[int, ...]:
+    """The shape that a leaf's metadata tells; text has none."""
+    return tuple(getattr(leaf, "shape", ()))
+
+
 def nbytes(leaf: Any) -> int:
     """The size in memory of what a leaf's metadata describes."""
     if not hasattr(leaf, "dtype"):

@@ -49,6 +49,8 @@ def select(
         return Weights(files, prefix, places, kept, said)
     prefix = tuple(at.split("/")) if at else _parameters(function, files)
     names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]
+    if not present:
+        raise ValueError(f"{function}: {files.path} holds no arrays.")
     if not names:
         tops = sorted({n[0] for n in present if n})
         raise ValueError(
@@ -59,9 +61,10 @@ def select(
         places = {n: logical[prefix + n] for n in names}
         return Weights(files, prefix, places, frozenset(), "the raw parameters")
     places = {n: prefix + n for n in names}
-    said = "what stands under the names"
+    said = f"the arrays at {'/'.join(prefix)}" if prefix else "all arrays"
     if files.marker is not None and files.marker.params == prefix:
-        said = f"the averages of {'/'.join(files.marker.average) or 'the state'}"
+        what = "center" if files.marker.field == "center" else "averages"
+        said = f"the {what} of {'/'.join(files.marker.average) or 'the state'}"
     elif _files.RECORD in files.custom:
         said = f"a combination of {files.custom[_files.RECORD]['weights']}"
     elif served_nodes(_files.whole_tree(files)):
@@ -106,7 +109,7 @@ def check_alike(function: str, weights: Sequence[Weights]) -> None:
 def _kinds(weights: Weights) -> dict[Names, tuple]:
     present = _files.all_leaves(weights.files)
     return {
-        n: (tuple(present[there].shape), str(present[there].dtype))
+        n: (_files.shape(present[there]), str(getattr(present[there], "dtype", "text")))
         for n, there in weights.places.items()
     }
 

@@ -51,6 +51,11 @@ class Pending:
 def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[Stored]:
     """Opens the wanted leaves; their arrays are not read."""
     wanted, found = list(wanted), {}
+    if text := [n for n in wanted if not hasattr(files.saved[n], "dtype")]:
+        raise ValueError(
+            f"{function}: {files.path} holds text at {_files.listed(text)}, not arrays "
+            "alone."
+        )
     handler = _handler(_Opened, _Opening())
     for prefix, (directory, tree) in files.items.items():
         if not any(names[: len(prefix)] == prefix for names in wanted):
