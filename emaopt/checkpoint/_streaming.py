@@ -150,6 +150,8 @@ def _handler(kind: type, by: Any) -> ocp.PyTreeCheckpointHandler:
 
 
 class _Opened:
+    size, dtype = 0, np.dtype(np.uint8)  # Orbax adds up what it has read
+
     def __init__(self, info: Any):
         self.info = info
 
