@@ -11,7 +11,7 @@ Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, loo
               synchronize, simulate_async
 Optimizers:   compute_gradients, apply_gradients, minimize, gate_gradients, constrain,
               get_slot, get_slot_names, variables
-Modules:      checkpoint, batch_stats
+Modules:      checkpoint, batch_stats, posthoc, plots
 """
 
 import importlib
@@ -71,6 +71,6 @@ from emaopt._weights import weight_summary as weight_summary
 
 def __getattr__(name: str):
     """Imports a module with dependencies of its own when it is first used."""
-    if name in ("batch_stats", "checkpoint"):
+    if name in ("batch_stats", "checkpoint", "plots", "posthoc"):
         return importlib.import_module(f"emaopt.{name}")
     raise AttributeError(f"module 'emaopt' has no attribute {name!r}")

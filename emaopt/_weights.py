@@ -39,7 +39,20 @@ def decay_weights(
       >>> print(decay_weights(0.5, 3))
       [0.125 0.125 0.25  0.5  ]
     """
-    name = "decay_weights"
+    taken = shares_taken(
+        "decay_weights", decay, num_steps, every=every, start=start, debias=debias
+    )
+    kept = np.cumprod((1 - taken)[::-1])[::-1]  # [T+1], of what there was before step i
+    return taken * np.append(kept[1:], 1.0)
+
+
+def shares_taken(
+    name: str, decay: DecayLike, num_steps: int, *, every: int, start: int, debias: bool
+) -> np.ndarray:
+    """The share of each new iterate in the average when it comes, float64 [T+1].
+
+    θ_0 takes all. The weight of iterate i is its share times what later ones leave of it.
+    """
     check_decay(name, decay)
     check_integer(name, "num_steps", num_steps, 0)
     check_integer(name, "every", every, 1)
@@ -57,20 +70,19 @@ def decay_weights(
     # The recursion of the average itself, on its scalars: `taken` is the share of the new
     # value at each step, `total` the weight so far, `pending` what the steps since the
     # last update have taken together.
-    taken = np.zeros(num_steps)
+    taken = np.zeros(num_steps + 1)
+    taken[0] = 1.0
     total, pending = float(not debias), 0.0
-    for i, step in enumerate(steps):
+    for i, step in enumerate(steps, 1):
         if step < start:
             taken[i] = 1.0
             continue
-        pending += newest[i] * (1 - pending)
+        pending += newest[i - 1] * (1 - pending)
         if (step - start) % every == 0:
             total += pending * (1 - total)
             taken[i] = pending / total if total > 0 else 0.0
             pending = 0.0
-
-    kept = np.cumprod(np.append(1.0, (1 - taken)[::-1]))[::-1]  # [T+1], kept after step i
-    return np.append(1.0, taken) * kept
+    return taken
 
 
 class WeightSummary(NamedTuple):
@@ -99,13 +111,7 @@ def weight_summary(weights: Any) -> WeightSummary:
       >>> print(f"{weight_summary(decay_weights(0.99, 10_000)).mean_age:.1f}")
       99.0
     """
-    weights = np.asarray(weights, np.float64)
-    if weights.ndim != 1 or weights.size == 0 or not np.isclose(weights.sum(), 1):
-        raise ValueError(
-            "weight_summary: weights must be a vector [T+1] with sum 1, such as "
-            f"decay_weights(0.99, 1000), got shape {weights.shape} with sum "
-            f"{weights.sum()}."
-        )
+    weights = checked_weights("weight_summary", weights)
     ages = np.arange(weights.size)
     by_age = weights[::-1]
     younger = np.append(0.0, np.cumsum(by_age))  # weight of the iterates of age < n
@@ -115,3 +121,15 @@ def weight_summary(weights: Any) -> WeightSummary:
         initial_weight=float(weights[0]),
         half_life=float(np.interp(0.5, younger, np.append(ages, ages.size))),
     )
+
+
+def checked_weights(function: str, weights: Any) -> np.ndarray:
+    """The weights as float64 [T+1], or an error."""
+    weights = np.asarray(weights, np.float64)
+    if weights.ndim != 1 or weights.size == 0 or not np.isclose(weights.sum(), 1):
+        raise ValueError(
+            f"{function}: weights must be a vector [T+1] with sum 1, such as "
+            f"decay_weights(0.99, 1000), got shape {weights.shape} with sum "
+            f"{weights.sum()}."
+        )
+    return weights

@@ -1,7 +1,9 @@
 """The command line: parse, call, print. No arithmetic."""
 
+import contextlib
 import pathlib
-from typing import Annotated, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,12 +13,55 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
+        "CheckpointManager, one step's.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str,
+    typer.Option(
+        help="Directory to make: an ordinary Orbax checkpoint of the parameters alone, "
+        "under their original names. It is there whole or not at all.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what stands at the output.")
+]
+Which = Annotated[
+    str | None,
+    typer.Option(
+        help="Which weights: *raw* for the raw parameters, *average* for the average "
+        "wherever it stands, or the name of one. Else what stands under the parameters' "
+        "names: in a checkpoint of emaopt's, the averages.",
+        show_default=False,
+    ),
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the parameters stand, as in *model/params*. Else found: by the "
+        "average of them, or *params*, or all of the checkpoint.",
+        show_default=False,
+    ),
+]
 
 
 @app.callback()
 def root() -> None:
-    """Averages of the weights, for JAX and Optax."""
+    """Averages of the weights, for JAX and Optax.
+
+    On checkpoint directories of Orbax's, with emaopt's averages in them or without.
+
+    Exit status: 0 done, 1 failed (the last line on stderr says why), 2 a wrong call.
+    """
 
 
 @app.command()
@@ -57,21 +102,343 @@ def demo(
         if value < low:
             _stop(f"emaopt demo: --{option} must be at least {low}, got {value}.", 2)
 
-    import jax
-    from absl import logging
-
+    _quiet_cpu()  # as the server; the network is small
     import emaopt.demo  # after the checks: it loads Flax, Orbax and scikit-learn
 
-    jax.config.update("jax_platforms", "cpu")  # as the server; the network is small
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file that it opens
     try:
         emaopt.demo.run(steps=steps, seeds=seeds, seed=seed, out=out, console=Console())
     except (emaopt.demo.CheckFailed, OSError) as error:
         _stop(f"emaopt demo: {error}", 1)
 
 
-def _stop(message: str, code: int) -> NoReturn:
-    """Prints one line to stderr and exits."""
+@app.command()
+def inspect(path: Checkpoint) -> None:
+    """Show what a checkpoint holds, without reading its arrays.
+
+    Names, dtypes, shapes and sizes; which weights a reader finds under the parameters'
+    names; every average in it, with its number of updates and, if its name says its decay
+    (*power:0.1*), what that average is made of.
+    """
+    with _failing("inspect"):
+        from emaopt import _printing, checkpoint
+
+        console = Console(soft_wrap=True, highlight=False)
+        for renderable in _printing.description(checkpoint.describe(path)):
+            console.print(renderable)
+
+
+@app.command()
+def average(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints of one run, or directories of its CheckpointManager: all "
+            "steps in them.",
+            show_default=False,
+        ),
+    ],
+    out: Out,
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="*uniform* | *linear*, *cosine*, *1-sqrt*, alone or with a fraction "
+            "(*cosine:0.2*) | *ema:0.999*, *half-life:500*, *power:0.1* (σ_rel), "
+            "*polynomial:3*, *warmup:0.999*."
+        ),
+    ] = "uniform",
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="The step of each checkpoint, as in 100,200,300. Else the numbers in "
+            "which their names end.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Which = None,
+    at: At = None,
+    force: Force = False,
+) -> None:
+    """Average checkpoints, instead of letting the learning rate decay.
+
+    **uniform** weighs the checkpoints alike (LAWA, PMA). **linear**, **cosine** and
+    **1-sqrt** weigh them as if the learning rate had been brought to 0 in that way (WSM):
+    over the last fraction of the run, with *cosine:0.2* its last fifth, or over the span
+    of the checkpoints. The others come as near to that average of all steps as these
+    checkpoints allow. The weights are printed. The uniform mean of raw weights:
+
+        emaopt average run/800 run/900 run/1000 --weights raw --out mean
+
+    Memory holds a few arrays at a time, not a model.
+    """
+    with _failing("average"), _progress("averaging") as progress:
+        numbers = None if steps is None else _integers("average", steps)
+        from emaopt import _printing, checkpoint
+
+        made = checkpoint.average(
+            paths,
+            out,
+            profile=profile,
+            steps=numbers,
+            weights=weights,
+            at=at,
+            force=force,
+            progress=progress,
+            report=_warn,
+        )
+        said = checkpoint.describe(out).record["weights"]
+    Console(soft_wrap=True).print(_printing.weights_table(made, profile, said))
+    _written(out)
+
+
+@app.command()
+def synthesize(
+    directory: Annotated[
+        str,
+        typer.Argument(help="A CheckpointManager's directory.", show_default=False),
+    ],
+    out: Out,
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(
+            help="The width of the power average to make, below 0.2887.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Another average to make: any profile that *emaopt profile* shows.",
+            show_default=False,
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="At which step. Else at the newest snapshot's.", show_default=False
+        ),
+    ] = None,
+    recorded: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DECAY of a recorded average whose name does not say its decay, as "
+            "in *short=power:0.05*. Repeat it for each; no others are used then.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option(help="`every` of the recorded averages.")] = 1,
+    start: Annotated[int, typer.Option(help="`start` of the recorded averages.")] = 0,
+    force: Force = False,
+) -> None:
+    """Make an average after training that was not recorded during it.
+
+    From the snapshots of a run that recorded averages of known decay, best two power
+    averages, this finds the combination nearest to the average that you ask for, and
+    writes it. In the training script:
+
+        optax.named_chain(
+            ("adam", optax.adam(1e-3)),
+            ("power:0.05", emaopt.average_params(emaopt.power_decay(sigma_rel=0.05))),
+            ("power:0.1", emaopt.average_params(emaopt.power_decay(sigma_rel=0.1))),
+        )
+
+    and checkpoints of the training state every so often, in any way. Afterwards:
+
+        emaopt synthesize run --sigma-rel 0.15 --out wide
+
+    It prints how far the profile got is from the one wanted (relative L2 error), and by
+    how much rounding errors of the snapshots are amplified.
+    """
+    if (sigma_rel is None) == (target is None):
+        _stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
+    pairs = [one.rpartition("=") for one in recorded or []]
+    for name, _, decay in pairs:
+        if not name or not decay:
+            _stop("emaopt synthesize: --recorded takes NAME=DECAY.", 2)
+    with _failing("synthesize"), _progress("synthesizing") as progress:
+        from emaopt import _printing, checkpoint
+
+        made = checkpoint.synthesize(
+            directory,
+            out,
+            target=target or f"power:{sigma_rel}",
+            step=step,
+            recorded={name: decay for name, _, decay in pairs},
+            every=every,
+            start=start,
+            force=force,
+            progress=progress,
+            report=_warn,
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    for renderable in _printing.synthesis(made):
+        console.print(renderable)
+    _written(out)
+
+
+@app.command()
+def export(
+    path: Checkpoint,
+    safetensors: Annotated[
+        pathlib.Path, typer.Option(help="The file to make.", show_default=False)
+    ],
+    weights: Which = None,
+    at: At = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Cast floating arrays, as in *bfloat16*. Else as saved.",
+            show_default=False,
+        ),
+    ] = None,
+    separator: Annotated[
+        str, typer.Option(help="What joins the names of nested parameters.")
+    ] = "/",
+    force: Force = False,
+) -> None:
+    """Export the parameters of a checkpoint to a safetensors file.
+
+    What stands under their names: of a checkpoint of emaopt's, the averages; of another,
+    the raw parameters. It goes array by array.
+
+        emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
+    """
+    with _failing("export"), _progress("exporting") as progress:
+        from emaopt import checkpoint
+
+        said = checkpoint.export_safetensors(
+            path,
+            safetensors,
+            weights=weights,
+            at=at,
+            dtype=dtype,
+            separator=separator,
+            force=force,
+            progress=progress,
+        )
+    Console(soft_wrap=True, highlight=False).print(f"Exported {said}.")
+    _written(safetensors)
+
+
+@app.command()
+def profile(
+    decays: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DECAY...",
+            help="*0.999* or *ema:0.999*, *warmup:0.999*, *uniform*, *polynomial:3*, "
+            "*power:0.1* (σ_rel), *half-life:500*; *linear:0.2*, *cosine:0.2*, "
+            "*1-sqrt:0.2* for decays of the learning rate.",
+            show_default=False,
+        ),
+    ],
+    steps: Annotated[int, typer.Option(help="Length of the run.")] = 10_000,
+    plot: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Draw the weights into this PNG.", show_default=False),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Show which iterates an average is made of.
+
+    Mean age and half-life in steps, the effective number of iterates 1/Σw², and the
+    weight of the initial parameters: *0.9999* still holds a third of them after 10,000
+    steps.
+
+        emaopt profile 0.9999 warmup:0.9999 power:0.1 --steps 10000 --plot weights.png
+    """
+    if steps < 1:
+        _stop(f"emaopt profile: --steps must be at least 1, got {steps}.", 2)
+    if plot is not None and plot.exists() and not force:
+        _stop(f"emaopt profile: {plot} exists; --force replaces it.", 1)
+    with _failing("profile"):
+        from emaopt import _printing, _profiles
+
+        profiles = {spec: _profiles.weights_of(spec, steps) for spec in decays}
+        if plot is not None:
+            from emaopt import plots
+
+            plots.save(plots.weight_profiles(plots.new_axes(), profiles), plot)
+    Console(soft_wrap=True).print(_printing.summaries(profiles, steps))
+    if plot is not None:
+        _written(plot)
+
+
+def _quiet_cpu() -> None:
+    """On the CPU, and without a line from Orbax on every file that it opens."""
+    import jax
+    from absl import logging
+
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.FATAL)
+
+
+@contextlib.contextmanager
+def _failing(command: str) -> Iterator[None]:
+    """Turns what a user can mend into one line and an exit status."""
+    _quiet_cpu()
+    from emaopt._profiles import BadProfile
+
+    try:
+        yield
+    except BadProfile as error:
+        _stop(_as_said_here(command, error), 2)
+    except (OSError, TypeError, ValueError) as error:
+        _stop(_as_said_here(command, error), 1)
+
+
+def _as_said_here(command: str, error: Exception) -> str:
+    """The message with the command in front, in the words of the command line."""
+    said = str(error).replace("pass force=True to replace it", "--force replaces it")
+    first, colon, rest = said.partition(": ")
+    return f"emaopt {command}: {rest if colon and first.isidentifier() else said}"
+
+
+@contextlib.contextmanager
+def _progress(doing: str) -> Iterator[Callable[[int, int], Any]]:
+    """A bar on stderr, if that is a terminal; it takes bytes done and in all."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _integers(command: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        _stop(f"emaopt {command}: --steps takes numbers as in 100,200, got {text!r}.", 2)
+
+
+def _written(path: str | pathlib.Path) -> None:
+    Console(soft_wrap=True, highlight=False).print(f"Written: {path}", markup=False)
+
+
+def _warn(message: str) -> None:
+    _to_stderr(f"warning: {message}")
+
+
+def _to_stderr(message: str) -> None:
     line = " ".join(message.split())
     Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    """Prints one line to stderr and exits."""
+    _to_stderr(message)
     raise typer.Exit(code)

@@ -61,7 +61,7 @@ def run(
         or if `out` holds files of these names that no demo wrote.
       OSError: If `out` cannot be written to.
     """
-    import matplotlib  # noqa: F401  # a missing package shows now, not after training
+    import emaopt.plots  # noqa: F401  # a missing package shows now, not after training
 
     out = out.absolute()
     prepare(out)
@@ -280,32 +280,14 @@ def plot(
     steps: np.ndarray, raw: np.ndarray, averaged: np.ndarray, path: pathlib.Path
 ) -> None:
     """Draws the held-out losses [seeds, points]: mean and range over the seeds."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global backend
-    from matplotlib.ticker import LogLocator, NullLocator
+    from emaopt import plots
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    n = len(raw)
-    series = [("raw parameters", raw, "#d1603d"), ("their average", averaged, "#1f5fa8")]
-    for label, losses, color in series:
-        axes.plot(steps, losses.mean(axis=0), color=color, label=label, lw=1.8)
-        if n > 1:
-            low, high = losses.min(axis=0), losses.max(axis=0)
-            axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
-    over = f"mean and range over {n} seeds" if n > 1 else "one seed"
+    axes = plots.curves(plots.new_axes(), steps, raw, averaged)
+    over = f"mean and range over {len(raw)} seeds" if len(raw) > 1 else "one seed"
     axes.set_title(f"Handwritten digits at a constant learning rate: {over}", fontsize=11)
     axes.set_xlabel(f"training step (batches of {BATCH} images)")
     axes.set_ylabel("held-out loss (nats)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(0, steps[-1])
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=200)
+    plots.save(axes, path)
 
 
 def _progress(console: Console) -> Progress:

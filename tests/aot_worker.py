@@ -9,11 +9,13 @@ and a JSON line tells the bytes that it needs on each chip.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
+import aot_averages
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,7 +215,9 @@ def part_bytes(tree):
 
 def main(target, directory):
     params = part_bytes(Training("diloco", "stacked", make_mesh(target)).params)
-    for name, program in programs(target):
+    mesh = make_mesh(target)
+    averaging = aot_averages.programs(mesh)
+    for name, program in itertools.chain(programs(target), averaging):
         (directory / f"{name}.txt").write_text(program.as_text())
         memory = program.memory_analysis()
         line = {
@@ -222,6 +226,7 @@ def main(target, directory):
             "arguments": memory.argument_size_in_bytes,
             "donated": memory.alias_size_in_bytes,
             "temporary": memory.temp_size_in_bytes,
+            "traffic": (program.cost_analysis() or {}).get("bytes accessed"),
         }
         print(json.dumps(line), flush=True)
 

@@ -35,6 +35,7 @@ class Program(NamedTuple):
     arguments: int  # bytes on a chip
     donated: int
     temporary: int
+    traffic: float | None  # bytes that a chip reads and writes; GPUs' compiler tells none
 
 
 @functools.cache
@@ -180,3 +181,59 @@ def test_gates_keep_tpus_from_fusing_gradients_with_their_use_and_do_nothing_on_
         fusions[gate] = len(results(lines, "fusion"))
     assert fusions["GATE_GRAPH"] == fusions["GATE_OP"]
     assert (fusions["GATE_OP"] > fusions["GATE_NONE"]) == ("TPU" in target)
+
+
+# Averages
+
+PARAMS = 2 * 8192 * 32768  # of the model in aot_averages, split over the last axis
+TPUS = [target for target in TARGETS if "TPU" in target]
+# Bytes per parameter beyond Adam's: an average is read and written, and the parameter is
+# read again where XLA does not fuse. A split one is 1 part in 64.
+TRAFFIC = {
+    "average": 8,
+    "averaged": 8,
+    "average in bfloat16": 4,
+    "two averages": 8 + 12,
+    "average every 10": 12,
+    "split average": 12 / 64,
+}
+IN_PLACE = [*TRAFFIC, "split average every 10"]
+
+
+def on_chip(target):
+    return PARAMS / TARGETS[target].shape[-1]
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+@pytest.mark.parametrize("target", TPUS)
+def test_average_adds_its_own_traffic_on_tpus(target, case):
+    adam, with_it = (programs(target)[name].traffic for name in ("adam", case))
+    assert adam / on_chip(target) == pytest.approx(28, abs=0.01)
+    assert (with_it - adam) / on_chip(target) == pytest.approx(TRAFFIC[case], abs=0.7)
+
+
+@pytest.mark.parametrize("target", TPUS)
+def test_adam_and_an_average_are_one_pass_on_tpus(target):
+    lines = programs(target)["average"].always
+    assert len(large(results(lines, "fusion"))) == 4 * 2  # two leaves, all in one each
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+@pytest.mark.parametrize("target", TARGETS)
+def test_average_is_updated_in_place_without_a_collective(target, case):
+    program = programs(target)[case]
+    assert program.arguments - program.donated == 4 * on_chip(target)  # the gradients
+    assert results(program.always + program.branches, COLLECTIVES) == []
+    whole = 4 * on_chip(target)
+    if case == "split average every 10" and "H100" in target:
+        assert program.temporary <= whole / 7.9  # of the average, which XLA copies there
+    else:
+        assert program.temporary < 2**16
+        assert large(results(program.always + program.branches, "copy")) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_average_on_the_host_leaves_the_chip_and_is_staged_there(target):
+    kept, hosted = (programs(target)[n] for n in ("average", "average on the host"))
+    assert kept.arguments - hosted.arguments == 4 * on_chip(target)
+    assert hosted.temporary <= 1.51 * 4 * on_chip(target)

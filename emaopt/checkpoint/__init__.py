@@ -10,12 +10,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import orbax.checkpoint as ocp
 
 from emaopt._swapping import swap_state as swap_state
-from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _trees
+from emaopt.checkpoint._describing import Description as Description
+from emaopt.checkpoint._describing import describe as describe
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
+from emaopt.checkpoint._synthesis import Synthesis as Synthesis
+from emaopt.checkpoint._synthesis import average as average
+from emaopt.checkpoint._synthesis import combine as combine
+from emaopt.checkpoint._synthesis import synthesize as synthesize
 
 
 def save(
@@ -186,22 +191,30 @@ def export_safetensors(
     path: str | os.PathLike,
     out: str | os.PathLike,
     *,
+    weights: str | None = "average",
+    at: str | None = None,
     dtype: Any = None,
     separator: str = "/",
     force: bool = False,
-) -> None:
+    progress: _merging.Progress = lambda done, total: None,
+) -> str:
     """Exports the averaged parameters of a checkpoint to a safetensors file.
 
-    Needs the package safetensors (`emaopt[safetensors]`). The file is written beside its
-    place and renamed, so `out` never holds half of it. The parameters are in host memory
-    meanwhile.
+    Leaf by leaf, as `combine`. The file is written beside its place and renamed, so `out`
+    never holds half of it.
 
     Args:
       path: A checkpoint, as for `load_averaged`.
       out: The file to make.
+      weights: Which, as for `combine`; by default the average.
+      at: Where the parameters stand, as for `combine`.
       dtype: Floating dtype to cast floating arrays to. None: as saved.
       separator: What joins the names of nested parameters.
       force: Replace what stands at `out`.
+      progress: As for `combine`.
+
+    Returns:
+      Which weights they are, in words.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
@@ -215,29 +228,21 @@ def export_safetensors(
       >>> params = {"dense": {"kernel": jnp.ones(2)}}
       >>> path = tempfile.mkdtemp() + "/checkpoint"
       >>> save(path, (params, tx.init(params)))
-      >>> export_safetensors(path, path + ".safetensors")
+      >>> print(export_safetensors(path, path + ".safetensors"))
+      the averages of 1/averaging
       >>> load_file(path + ".safetensors")
       {'dense/kernel': array([1., 1.], dtype=float32)}
     """
-    from safetensors.numpy import save_file
-
-    out = os.path.abspath(os.fspath(out))
-    if os.path.exists(out) and not force:
-        raise FileExistsError(
-            f"export_safetensors: {out} exists; pass force=True to replace it."
-        )
-    tensors = {}
-    for names, leaf in _files.names_of(load_averaged(path, dtype=dtype)).items():
-        name = separator.join(names)
-        if name in tensors:
-            raise ValueError(
-                f"export_safetensors: two parameters are called {name!r} with the "
-                f"separator {separator!r}; choose another."
-            )
-        tensors[name] = np.asarray(leaf)
-    unfinished = f"{out}.unfinished"
-    save_file(tensors, unfinished)
-    os.replace(unfinished, out)
+    found = _selecting.select("export_safetensors", path, weights, at)
+    return _merging.exported(
+        "export_safetensors",
+        found,
+        out,
+        dtype=dtype,
+        separator=separator,
+        force=force,
+        progress=progress,
+    )
 
 
 def average_names(

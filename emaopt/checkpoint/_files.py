@@ -4,9 +4,11 @@ A checkpoint is a tree. Orbax keeps it in one directory, or, as CheckpointManage
 Composite does, in a directory for each of its top-level keys; here both are one tree.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from emaopt._nodes import counter_of, swapped_nodes
 from emaopt._swapping import Names, locate
 
 KEY = "emaopt"  # in custom_metadata
+RECORD = "emaopt_combination"  # there, too, of what `combine` writes
 VERSION = 1
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
@@ -41,6 +44,7 @@ class Files(NamedTuple):
     items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
     saved: dict[Names, Any]  # metadata of every leaf
     marker: Marker | None
+    custom: dict[str, Any]  # custom_metadata of other keys
 
 
 def write_marker(
@@ -99,13 +103,14 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
     directories = _directories(path)
     if not directories:
-        steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+        inside = path.iterdir() if path.is_dir() else ()
+        steps = sorted(int(p.name) for p in inside if p.name.isdigit())
         what = f"It holds the steps {steps}: give one's directory." if steps else (
             "The save was not finished, or its metadata is lost: take another step."
         )  # fmt: skip
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
-    items, saved, marker = {}, {}, _step_metadata(function, path).get(KEY)
+    items, saved, custom = {}, {}, _step_metadata(function, path)
     for prefix, directory in directories.items():
         try:
             metadata = handler.metadata(directory)
@@ -114,10 +119,11 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
                 f"{function}: the metadata in {directory} cannot be read, "
                 f"{_brief(error)}. Take another step."
             ) from error
-        marker = marker or (metadata.custom_metadata or {}).get(KEY)
+        custom = (metadata.custom_metadata or {}) | custom
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
-    files = Files(path, items, saved, _read_marker(function, path, marker))
+    marker = _read_marker(function, path, custom.pop(KEY, None))
+    files = Files(path, items, saved, marker, custom)
     if files.marker and () in items and _is_item(path, files.marker):
         return open_files(function, path.parent)
     return files if files.marker else files._replace(marker=_lost_marker(function, files))
@@ -145,10 +151,22 @@ def _lost_marker(function: str, files: Files) -> Marker | None:
     return None
 
 
+def is_checkpoint(path: Any) -> bool:
+    """Whether anything of a checkpoint's stands there, be it complete or not."""
+    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path))
+
+
 def _directories(path: Any) -> dict[Names, Any]:
     if (path / "_METADATA").exists():
         return {(): path}
-    found = {p.name: p for p in path.iterdir() if (p / "_METADATA").exists()}
+    if not path.is_dir():
+        return {}
+    found = {
+        p.name: p
+        for p in path.iterdir()
+        if (p / "_METADATA").exists()
+        and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
+    }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
         return {(): found[name]}
     return {(name,): found[name] for name in sorted(found)}
@@ -221,9 +239,7 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
     values = {}
     sizes = [size for n in wanted for size in _sizes_of_reads(wanted[n], files.saved[n])]
     limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *(size + 1 for size in sizes)])
-    gigabytes: Any = (
-        limit / 1e9
-    )  # more are under way in Orbax by default than fit in memory
+    gigabytes: Any = limit / 1e9  # Orbax's default is more than fits beside the state
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in names_of(tree)]
@@ -235,13 +251,8 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
         arguments = ocp.args.PyTreeRestore(
             item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
         )
-        try:
+        with explained(function, directory):
             restored = handler.restore(directory, args=arguments)
-        except Exception as error:
-            raise ValueError(
-                f"{function}: {directory} cannot be read, {_brief(error)}. If its files "
-                "are damaged, take another step; nothing was restored from this one."
-            ) from error
         leaves = names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
     return values
@@ -272,6 +283,18 @@ def _sizes_of_reads(plan: Any, saved: Any) -> list[int]:
     ]
 
 
+@contextlib.contextmanager
+def explained(function: str, place: Any) -> Iterator[None]:
+    """Says of what goes wrong in reading where it did."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{function}: {place} cannot be read, {_brief(error)}. If its files are "
+            "damaged, take another step; nothing was restored from this one."
+        ) from error
+
+
 def _brief(error: BaseException) -> str:
     while error.__cause__ is not None:  # the innermost names the file
         error = error.__cause__
@@ -282,6 +305,18 @@ def _brief(error: BaseException) -> str:
 def names_of(tree: Any) -> dict[Names, Any]:
     """The leaves by name, the same in memory and on disk."""
     return dict(leaves_with_keys(tree))
+
+
+def shape(leaf: Any) -> tuple[int, ...]:
+    """The shape that a leaf's metadata tells; text has none."""
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def nbytes(leaf: Any) -> int:
+    """The size in memory of what a leaf's metadata describes."""
+    if not hasattr(leaf, "dtype"):
+        return 0
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def listed(paths: Any) -> str:

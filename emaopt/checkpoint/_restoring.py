@@ -93,7 +93,7 @@ def averages(
     files: _files.Files, target: Any, sharding: Any, dtype: Any, name: str | None
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    params, inside, there = _averages_on_disk(files, name)
+    params, inside, there = averages_on_disk("load_averaged", files, name)
     present = _files.all_leaves(files)
     if target is not None:
         # A model's other variables, which no average is of, may be left out.
@@ -112,11 +112,11 @@ def averages(
     }
     if target is not None:
         return _trees.fill(target, values)
-    return _fill_as_on_disk(files, params, values)
+    return fill_as_on_disk(files, params, values)
 
 
-def _averages_on_disk(
-    files: _files.Files, name: str | None
+def averages_on_disk(
+    function: str, files: _files.Files, name: str | None
 ) -> tuple[Names, Names, dict[Names, Names]]:
     """The names that lead to parameters and average, and where each average stands."""
     present = _files.all_leaves(files)
@@ -127,17 +127,20 @@ def _averages_on_disk(
             )
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
         return params, (*files.marker.average, files.marker.field), there
+    if name is None and _files.RECORD in files.custom:
+        params = tuple(files.custom[_files.RECORD]["params"])
+        return params, params, {n[len(params) :]: n for n in present}
     tree = _files.whole_tree(files)
     if not served_nodes(tree, name):
-        refuse_unknown_name("load_averaged", tree, name)
+        refuse_unknown_name(function, tree, name)
         raise ValueError(
-            f"load_averaged: {files.path} holds no average: its parameters are raw. Load "
+            f"{function}: {files.path} holds no average: its parameters are raw. Load "
             "them with orbax.checkpoint.StandardCheckpointer."
         )
     if files.marker is not None:
         # Not the one that stands under the names: look for it as if none did.
         tree, _ = _trees.raw(jax.tree.map(_trees.as_array, tree))
-    where = locate("load_averaged", tree, name)
+    where = locate(function, tree, name)
     inside = (*where.average, where.field)
     there = {}
     for logical, place in _files.logical_names(files).items():
@@ -185,11 +188,11 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
     return {names: want(names, leaf) for names, leaf in saved.items()}
 
 
-def _fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
+def fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
     """The values in the nested dicts and lists that Orbax keeps the parameters in."""
     tree = _files.whole_tree(files)
     for name in prefix:
-        tree = _child(tree, name)
+        tree = child(tree, name)
     filled = jax.tree.map(lambda leaf: leaf, tree)  # a copy of the containers
     if not isinstance(filled, (dict, list)):
         return values[()]
@@ -198,7 +201,7 @@ def _fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
     return filled
 
 
-def _child(tree: Any, name: str) -> Any:
+def child(tree: Any, name: str) -> Any:
     return tree[_key(tree, name)]
 
 
@@ -210,7 +213,7 @@ def _key(tree: Any, name: str) -> Any:
 
 def _put(tree: Any, names: Names, value: Any) -> None:
     for name in names[:-1]:
-        tree = _child(tree, name)
+        tree = child(tree, name)
     key = _key(tree, names[-1])
     if isinstance(tree[key], dict) and set(tree[key]) == {"value"}:  # a Flax variable
         tree, key = tree[key], "value"

@@ -1,0 +1,71 @@
+"""Linear combinations of trees of weights, on the host."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BLOCK = 1 << 15  # elements at a time
+
+
+def combine(trees: Iterable[Any], coefficients: Any) -> Any:
+    """Returns Σ_i c_i tree_i, summed in float64 on the host.
+
+    Args:
+      trees: Trees of arrays, alike; an iterator will do, one is held at a time.
+      coefficients: float [n]. A tree whose coefficient is 0 is not looked at, so that its
+        NaN do not matter.
+
+    Returns:
+      A tree of NumPy arrays in the leaves' dtypes. Leaves that are not floating (step
+      counters, keys) are the last tree's.
+
+    Raises:
+      ValueError: If the trees differ in structure, shapes or dtypes, or are not n.
+
+    Example:
+      >>> print(combine([{"w": np.zeros(2)}, {"w": np.ones(2)}], [0.25, 0.75]))
+      {'w': array([0.75, 0.75])}
+    """
+    sums, like, last = [], None, None
+    for tree, coefficient in zip(trees, coefficients, strict=True):
+        leaves, treedef = jax.tree.flatten(tree)
+        kinds = treedef, [(np.shape(x), _dtype(x)) for x in leaves]
+        if like is None:
+            like, sums = kinds, [weighted_sum(*kind) for kind in kinds[1]]
+        if kinds != like:
+            raise ValueError(f"combine: the trees differ: {like} and {kinds}.")
+        for total, leaf in zip(sums, leaves, strict=True):
+            add(total, leaf, coefficient)
+        last = leaves
+    if like is None or last is None:
+        raise ValueError("combine: give at least one tree.")
+    done = [
+        leaf if total is None else total.astype(dtype).reshape(shape)
+        for total, leaf, (shape, dtype) in zip(sums, last, like[1], strict=True)
+    ]
+    return jax.tree.unflatten(like[0], done)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def weighted_sum(shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    """Zeros to `add` leaves to, flat in double precision; None if they have no sums."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
+    return np.zeros(int(np.prod(shape)), wide)
+
+
+def add(total: np.ndarray | None, leaf: Any, coefficient: float) -> None:
+    """Adds a leaf times its coefficient in place, with a buffer of one block."""
+    if total is None or coefficient == 0:
+        return
+    flat = np.asarray(leaf).reshape(-1)
+    for i in range(0, flat.size, _BLOCK):
+        part = slice(i, i + _BLOCK)
+        total[part] += coefficient * flat[part].astype(total.dtype)

@@ -1,0 +1,95 @@
+"""What a checkpoint holds, in numbers and names; arrays are not read."""
+
+import os
+from typing import Any, NamedTuple
+
+from emaopt._profiles import decay_of
+from emaopt._weights import WeightSummary, decay_weights, weight_summary
+from emaopt.checkpoint import _files, _selecting, _synthesis
+
+
+class Leaf(NamedTuple):
+    """An array on disk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int  # in memory
+
+
+class AverageDescription(NamedTuple):
+    """An average in a checkpoint."""
+
+    name: str
+    num_updates: int
+    served: bool  # whether it stands under the parameters' names
+    summary: WeightSummary | None  # of its profile, if its name says its decay
+
+
+class Description(NamedTuple):
+    """What `describe` finds."""
+
+    path: str
+    parameters: str  # the names that lead to them, joined with "/"
+    served: str  # which weights stand there, in words
+    leaves: list[Leaf]
+    averages: list[AverageDescription]
+    record: dict[str, Any]  # what a combination was made of, else empty
+    nbytes_on_disk: int
+
+
+def describe(path: str | os.PathLike) -> Description:
+    """Describes a checkpoint: its arrays, its averages, and what is served.
+
+    Reads metadata and step counters.
+
+    Args:
+      path: A checkpoint, as for `load_averaged`, or any of Orbax's.
+
+    Returns:
+      A `Description`. The summary of an average is that of its decay without `every` and
+      `start`, which no checkpoint tells.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at `path`.
+      ValueError: If it is not complete or damaged.
+
+    Example:
+      >>> import emaopt, jax.numpy as jnp, optax, tempfile
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = {"w": jnp.ones(2)}
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> emaopt.checkpoint.save(path, {"params": params, "opt_state": tx.init(params)})
+      >>> print(describe(path).served)
+      the averages of opt_state/averaging
+    """
+    weights = _selecting.select("describe", path, None)
+    files = weights.files
+    leaves = []
+    for names, leaf in _files.all_leaves(files).items():
+        kind = str(getattr(leaf, "dtype", "text"))
+        shape, size = _files.shape(leaf), _files.nbytes(leaf)
+        leaves.append(Leaf("/".join(names), kind, shape, size))
+    averages = []
+    for one in _selecting.averages_in(files):
+        updates = _synthesis.updates("describe", files, one)
+        summary = None
+        if (spec := _selecting.decay_said(one.names)) is not None:
+            profile = decay_weights(decay_of(spec), updates, debias=one.debias)
+            summary = weight_summary(profile)
+        name = "/".join(one.names)
+        averages.append(AverageDescription(name, updates, one.served, summary))
+    return Description(
+        str(files.path),
+        "/".join(weights.prefix),
+        weights.said,
+        leaves,
+        averages,
+        files.custom.get(_files.RECORD, {}),
+        _size(files.path),
+    )
+
+
+def _size(path: Any) -> int:
+    """The bytes of the files in a directory."""
+    return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length

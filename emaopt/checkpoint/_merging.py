@@ -1,0 +1,219 @@
+"""Combinations of checkpoints, and the export of one, leaf by leaf."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from emaopt._combining import add, weighted_sum
+from emaopt.checkpoint import _files, _selecting, _streaming
+from emaopt.checkpoint._files import Names
+from emaopt.checkpoint._selecting import Weights
+
+Progress = Callable[[int, int], Any]  # bytes done, bytes in all
+
+_SAFETENSORS = {
+    np.dtype(kind): name
+    for kind, name in {
+        np.bool_: "BOOL",
+        np.uint8: "U8",
+        np.int8: "I8",
+        jnp.float8_e4m3fn: "F8_E4M3",
+        jnp.float8_e5m2: "F8_E5M2",
+        np.uint16: "U16",
+        np.int16: "I16",
+        np.float16: "F16",
+        jnp.bfloat16: "BF16",
+        np.uint32: "U32",
+        np.int32: "I32",
+        np.float32: "F32",
+        np.uint64: "U64",
+        np.int64: "I64",
+        np.float64: "F64",
+        np.complex64: "C64",
+    }.items()
+}
+
+
+def combined(
+    function: str,
+    weights: Sequence[Weights],
+    coefficients: np.ndarray,
+    out: str | os.PathLike,
+    *,
+    force: bool,
+    record: dict[str, Any],
+    progress: Progress,
+    report: Callable[[str], Any],
+) -> None:
+    """Writes Σ_i c_i weights_i as a checkpoint of the parameters alone.
+
+    The last one is the newest: what is not averaged is taken from it.
+    """
+    _selecting.check_alike(function, weights)
+    place = _files.absolute(out)
+    if place.exists() and not force:
+        raise ValueError(
+            f"{function}: {place} already exists; pass force=True to replace it."
+        )
+    newest = weights[-1]
+    empty = newest.files.marker.empty if newest.files.marker else {}
+    names = [n for n, there in newest.places.items() if there not in empty]
+    if not names:
+        raise ValueError(f"{function}: {newest.files.path} holds no weights.")
+    opened = {
+        i: _streaming.stored(function, one.files, [one.places[n] for n in names])
+        for i, one in enumerate(weights)
+        if coefficients[i] != 0 or one is newest
+    }
+    leaves = opened[len(weights) - 1]
+    summed = [
+        weighted_sum(leaf.shape, leaf.dtype) is not None and name not in newest.kept
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    arrays = _sums(function, names, opened, summed, coefficients, progress, report)
+    pending = {
+        n: _streaming.Pending(n, leaf.shape, leaf.dtype)
+        for n, leaf in zip(names, leaves, strict=True)
+    }
+    nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}
+    written = _files.replacement(place) if place.exists() else place
+    _streaming.write(
+        written,
+        _selecting.containers(newest, pending | nothing),
+        arrays,
+        {
+            _files.RECORD: {
+                "version": _files.VERSION,
+                "params": list(newest.prefix),
+                "weights": newest.said,
+                "checkpoints": [str(one.files.path) for one in weights],
+                "coefficients": [float(c) for c in coefficients],
+                **record,
+            }
+        },
+    )
+    if written != place:
+        _files.replace(place)
+
+
+def _sums(
+    function: str,
+    names: Sequence[Names],
+    opened: dict[int, list[_streaming.Stored]],
+    summed: Sequence[bool],
+    coefficients: np.ndarray,
+    progress: Progress,
+    report: Callable[[str], Any],
+) -> Iterator[dict[Names, np.ndarray]]:
+    """The leaves of the combination, batch by batch, while the next ones are read."""
+    newest = max(opened)
+    leaves = opened[newest]
+
+    def wanted(i: int, batch: list[int]) -> list[int]:
+        """The leaves of a batch that are read from checkpoint i."""
+        return [k for k in batch if (coefficients[i] if summed[k] else i == newest) != 0]
+
+    plan = [(i, wanted(i, b)) for b in _streaming.batches(leaves) for i in opened]
+    total = sum(leaves[k].nbytes for _, rows in plan for k in rows)
+    arrays = _streaming.prefetched(
+        functools.partial(_streaming.read, function, [opened[i][k] for k in rows])
+        for i, rows in plan
+    )
+    done = 0
+    for batch in _streaming.batches(leaves):
+        sums = {k: weighted_sum(leaves[k].shape, leaves[k].dtype) for k in batch}
+        values = {}
+        for i in opened:
+            for k, array in zip(wanted(i, batch), next(arrays), strict=True):
+                if summed[k]:
+                    add(sums[k], array, coefficients[i])
+                else:
+                    values[k] = array
+                done += leaves[k].nbytes
+            progress(done, total)
+        for k in batch:
+            if (wide := sums.pop(k)) is not None and summed[k]:
+                with np.errstate(over="ignore"):
+                    values[k] = wide.astype(leaves[k].dtype).reshape(leaves[k].shape)
+                if not np.isfinite(values[k]).all():
+                    report(f"{'/'.join(names[k])} holds values that are not finite")
+        yield {names[k]: values[k] for k in batch}
+
+
+def exported(
+    function: str,
+    weights: Weights,
+    out: str | os.PathLike,
+    *,
+    dtype: Any,
+    separator: str,
+    force: bool,
+    progress: Progress,
+) -> str:
+    """Writes weights as a safetensors file: its header and the arrays, one after another.
+
+    References:
+      https://github.com/huggingface/safetensors#format
+    """
+    out = os.path.abspath(os.fspath(out))
+    if os.path.exists(out) and not force:
+        raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
+    if dtype is not None and not jnp.issubdtype(dtype := jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"{function}: dtype must be floating, got {dtype!r}.")
+    empty = weights.files.marker.empty if weights.files.marker else {}
+    full = [n for n, there in weights.places.items() if there not in empty]
+    leaves = _streaming.stored(function, weights.files, [weights.places[n] for n in full])
+    kinds = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(full, leaves, strict=True)}
+    for names in weights.places.keys() - set(full):
+        nothing = empty[weights.places[names]]
+        kinds[names] = nothing.shape, nothing.dtype
+
+    header, end = {}, 0
+    for names, (shape, kind) in kinds.items():
+        if dtype is not None and jnp.issubdtype(kind, jnp.floating):
+            kind = dtype
+        if kind not in _SAFETENSORS:
+            raise ValueError(
+                f"{function}: safetensors has no {kind}; {'/'.join(names)} is."
+            )
+        name = separator.join(names)
+        if name in header:
+            raise ValueError(
+                f"{function}: two parameters are called {name!r} with the separator "
+                f"{separator!r}; choose another."
+            )
+        begin, end = end, end + int(np.prod(shape)) * kind.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS[kind],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    batches = list(_streaming.batches(leaves))
+    arrays = _streaming.prefetched(
+        functools.partial(_streaming.read, function, [leaves[k] for k in batch])
+        for batch in batches
+    )
+    done, unfinished = 0, f"{out}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for batch, values in zip(batches, arrays, strict=True):
+                for k, array in zip(batch, values, strict=True):
+                    kind = array.dtype
+                    if dtype is not None and jnp.issubdtype(kind, jnp.floating):
+                        array = array.astype(dtype)
+                    np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+                    done += leaves[k].nbytes
+                progress(done, sum(leaf.nbytes for leaf in leaves))
+        os.replace(unfinished, out)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+    return weights.said

@@ -1,0 +1,177 @@
+"""Which leaves of a checkpoint are weights, and which checkpoints a run has."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from emaopt._nodes import (
+    as_state,
+    average_nodes,
+    counter_of,
+    is_swapped,
+    served_nodes,
+)
+from emaopt._profiles import says_decay
+from emaopt._swapping import locate
+from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint._files import Names, listed, names_of
+
+
+class Weights(NamedTuple):
+    """Weights in a checkpoint: the served ones, the raw ones, or an average."""
+
+    files: _files.Files
+    prefix: Names  # the names that lead to the parameters
+    places: dict[Names, Names]  # name below the prefix -> name on disk
+    kept: frozenset[Names]  # of these, what is no average where one is asked for
+    said: str  # which they are, in words
+
+
+def select(
+    function: str, path: str | os.PathLike, which: str | None, at: str | None = None
+) -> Weights:
+    """Finds weights in a checkpoint.
+
+    Args:
+      which: None: what stands under the parameters' names. "raw": the raw parameters.
+        "average": the only average. Else the average of that name.
+      at: The way to the parameters, if they stand elsewhere: "model/params".
+    """
+    files = _files.open_files(function, path)
+    present = _files.all_leaves(files)
+    logical = _files.logical_names(files)
+    if which not in (None, "raw"):
+        name = None if which == "average" else which
+        prefix, inside, places = _restoring.averages_on_disk(function, files, name)
+        kept = frozenset(n for n in places if inside + n not in present)
+        said = f"the averages of {'/'.join(inside[:-1]) or 'the state'}"
+        return Weights(files, prefix, places, kept, said)
+    prefix = tuple(at.split("/")) if at else _parameters(function, files)
+    names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]
+    if not present:
+        raise ValueError(f"{function}: {files.path} holds no arrays.")
+    if not names:
+        tops = sorted({n[0] for n in present if n})
+        raise ValueError(
+            f"{function}: {files.path} has nothing at {'/'.join(prefix)!r}; at the top "
+            f"stand {', '.join(tops)}."
+        )
+    if which == "raw":
+        places = {n: logical[prefix + n] for n in names}
+        return Weights(files, prefix, places, frozenset(), "the raw parameters")
+    places = {n: prefix + n for n in names}
+    said = f"the arrays at {'/'.join(prefix)}" if prefix else "all arrays"
+    if files.marker is not None and files.marker.params == prefix:
+        what = "center" if files.marker.field == "center" else "averages"
+        said = f"the {what} of {'/'.join(files.marker.average) or 'the state'}"
+    elif _files.RECORD in files.custom:
+        said = f"a combination of {files.custom[_files.RECORD]['weights']}"
+    elif served_nodes(_files.whole_tree(files)):
+        said = "the raw parameters"
+    return Weights(files, prefix, places, frozenset(), said)
+
+
+def _parameters(function: str, files: _files.Files) -> Names:
+    """The names that lead to the parameters: the average's own, "params", or none."""
+    if files.marker is not None:
+        return files.marker.params
+    if _files.RECORD in files.custom:
+        return tuple(files.custom[_files.RECORD]["params"])
+    tree = _files.whole_tree(files)
+    for names in served_nodes(tree):
+        return locate(function, tree, None, names).params
+    return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
+
+
+def check_alike(function: str, weights: Sequence[Weights]) -> None:
+    """Raises unless all have the same names, shapes and dtypes as the first."""
+    first, *others = weights
+    for other in others:
+        here, there = _kinds(first), _kinds(other)
+        both = f"{first.files.path} and {other.files.path}"
+        if only := here.keys() ^ there.keys():
+            sides = [
+                f"only {side.files.path} has {listed(only & kinds.keys())}"
+                for side, kinds in ((first, here), (other, there))
+                if only & kinds.keys()
+            ]
+            raise ValueError(f"{function}: {both} differ: {'; '.join(sides)}.")
+        for names, kind in here.items():
+            if kind != there[names]:
+                where = "/".join(first.prefix + names)
+                raise ValueError(
+                    f"{function}: {both} differ: {where} is {_kind(kind)} in the one and "
+                    f"{_kind(there[names])} in the other."
+                )
+
+
+def _kinds(weights: Weights) -> dict[Names, tuple]:
+    present = _files.all_leaves(weights.files)
+    return {
+        n: (_files.shape(present[there]), str(getattr(present[there], "dtype", "text")))
+        for n, there in weights.places.items()
+    }
+
+
+def _kind(kind: tuple) -> str:
+    return f"{kind[1]} of shape {kind[0]}"
+
+
+def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:
+    """The steps of a run by number, and the names of those that were not finished."""
+    steps, unfinished = {}, []
+    for path in sorted(directory.iterdir(), key=lambda path: path.name):
+        if not path.is_dir():
+            continue
+        if ".orbax-checkpoint-tmp" in path.name:
+            unfinished.append(path.name)
+        elif (step := step_of(path)) is not None:
+            steps[step] = path
+    return dict(sorted(steps.items())), unfinished
+
+
+def step_of(path: Any) -> int | None:
+    """The number that a directory's name is, or ends in after "_" or "-"."""
+    found = re.fullmatch(r"(?:.*[_-])?(\d+)", path.name)
+    return int(found[1]) if found else None
+
+
+class Average(NamedTuple):
+    """An average in a checkpoint."""
+
+    names: Names  # that lead to its state
+    counter: Names  # where its num_updates stands
+    debias: bool
+    served: bool  # whether it stands under the parameters' names
+
+
+def averages_in(files: _files.Files) -> list[Average]:
+    """The averages in a checkpoint."""
+    found = []
+    for names, node in average_nodes(_files.whole_tree(files)).items():
+        swapped = is_swapped(node)
+        counter = (*names, counter_of("average", swapped))
+        debias = names_of(as_state(node).weight) != {}
+        found.append(Average(names, counter, debias, swapped))
+    return found
+
+
+def decay_said(names: Names) -> str | None:
+    """The last of the names of an average that says its decay, such as "power:0.1"."""
+    return next((name for name in reversed(names) if says_decay(name)), None)
+
+
+def containers(weights: Weights, values: dict[Names, Any]) -> Any:
+    """The values under the original names, in the containers on disk.
+
+    Arrays of size 0 become None, which Orbax can store.
+    """
+    filled: Any = _restoring.fill_as_on_disk(weights.files, weights.prefix, values)
+    for i in reversed(range(len(weights.prefix))):
+        parent = _files.whole_tree(weights.files)
+        for name in weights.prefix[:i]:
+            parent = _restoring.child(parent, name)
+        first = isinstance(parent, (list, tuple)) and weights.prefix[i] == "0"
+        filled = [filled] if first else {weights.prefix[i]: filled}
+    return _trees.without_empty(filled)

@@ -1,0 +1,181 @@
+"""Leaf by leaf from Orbax's files and into them, in bounded memory.
+
+Orbax restores and saves whole trees. But what a leaf is read or written by is a
+`TypeHandler`, and Orbax takes other handlers for other types. The one for `_Opened`
+reads nothing and keeps what Orbax would read by; the one for `Pending` takes arrays as
+they come, a few at a time. What is written are Orbax's files of NumPy arrays.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from emaopt.checkpoint import _files
+from emaopt.checkpoint._files import Names, names_of
+
+BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
+_AHEAD = 2  # batches that are read while another is used
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """A leaf on disk."""
+
+    info: Any  # what Orbax reads it by
+    path: Any  # of the checkpoint
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class Pending:
+    """A leaf that is to be written."""
+
+    def __init__(self, names: Names, shape: tuple[int, ...], dtype: np.dtype):
+        self.names, self.shape, self.dtype = names, shape, dtype
+        self.size = int(np.prod(shape))
+        self.nbytes = self.size * dtype.itemsize
+
+
+def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[Stored]:
+    """Opens the wanted leaves; their arrays are not read."""
+    wanted, found = list(wanted), {}
+    if text := [n for n in wanted if not hasattr(files.saved[n], "dtype")]:
+        raise ValueError(
+            f"{function}: {files.path} holds text at {_files.listed(text)}, not arrays "
+            "alone."
+        )
+    handler = _handler(_Opened, _Opening())
+    for prefix, (directory, tree) in files.items.items():
+        if not any(names[: len(prefix)] == prefix for names in wanted):
+            continue
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_Opened), tree)
+        with _files.explained(function, directory):
+            opened = handler.restore(
+                directory, args=ocp.args.PyTreeRestore(restore_args=arguments)
+            )
+        found |= {prefix + names: info for names, info in names_of(opened).items()}
+    return [
+        Stored(
+            found[names].info,
+            files.path,
+            tuple(files.saved[names].shape),
+            np.dtype(files.saved[names].dtype),
+        )
+        for names in wanted
+    ]
+
+
+def batches(leaves: Sequence[Any]) -> Iterator[list[int]]:
+    """The positions of leaves, in turn, by as many as make a batch; at least one."""
+    batch, size = [], 0
+    for i, leaf in enumerate(leaves):
+        if batch and size + leaf.nbytes > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(i)
+        size += leaf.nbytes
+    if batch:
+        yield batch
+
+
+def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
+    """Reads leaves at once. Not where an event loop runs: `prefetched` has threads."""
+    handler = ocp.type_handlers.NumpyHandler()
+    arguments = [ocp.RestoreArgs()] * len(leaves)
+    with _files.explained(function, leaves[0].path):
+        read = handler.deserialize([leaf.info for leaf in leaves], arguments)
+        return list(asyncio.run(read))  # pyright: ignore[reportArgumentType]
+
+
+def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What the calls return, in turn, while those that follow run in threads."""
+    running = deque()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        for call in calls:
+            running.append(pool.submit(call))
+            if len(running) > _AHEAD:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def write(
+    path: Any,
+    tree: Any,
+    arrays: Iterator[dict[Names, np.ndarray]],
+    custom_metadata: dict[str, Any],
+) -> None:
+    """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
+
+    Orbax writes into a temporary directory and renames it; after an error nothing of it
+    is left.
+    """
+    handler = _handler(Pending, _Writing(arrays))
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(_remove_unfinished, path)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(
+                path,
+                args=ocp.args.PyTreeSave(tree),
+                force=True,
+                custom_metadata=custom_metadata,
+            )
+
+
+class _Opening(ocp.type_handlers.NumpyHandler):
+    """Restores what a leaf is read by, in the place of its array."""
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
+        del args
+        return [_Opened(info) for info in infos]
+
+
+def _handler(kind: type, by: Any) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, with a type of ours; it warns if it knows no others."""
+    stock = jax.Array, ocp.type_handlers.ArrayHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(stock, (kind, by))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+class _Opened:
+    size, dtype = 0, np.dtype(np.uint8)  # Orbax adds up what it has read
+
+    def __init__(self, info: Any):
+        self.info = info
+
+
+class _Writing(ocp.type_handlers.NumpyHandler):
+    """Writes a batch while the next one is made, and no more."""
+
+    def __init__(self, arrays: Iterator[dict[Names, np.ndarray]]):
+        super().__init__()
+        self._arrays = arrays
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        where = {value.names: i for i, value in enumerate(values)}
+        futures: Any = []
+        for batch in self._arrays:
+            for future in futures:
+                future.result()
+            rows = [where[names] for names in batch]
+            futures = await super().serialize(
+                list(batch.values()), [infos[i] for i in rows], [args[i] for i in rows]
+            )
+        return futures
+
+
+def _remove_unfinished(path: Any) -> None:
+    for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+        left.rmtree()

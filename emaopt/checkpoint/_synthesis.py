@@ -1,0 +1,385 @@
+"""Averages made after training, from the checkpoints of a run."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from emaopt._profiles import BadProfile, decay_of, merge_weights, weights_of
+from emaopt._weights import decay_weights
+from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _streaming
+from emaopt.checkpoint._merging import Progress
+from emaopt.posthoc import Recorded, Solution, solve_recorded
+
+
+def combine(
+    paths: Sequence[str | os.PathLike],
+    coefficients: Any,
+    out: str | os.PathLike,
+    *,
+    weights: str | None = None,
+    at: str | None = None,
+    force: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+    report: Callable[[str], Any] = _restoring.log_warning,
+) -> None:
+    """Writes Σ_i c_i θ_i of the weights in several checkpoints, as a checkpoint.
+
+    It goes leaf by leaf: memory holds a few arrays, or about 100 MB of small ones, not a
+    model. Sums are in float64, the result has the leaves' dtypes. What is not floating
+    (step counters) is taken from the last checkpoint; what weighs 0 is not read.
+
+    The result is a checkpoint of Orbax's of the parameters alone, under their original
+    names, as NumPy arrays, so that it restores on any devices. `load_averaged` reads it,
+    too. custom_metadata["emaopt_combination"] says what it was made of.
+
+    Args:
+      paths: Checkpoints of emaopt's or of Orbax's, oldest first; of a CheckpointManager,
+        directories of steps.
+      coefficients: float [n].
+      out: Directory to make. It never holds half a checkpoint.
+      weights: None: what stands under the parameters' names, in a checkpoint of emaopt's
+        the averages. "raw": the raw parameters. "average": the only average, wherever it
+        stands. Else the average of that name.
+      at: The names that lead to the parameters, as in "model/params". None: found by the
+        average of them, or "params", or all of the checkpoint.
+      force: Replace what stands at `out`, as `save` does.
+      custom_metadata: Further entries for the record.
+      progress: Called with the bytes that are read and those that there are.
+      report: Called with a sentence for each leaf that comes out with NaN or inf.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at a path.
+      ValueError: If checkpoints differ in names, shapes or dtypes (both are named), are
+        not complete or damaged, do not hold the weights; or if `out` exists.
+
+    Example:
+      >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
+      >>> run = tempfile.mkdtemp()
+      >>> with ocp.StandardCheckpointer() as checkpointer:
+      ...     for step in (1, 2):
+      ...         params = {"w": jnp.full(2, step, jnp.float32)}
+      ...         checkpointer.save(f"{run}/{step}", {"params": params})
+      >>> combine([f"{run}/1", f"{run}/2"], [0.5, 0.5], f"{run}/mean")
+      >>> with ocp.StandardCheckpointer() as checkpointer:
+      ...     print(checkpointer.restore(f"{run}/mean")["params"])
+      {'w': array([1.5, 1.5], dtype=float32)}
+    """
+    coefficients = np.asarray(coefficients, np.float64)
+    if not len(paths) or coefficients.shape != (len(paths),):
+        raise ValueError(
+            f"combine: give a coefficient for each checkpoint, got {len(paths)} of these "
+            f"and coefficients of shape {coefficients.shape}."
+        )
+    if not np.all(np.isfinite(coefficients)):
+        raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
+    _merging.combined(
+        "combine",
+        [_selecting.select("combine", path, weights, at) for path in paths],
+        coefficients,
+        out,
+        force=force,
+        record=custom_metadata or {},
+        progress=progress,
+        report=report,
+    )
+
+
+def average(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    profile: str = "uniform",
+    steps: Sequence[int] | None = None,
+    weights: str | None = None,
+    at: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+    report: Callable[[str], Any] = _restoring.log_warning,
+) -> dict[str, float]:
+    """Averages checkpoints of a run, instead of a decay of its learning rate.
+
+    Profiles:
+      "uniform": all alike, as LAWA and PMA do.
+      "linear:f", "cosine:f", "1-sqrt:f": as if the learning rate had been brought to 0 in
+        that way over the last fraction f of the run, as WSM does
+        (`posthoc.annealing_weights`). Without ":f", from the oldest checkpoint on.
+      "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": as near to
+        that average of all the steps up to the newest as these checkpoints allow.
+    All but the first weigh the steps of training; `posthoc.checkpoint_weights` brings
+    that to the checkpoints.
+
+    Args:
+      paths: Checkpoints, or directories of a CheckpointManager: all its steps. In the
+        order of their steps if these are known, else oldest first.
+      out: Directory to make, as for `combine`.
+      profile: One of the above.
+      steps: The step of each path. None: the numbers in which the paths end.
+      weights: As for `combine`, as are the other arguments.
+
+    Returns:
+      {checkpoint: its weight}, oldest first.
+
+    Raises:
+      FileNotFoundError, ValueError: As `combine` does; if the profile is none, or needs
+        steps and there are none, or two checkpoints have the same.
+
+    Example:
+      >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
+      >>> run = tempfile.mkdtemp()
+      >>> with ocp.StandardCheckpointer() as checkpointer:
+      ...     for step in (100, 200, 300):
+      ...         checkpointer.save(f"{run}/{step}", {"params": jnp.ones(2)})
+      >>> weights = average([run], f"{run}/mean", profile="linear")
+      >>> print(*[f"{weight:.2f}" for weight in weights.values()])
+      0.25 0.50 0.25
+
+    References:
+      Kaddour, 2022, Stop wasting my time! Saving days of ImageNet and BERT training with
+      latest weight averaging, https://arxiv.org/abs/2209.14981
+      Li et al., 2025, Model merging in pre-training of large language models,
+      https://arxiv.org/abs/2505.12082
+      Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
+      https://arxiv.org/abs/2507.17634
+    """
+    found, numbers = _ordered("average", paths, steps, report)
+    try:
+        coefficients = merge_weights(profile, len(found), numbers)
+    except BadProfile as error:
+        raise BadProfile(f"average: {error}") from None
+    _merging.combined(
+        "average",
+        [_selecting.select("average", path, weights, at) for path in found],
+        coefficients,
+        out,
+        force=force,
+        record={"profile": profile},
+        progress=progress,
+        report=report,
+    )
+    pairs = zip(found, coefficients, strict=True)
+    return {str(path): float(coefficient) for path, coefficient in pairs}
+
+
+class Synthesis(NamedTuple):
+    """What `synthesize` made, and of what."""
+
+    solution: Solution
+    step: int  # the number of updates at which the run's average is meant
+    snapshots: list[tuple[str, str, int]]  # checkpoint, average, its number of updates
+
+
+def synthesize(
+    directory: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    target: Any,
+    step: int | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    every: int = 1,
+    start: int = 0,
+    rcond: float | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+    report: Callable[[str], Any] = _restoring.log_warning,
+) -> Synthesis:
+    """Synthesizes an average that was not recorded, from snapshots of those that were.
+
+    The checkpoints of a run hold averages of known decays; `posthoc.solve_recorded` says
+    how to combine them. What an average is, its name says: a member of an
+    `optax.named_chain` called "power:0.05" or "ema:0.999"; `recorded` says it for others.
+    How many updates it had is in the checkpoint.
+
+    Args:
+      directory: Of a CheckpointManager, or any that holds checkpoints whose names end in
+        numbers.
+      out: Directory to make, as for `combine`.
+      target: The average to make: a decay, its name such as "power:0.1" or "cosine:0.2",
+        or the weight of every iterate, float [T+1].
+      step: The number of updates at which it is meant. None: those of the newest
+        snapshot, or T.
+      recorded: {name of an average, as for `get_average`: its decay, or its name}. No
+        others are used then.
+      every, start: What the recorded averages were made with.
+      rcond: As for `posthoc.solve`.
+      force, progress, report: As for `combine`.
+
+    Returns:
+      A `Synthesis`. See to its residual and noise gain.
+
+    Raises:
+      FileNotFoundError, ValueError: As `combine` does; if there are no averages of known
+        decays, or not the same ones in all checkpoints.
+
+    Example:
+      >>> import emaopt, jax.numpy as jnp, optax, tempfile, orbax.checkpoint as ocp
+      >>> tx = optax.named_chain(
+      ...     ("sgd", optax.sgd(0.1)),
+      ...     ("power:0.05", emaopt.average_params(emaopt.power_decay(sigma_rel=0.05))),
+      ...     ("power:0.1", emaopt.average_params(emaopt.power_decay(sigma_rel=0.1))),
+      ... )
+      >>> params, run = {"w": jnp.ones(2)}, tempfile.mkdtemp()
+      >>> opt_state = tx.init(params)
+      >>> with ocp.CheckpointManager(run) as manager:
+      ...     for step in range(1, 41):
+      ...         updates, opt_state = tx.update(params, opt_state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...         if step % 4 == 0:
+      ...             state = {"params": params, "opt_state": opt_state}
+      ...             saved = manager.save(step, args=ocp.args.StandardSave(state))
+      >>> made = synthesize(run, run + "/wide", target="power:0.15")
+      >>> print(len(made.snapshots), made.solution.residual < 0.05)
+      20 True
+
+    References:
+      Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696
+    """
+    name = "synthesize"
+    _target(name, target, 1)  # whether it is a profile at all
+    found, _ = _ordered(name, [directory], None, report)
+    decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
+    names: dict[str, Any] = {}
+    snapshots: dict[str, list[tuple[int, Any]]] = {}
+    first = None
+    for path in found:
+        files = _files.open_files(name, path)
+        averages = _known(name, files, decays)
+        if first is None:
+            first, names = files.path, {n: decay for n, (decay, _) in averages.items()}
+        if averages.keys() != names.keys():
+            raise ValueError(
+                f"{name}: {first} and {files.path} differ: averages of known decay are "
+                f"{', '.join(names)} in the one and {', '.join(averages)} in the other."
+            )
+        for n, (_, one) in averages.items():
+            snapshots.setdefault(n, []).append((updates(name, files, one), one))
+    options = {
+        n: Recorded(
+            names[n],
+            [count for count, _ in taken],
+            every=every,
+            start=start,
+            debias=taken[0][1].debias,
+        )
+        for n, taken in snapshots.items()
+    }
+    newest = max(taken[-1][0] for taken in snapshots.values())
+    wanted = _target(name, target, newest if step is None else step)
+    solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
+    sources = [
+        (path, n, count)
+        for n in snapshots
+        for path, (count, _) in zip(found, snapshots[n], strict=True)
+    ]
+    # Oldest first: what is not averaged is the newest checkpoint's.
+    order = sorted(range(len(sources)), key=lambda i: sources[i][2])
+    chosen = {}
+    for path, n, _ in sources:
+        chosen[path, n] = _selecting.select(name, path, n)
+    _merging.combined(
+        name,
+        [chosen[sources[i][:2]] for i in order],
+        solution.coefficients[order],
+        out,
+        force=force,
+        record={
+            "target": target if isinstance(target, (str, float)) else repr(target),
+            "step": len(wanted) - 1,
+            "averages": [sources[i][1] for i in order],
+            "residual": solution.residual,
+            "noise_gain": solution.noise_gain,
+        },
+        progress=progress,
+        report=report,
+    )
+    said = [(str(path), n, count) for path, n, count in sources]
+    return Synthesis(solution, len(wanted) - 1, said)
+
+
+def _ordered(
+    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
+) -> tuple[list[Any], list[int] | None]:
+    """The checkpoints, oldest first, and their steps if all have one."""
+    found = []
+    for path in map(_files.absolute, paths):
+        inside, unfinished = {}, []
+        if path.exists() and not _files.is_checkpoint(path):
+            inside, unfinished = _selecting.steps_in(path)
+        for left in unfinished:
+            report(f"{function}: {path / left} was not finished, and is left out.")
+        found += inside.values() or [path]
+    if not found:
+        raise ValueError(f"{function}: give at least one checkpoint.")
+    if steps is not None and len(steps) != len(found):
+        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
+    given = steps or [_selecting.step_of(path) for path in found]
+    numbers = [number for number in given if number is not None]
+    if len(numbers) < len(found):
+        return found, None
+    order = np.argsort(numbers, kind="stable")
+    found, numbers = [found[i] for i in order], [numbers[i] for i in order]
+    for i in np.flatnonzero(np.diff(numbers) == 0):
+        raise ValueError(
+            f"{function}: {found[i]} and {found[i + 1]} are both of step {numbers[i]}."
+        )
+    return found, numbers
+
+
+def _decay(function: str, decay: Any) -> Any:
+    try:
+        return decay_of(decay) if isinstance(decay, str) else decay
+    except BadProfile as error:
+        raise BadProfile(f"{function}: {error}") from None
+
+
+def _known(
+    function: str, files: _files.Files, decays: Mapping[str, Any]
+) -> dict[str, tuple[Any, _selecting.Average]]:
+    """The averages of known decay in a checkpoint: name -> decay, where."""
+    averages = _selecting.averages_in(files)
+    found = {}
+    for name, decay in decays.items():
+        fitting = [a for a in averages if name == "/".join(a.names)] or [
+            a for a in averages if name in a.names
+        ]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{function}: {files.path} has {len(fitting)} averages of the name "
+                f"{name!r}, of {_listed(averages)}."
+            )
+        found["/".join(fitting[0].names)] = decay, fitting[0]
+    if not decays:
+        for one in averages:
+            if (spec := _selecting.decay_said(one.names)) is not None:
+                found["/".join(one.names)] = decay_of(spec), one
+    if not found:
+        raise ValueError(
+            f"{function}: {files.path} has no average whose name says its decay, such as "
+            f"'power:0.1' in an optax.named_chain; it has {_listed(averages)}. Say which "
+            "is what: recorded={name: decay}, on the command line --recorded NAME=DECAY."
+        )
+    return found
+
+
+def _listed(averages: Sequence[_selecting.Average]) -> str:
+    return ", ".join(repr("/".join(a.names)) for a in averages) or "no average"
+
+
+def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
+    """How many updates an average has had."""
+    leaves = _streaming.stored(function, files, [one.counter])
+    (counter,) = next(_streaming.prefetched([lambda: _streaming.read(function, leaves)]))
+    return int(counter)
+
+
+def _target(function: str, target: Any, step: int) -> np.ndarray:
+    try:
+        if isinstance(target, str):
+            return weights_of(target, step)
+    except BadProfile as error:
+        raise BadProfile(f"{function}: {error}") from None
+    if callable(target) or np.ndim(target) == 0:
+        return decay_weights(target, step)
+    return np.asarray(target, np.float64)

@@ -1,0 +1,397 @@
+"""Choose the average after training, from averages that were recorded during it.
+
+An average is a weight profile, so a linear combination of averages is one too. Record two
+averages in one pass over the parameters and keep a snapshot of both now and then:
+
+    tx = optax.named_chain(
+        ("adam", optax.adam(1e-3)),
+        ("power:0.05", emaopt.average_params(emaopt.power_decay(sigma_rel=0.05))),
+        ("power:0.1", emaopt.average_params(emaopt.power_decay(sigma_rel=0.1))),
+    )
+
+(the names tell `emaopt synthesize` what they are). When the training is over, `solve`
+finds the combination whose profile is nearest to that of any average one may wish, and
+says how near. All is NumPy in float64 on the host; no files. `emaopt synthesize` and
+`emaopt.checkpoint.combine` do it on checkpoints.
+
+The exponents of power averages and their widths:
+
+    γ        0       1       2       4       6.94    10      16.97   20      50
+    σ_rel    0.2887  0.2357  0.1936  0.1409  0.1000  0.0767  0.0500  0.0434  0.0189
+
+References:
+  Karras et al., 2024, Analyzing and improving the training dynamics of diffusion models,
+  §3.2 and appendix C, https://arxiv.org/abs/2312.02696
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from emaopt._checks import check_integer, check_number
+from emaopt._combining import combine as combine
+from emaopt._decays import DecayLike, gamma_of_sigma_rel
+from emaopt._profiles import annealing_weights as annealing_weights
+from emaopt._profiles import checkpoint_weights as checkpoint_weights
+from emaopt._weights import checked_weights, shares_taken
+
+_BLOCK = 1 << 13  # steps at a time
+
+
+class Recorded(NamedTuple):
+    """An average that was recorded; the arguments are those of `average_params`."""
+
+    decay: DecayLike
+    steps: Any  # int [n], increasing: the number of updates at each snapshot
+    every: int = 1
+    start: int = 0
+    debias: bool = False
+
+
+class Solution(NamedTuple):
+    """A combination of snapshots, and how good it is."""
+
+    coefficients: np.ndarray  # float64 [n], sum 1
+    residual: float  # ‖profile got - profile wanted‖₂ / ‖profile wanted‖₂
+    noise_gain: float  # ‖coefficients‖₂
+
+
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
+    """Returns the exponent γ of the power profile of relative width σ_rel.
+
+    The root γ > 0 of σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
+
+    Args:
+      sigma_rel: In (0, 0.2886...).
+
+    Raises:
+      ValueError: If `sigma_rel` is out of its range.
+
+    Example:
+      >>> print(f"{sigma_rel_to_gamma(0.1):.3f}")
+      6.937
+    """
+    return gamma_of_sigma_rel("sigma_rel_to_gamma", sigma_rel)
+
+
+def gamma_to_sigma_rel(gamma: float) -> float:
+    """Returns the relative width σ_rel of the power profile t^γ.
+
+    The standard deviation of the positions of the weights, as a fraction of the run:
+    σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
+
+    Args:
+      gamma: γ, greater than -1.
+
+    Raises:
+      ValueError: If `gamma` is out of its range.
+
+    Example:
+      >>> print(f"{gamma_to_sigma_rel(0):.4f}")
+      0.2887
+    """
+    check_number("gamma_to_sigma_rel", "gamma", gamma, -1, above=True)
+    return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
+
+
+def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> np.ndarray:
+    """Returns ∫ p_a(τ) p_b(τ) dτ of the power profiles p(τ) = (γ+1) τ^γ / t^(γ+1).
+
+    Each profile reaches from 0 to its end t. With t_a <= t_b the integral is
+
+        (γ_a+1)(γ_b+1) / ((γ_a+γ_b+1) t_b) · (t_a/t_b)^γ_b,
+
+    which needs γ_a + γ_b > -1. The powers are of a ratio, so nothing overflows.
+
+    Args:
+      gamma_a: γ_a, any shape that broadcasts with the others.
+      end_a: t_a, greater than 0, in any unit of time.
+      gamma_b: γ_b.
+      end_b: t_b.
+
+    Returns:
+      float64, in one over the unit of time.
+
+    Example:
+      >>> print(power_inner_product(0, 1, 0, 2))
+      0.5
+
+    References:
+      Karras et al., 2024, appendix C.2, https://arxiv.org/abs/2312.02696
+    """
+    gamma_a, end_a, gamma_b, end_b = (
+        np.asarray(x, np.float64) for x in (gamma_a, end_a, gamma_b, end_b)
+    )
+    late = np.maximum(end_a, end_b)
+    of_late = np.where(end_a <= end_b, gamma_b, gamma_a)
+    scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * late)
+    return scale * (np.minimum(end_a, end_b) / late) ** of_late
+
+
+def snapshot_weights(recorded: Sequence[Recorded], num_steps: int) -> np.ndarray:
+    """Returns the weight of every iterate in every snapshot.
+
+    One timeline: after a restart the counter of an average goes on, and so do the steps.
+
+    Args:
+      recorded: The averages that were recorded.
+      num_steps: T, at least the last step of any snapshot.
+
+    Returns:
+      float64 [n, T+1]: the snapshots of the first average, of the second, and so on;
+      each row is `decay_weights` at its step, and zero after it.
+
+    Raises:
+      ValueError, TypeError: If a decay is none, or steps do not increase within [0, T].
+
+    Example:
+      >>> print(snapshot_weights([Recorded(0.5, [1, 2])], 2))
+      [[0.5  0.5  0.  ]
+       [0.25 0.25 0.5 ]]
+    """
+    check_integer("snapshot_weights", "num_steps", num_steps, 0)
+    ends = _checked_steps("snapshot_weights", recorded, num_steps)
+    blocks = _blocks("snapshot_weights", recorded, ends, num_steps)
+    return np.concatenate(list(blocks)[::-1], axis=1)
+
+
+def solve(
+    snapshot_weights: Any, target_weights: Any, *, rcond: float | None = None
+) -> Solution:
+    """Finds the combination of snapshots that is nearest to a target profile.
+
+    Minimizes ‖cᵀS - p‖₂ over c with Σc = 1; of several minima it takes the one with the
+    least ‖c‖₂. Neighbouring snapshots are nearly alike, so nothing is squared: S is
+    reduced to a triangle by QR, block by block, the constraint is kept by an orthonormal
+    basis of what sums to 0, and the rest is a least-squares problem in at most n
+    dimensions, by singular values.
+
+    What to watch, in the answer:
+      residual: ‖cᵀS - p‖₂ / ‖p‖₂. The relative error of the parameters is of its order
+        times how much they move: less, as a rule.
+      noise_gain: ‖c‖₂. Rounding errors of the snapshots, independent with standard
+        deviation ε, come out with noise_gain · ε; at worst, all alike, with √n times
+        that. Of bfloat16 snapshots (ε = 0.1 % of a weight) a gain of 10 makes 1 %.
+
+    Args:
+      snapshot_weights: S, float [n, T+1]: the weight of every iterate in every snapshot,
+        as the function of that name returns it; a memory map will do.
+      target_weights: p, float [T+1], sum 1, such as `decay_weights` of any decay.
+      rcond: Directions in which the snapshots differ by less than this times ‖S‖ are
+        left out: a larger one trades residual for noise gain. None: the rounding of
+        float64.
+
+    Returns:
+      A `Solution`.
+
+    Raises:
+      ValueError: If the shapes do not fit, values are not finite, or the target does not
+        sum to 1.
+
+    Example:
+      >>> import emaopt
+      >>> recorded = [Recorded(0.9, [50, 100]), Recorded(0.95, [50, 100])]
+      >>> target = emaopt.decay_weights(0.92, 100)
+      >>> solution = solve(snapshot_weights(recorded, 100), target)
+      >>> print(f"{solution.residual:.3f} {solution.noise_gain:.2f}")
+      0.025 0.74
+
+    References:
+      Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696, who solve it for power
+      profiles, without the constraint, by their inner products.
+    """
+    matrix: Any = np.asanyarray(snapshot_weights)
+    target = checked_weights("solve", target_weights)
+    if matrix.ndim != 2 or not matrix.shape[0] or matrix.shape[1] != target.size:
+        raise ValueError(
+            "solve: snapshot_weights must be [n, T+1] with n >= 1 and target_weights "
+            f"[T+1], got shapes {matrix.shape} and {target.shape}."
+        )
+    slices = (slice(i, i + _BLOCK) for i in range(0, target.size, _BLOCK))
+    return _nearest(
+        "solve", ((matrix[:, s], target[s]) for s in slices), len(matrix), rcond
+    )
+
+
+def solve_recorded(
+    recorded: Sequence[Recorded], target_weights: Any, *, rcond: float | None = None
+) -> Solution:
+    """Is `solve(snapshot_weights(recorded, T), target_weights)` without the matrix.
+
+    The profiles are made block by block, so that a run of a million steps needs megabytes
+    and seconds. Snapshots may be later than the target's last step.
+
+    Args:
+      recorded: The averages that were recorded.
+      target_weights: float [T+1], sum 1.
+      rcond: As for `solve`.
+
+    Returns:
+      A `Solution`; the coefficients are in the order of `recorded` and its steps.
+
+    Raises:
+      ValueError, TypeError: As `snapshot_weights` and `solve` do.
+
+    Example:
+      >>> import emaopt
+      >>> target = emaopt.decay_weights(0.9, 10)
+      >>> print(solve_recorded([Recorded(0.9, [10])], target).residual < 1e-12)
+      True
+    """
+    name = "solve_recorded"
+    target = checked_weights(name, target_weights)
+    ends = _checked_steps(name, recorded, None)
+    num_steps = max(target.size - 1, int(ends.max()))
+    target = np.append(target, np.zeros(num_steps + 1 - target.size))
+
+    def pairs():
+        stop = num_steps + 1
+        for block in _blocks(name, recorded, ends, num_steps):
+            stop -= block.shape[1]
+            yield block, target[stop : stop + block.shape[1]]
+
+    return _nearest(name, pairs(), ends.size, rcond)
+
+
+def snapshots_needed(
+    error: float, *, sigma_rel: Any, recorded: Sequence[float] = (0.05, 0.1)
+) -> int:
+    """Returns how many snapshots, evenly spaced, an error of the profile needs.
+
+    Of every recorded power average at the same steps, the last one at the end of the run.
+    By `power_inner_product`, so that the length of the run does not matter.
+
+    Args:
+      error: The largest residual to be had, in [1e-6, 1].
+      sigma_rel: The width of the power average to synthesize at the end of the run, or a
+        sequence of them: the worst counts.
+      recorded: The widths of the averages that are recorded.
+
+    Returns:
+      The number of steps at which to keep a snapshot of each.
+
+    Raises:
+      ValueError: If a width is out of its range, or 512 are too few.
+
+    Example:
+      >>> snapshots_needed(0.01, sigma_rel=[0.05, 0.25])
+      88
+    """
+    check_number("snapshots_needed", "error", error, 1e-6, 1)
+    targets = [
+        gamma_of_sigma_rel("snapshots_needed", s) for s in np.atleast_1d(sigma_rel)
+    ]
+    gammas = [gamma_of_sigma_rel("snapshots_needed", s) for s in recorded]
+
+    def enough(count):
+        return all(_power_residual(gammas, count, target) <= error for target in targets)
+
+    low, high = 0, 1
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 512:
+            raise ValueError(
+                f"snapshots_needed: 512 snapshots of sigma_rel={tuple(recorded)} give no "
+                f"residual of {error} at sigma_rel={sigma_rel}. Record a width nearby."
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _checked_steps(
+    function: str, recorded: Sequence[Recorded], num_steps: int | None
+) -> np.ndarray:
+    """The steps of all snapshots, [n]."""
+    ends = [np.asarray(one.steps) for one in recorded]
+    for steps in ends:
+        whole = steps.ndim == 1 and steps.size and np.issubdtype(steps.dtype, np.integer)
+        if not whole or steps[0] < 0 or np.any(np.diff(steps) <= 0):
+            raise ValueError(
+                f"{function}: the steps of an average must be whole numbers that "
+                f"increase from 0 or more, got {steps}."
+            )
+        if num_steps is not None and steps[-1] > num_steps:
+            raise ValueError(
+                f"{function}: a snapshot of step {steps[-1]} is later than num_steps="
+                f"{num_steps}."
+            )
+    if not ends:
+        raise ValueError(f"{function}: give at least one recorded average.")
+    return np.concatenate(ends)
+
+
+def _blocks(
+    function: str, recorded: Sequence[Recorded], ends: np.ndarray, num_steps: int
+) -> Iterator[np.ndarray]:
+    """The rows of `snapshot_weights` in blocks of steps, the newest steps first.
+
+    A weight is the iterate's share when it came times what later ones up to the
+    snapshot's step have left, and that product grows from the newest step backwards.
+    """
+    shares = [
+        shares_taken(
+            function,
+            one.decay,
+            int(np.max(one.steps)),
+            every=one.every,
+            start=one.start,
+            debias=one.debias,
+        )
+        for one in recorded
+    ]
+    rows = [share for share, one in zip(shares, recorded, strict=True) for _ in one.steps]
+    left = np.ones(ends.size)  # of every snapshot, by the steps already passed
+    for start in range(num_steps // _BLOCK * _BLOCK, -1, -_BLOCK):
+        block = np.zeros((ends.size, min(start + _BLOCK, num_steps + 1) - start))
+        for row, share, end in zip(range(ends.size), rows, ends, strict=True):
+            taken = share[start : min(start + _BLOCK, end + 1)]
+            kept = np.cumprod(np.append(left[row], 1 - taken[::-1]))[::-1]
+            block[row, : taken.size] = taken * kept[1:]
+            left[row] = kept[0]
+        yield block
+
+
+def _nearest(
+    function: str,
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    rcond: float | None,
+) -> Solution:
+    """The least-squares problem, from blocks of its columns ([n, b], [b])."""
+    triangle: Any = np.zeros((0, count + 1))
+    for block, target in pairs:
+        rows = np.column_stack([block.T, target])
+        if not np.all(np.isfinite(rows)):
+            raise ValueError(f"{function}: the weights must be finite.")
+        triangle = np.linalg.qr(np.concatenate([triangle, rows]), mode="r")
+    matrix, target = triangle[:, :count], triangle[:, count]
+    ones = np.ones((count, 1))
+    sum_zero = np.linalg.qr(ones, mode="complete")[0][:, 1:]  # [n, n-1], orthonormal
+    coefficients = ones[:, 0] / count
+    if count > 1:
+        # `lstsq`, but small is what is small beside the snapshots, not beside their
+        # greatest difference: of equal ones that is rounding, too.
+        left, sizes, right = np.linalg.svd(matrix @ sum_zero, full_matrices=False)
+        if rcond is None:
+            rcond = count * np.finfo(np.float64).eps
+        used = sizes > rcond * np.linalg.norm(matrix)
+        along = left.T[used] @ (target - matrix @ coefficients) / sizes[used]
+        coefficients += sum_zero @ (along @ right[used])
+    residual = np.linalg.norm(matrix @ coefficients - target) / np.linalg.norm(target)
+    return Solution(coefficients, float(residual), float(np.linalg.norm(coefficients)))
+
+
+def _power_residual(gammas: Sequence[float], count: int, target: float) -> float:
+    """The residual of a power average at time 1 from evenly spaced snapshots."""
+    ends = np.arange(1, count + 1) / count
+    gamma = np.append(np.repeat(gammas, count), target)
+    end = np.append(np.tile(ends, len(gammas)), 1.0)
+    gram = power_inner_product(gamma[:, None], end[:, None], gamma, end)
+    # Vectors with these inner products: the problem is about nothing else.
+    values, vectors = np.linalg.eigh(gram)
+    columns = (vectors * np.sqrt(np.maximum(values, 0))).T  # [n+1 coordinates, n+1]
+    pairs = [(columns[:, :-1].T, columns[:, -1])]
+    return _nearest("snapshots_needed", pairs, len(gamma) - 1, rcond=None).residual

@@ -1,0 +1,70 @@
+"""Averages compiled for chips that are not here; `aot_worker` compiles them.
+
+The parameters of one model are split along the last axis of the mesh alone, so that the
+averages can be split along the others.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import emaopt
+
+WIDTH, HIDDEN = 8192, 32768
+SHAPES = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+SPECS = {"up": P(None, "model"), "down": P("model")}
+OTHERS = ("workers", "data")
+SPLIT = {"sharding": {"up": P(OTHERS), "down": P(None, OTHERS)}}
+ADAM = optax.adam(1e-3)
+
+
+def averages(*options):
+    """Adam, followed by an average with each of the options."""
+    names = [(f"a{i}", emaopt.average_params(0.999, **o)) for i, o in enumerate(options)]
+    return optax.named_chain(("adam", ADAM), *names)
+
+
+OPTIMIZERS = {
+    "adam": ADAM,
+    "average": averages({}),
+    "averaged": emaopt.averaged(ADAM, 0.999),
+    "two averages": averages({}, {}),
+    "average every 10": averages({"every": 10}),
+    "average in bfloat16": averages(
+        {"accumulator_dtype": jnp.bfloat16, "stochastic_rounding": True}
+    ),
+    "split average": averages(SPLIT),
+    "split average every 10": averages({"every": 10, **SPLIT}),
+    "average on the host": averages({"memory_kind": "pinned_host"}),
+}
+
+
+def programs(mesh):
+    """(name, program) of a step with each optimizer."""
+    params = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, SPECS[name])
+        )
+        for name, shape in SHAPES.items()
+    }
+    with jax.set_mesh(mesh):
+        for name, tx in OPTIMIZERS.items():
+            yield name, compiled(tx, params)
+
+
+def compiled(tx, params):
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+        emaopt.state_shardings(tx, params),
+    )
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
+    return jitted.lower(params, state, params).compile()
