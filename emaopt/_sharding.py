@@ -109,6 +109,11 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
             f"{function}: memory_kind must be None, as the parameters', or {HOST!r}, "
             f"got {memory_kind!r}."
         )
+    if memory_kind is not None and jax.__version_info__ < (0, 10):
+        raise ValueError(
+            f"{function}: memory_kind={memory_kind!r} needs jax 0.10 or newer, this is "
+            f"{jax.__version__}: older ones lose the memory of a result, or abort."
+        )
     if callable(sharding):
         return
     for entry in jax.tree.leaves(sharding, is_leaf=_is_entry):

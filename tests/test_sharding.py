@@ -49,6 +49,8 @@ ALONG = {
     ),
 }
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+HAS_HOST = jax.__version_info__ >= (0, 10)
+ON_HOST = pytest.mark.skipif(not HAS_HOST, reason="refused on this jax, as tested below")
 COLLECTIVES = r" (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 
 
@@ -193,6 +195,7 @@ def test_a_sharding_brings_its_mesh_along():
     assert is_sharded(average_of(state), mesh, {"w": P("data"), "b": P("data")})
 
 
+@ON_HOST
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sharding", ["like_params", "data"])
 def test_average_in_host_memory_has_the_bits_of_one_on_the_device(sharding, options):
@@ -210,6 +213,7 @@ def test_average_in_host_memory_has_the_bits_of_one_on_the_device(sharding, opti
     chex.assert_trees_all_equal(jax.device_get(hosted), jax.device_get(plain))
 
 
+@ON_HOST
 def test_host_memory_without_a_mesh():
     params = {"w": jnp.ones(3)}
     tx = emaopt.averaged(optax.sgd(1.0), 0.5, memory_kind="pinned_host")
@@ -224,7 +228,8 @@ def test_host_memory_without_a_mesh():
 @pytest.fixture
 def trained():
     mesh = make_mesh((8,))
-    tx = emaopt.averaged(ADAM, 0.9, sharding="data", memory_kind="pinned_host")
+    memory = {"memory_kind": "pinned_host"} if HAS_HOST else {}
+    tx = emaopt.averaged(ADAM, 0.9, sharding="data", **memory)
     with jax.set_mesh(mesh):
         yield (tx, *train(tx, start(mesh, {"w": P(), "b": P()})))
 
@@ -288,7 +293,9 @@ def test_checkpoint_keeps_the_place_and_serves_the_average(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+@pytest.mark.parametrize(
+    "memory_kind", [None, pytest.param("pinned_host", marks=ON_HOST)]
+)
 @pytest.mark.parametrize("along", ALONG)
 def test_state_shardings_are_those_of_init(along, memory_kind, kind):
     shape, specs, option, _ = ALONG[along]
@@ -371,6 +378,12 @@ def test_sharding_that_does_not_fit_the_parameters_is_refused(sharding, spec, me
     params = {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(MESH, spec))}
     with pytest.raises(ValueError, match=re.escape(message)):
         emaopt.average_params(0.9, sharding=sharding).init(params)
+
+
+def test_host_memory_is_refused_before_jax_keeps_it(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
+    with pytest.raises(ValueError, match=r"memory_kind='pinned_host' needs jax 0\.10"):
+        emaopt.average_params(0.9, memory_kind="pinned_host")
 
 
 def test_axes_without_a_mesh_are_refused():
