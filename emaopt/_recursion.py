@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._decays import DecayLike, one_minus
-from emaopt._rounding import rounded_product, rounded_stochastically
+from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 
 
 class AverageState(NamedTuple):
@@ -127,6 +127,9 @@ def make_averager(
         copying = copying | (step == 1)
 
         def move(old, new):
+            # Here, so that a conditional takes the parameters that the step returns
+            # anyway. Rounded before it, 16-bit ones would be written twice.
+            new = [rounded_to(q, q.dtype) for q in new]
             moved = [_move(a, q, step, copying) for a, q in zip(old, new, strict=True)]
             if stochastic_rounding:
                 moved = [rounded_stochastically(m, s) for m in moved]
