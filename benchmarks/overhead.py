@@ -214,7 +214,10 @@ def main() -> None:
     sets = {name: SETS[name] for name in args.set or SETS}
     if args.quick:
         sets = {"ResNet-50, first layers": (resnet50()[:30], 5)}
-    print(f"{os.cpu_count()} cores; ratios: median (min to max) of {rounds} rounds", flush=True)
+    print(
+        f"{os.cpu_count()} cores; ratios: median (min to max) of {rounds} rounds",
+        flush=True,
+    )
     for name, (shapes, steps) in sets.items():
         print(f"\n{name}: {len(shapes)} arrays")
         for text in table(shapes, steps, rounds, args.only):
