@@ -5,6 +5,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +96,7 @@ def jax_rows(shapes: Shapes) -> list[Row]:
 
     def keras(use_ema: bool):
         def build():
-            import keras
-
+            keras: Any = import_module("keras")
             params = [keras.Variable(p) for p in arrays(1)]
             tx = keras.optimizers.Adam(1e-3, use_ema=use_ema, ema_momentum=DECAY)
             tx.build(params)
@@ -132,7 +132,8 @@ def jax_rows(shapes: Shapes) -> list[Row]:
         return build
 
     def outside_jit():
-        average, params = arrays(0), arrays(1)
+        params = arrays(1)
+        average: Any = arrays(0)
 
         def step():
             average[:] = optax.incremental_update(params, average, 1 - DECAY)
@@ -144,7 +145,7 @@ def jax_rows(shapes: Shapes) -> list[Row]:
         def build():
             from flax import nnx
 
-            model = nnx.Module()
+            model: Any = nnx.Module()
             model.leaves = nnx.List([nnx.Param(p) for p in arrays(1)])
             ema = nnx.EMA(model, DECAY)
             last: Any = jax.tree.leaves(
@@ -241,8 +242,8 @@ def said(program: Any, parameters: int) -> dict[str, float]:
 
 
 def torch_rows(shapes: Shapes) -> list[Row]:
-    import torch
-    from torch.optim import swa_utils
+    torch: Any = import_module("torch")
+    swa_utils: Any = import_module("torch.optim.swa_utils")
 
     def model(dtype: Any) -> Any:
         module = torch.nn.Module()
@@ -271,10 +272,8 @@ def torch_rows(shapes: Shapes) -> list[Row]:
 
     def ema_pytorch(foreach: bool):
         def build(dtype):
-            from ema_pytorch import EMA
-
             params = model(dtype)
-            average: Any = EMA(
+            average = import_module("ema_pytorch").EMA(
                 params,
                 beta=DECAY,
                 update_every=1,
@@ -290,10 +289,9 @@ def torch_rows(shapes: Shapes) -> list[Row]:
 
     def diffusers(foreach: bool):
         def build(dtype):
-            from diffusers.training_utils import EMAModel
-
             params = list(model(dtype).parameters())
-            average = EMAModel(params, decay=DECAY, foreach=foreach)
+            training: Any = import_module("diffusers.training_utils")
+            average = training.EMAModel(params, decay=DECAY, foreach=foreach)
             average.shadow_params = [p.float() for p in average.shadow_params]
             return lambda: average.step(params)
 
