@@ -19,11 +19,12 @@ framework has a process of its own, so that no thread of one waits for the other
                    place, temporaries
   compile          seconds to trace and compile
 
-The sets: ResNet-50 (161 arrays, 25.6 million parameters), GPT-2 small (148, 124 million,
-8 GB of memory), and 1,500 arrays of 1,024 to 10,240. What is not installed is left out:
-benchmarks/peers.txt says how to install it.
+The sets: ResNet-50 (161 arrays, 25.6 million parameters), GPT-2 small (148, 124 million:
+gigabytes of memory), and 1,500 arrays of 1,024 to 10,240. What is not installed is left
+out: benchmarks/peers.txt says how to install it. On a machine that does other things
+besides, no ratio means anything.
 
-    python benchmarks/overhead.py                       # all sets, ten minutes
+    python benchmarks/overhead.py                       # all sets
     python benchmarks/overhead.py --set ResNet-50
     python benchmarks/overhead.py --quick               # ResNet-50's first layers
     python benchmarks/overhead.py --only emaopt         # rows whose names have this

@@ -170,49 +170,36 @@ def jax_rows(shapes: Shapes) -> list[Row]:
         "accumulator_dtype": jnp.bfloat16,
         "stochastic_rounding": True,
     }
-    two = [(f"average {i}", average(decay)) for i, decay in enumerate((DECAY, 0.9999))]
+    two = [average(DECAY), average(0.9999)]
     narrow = jnp.bfloat16
     chain = optax.chain
+
+    def in_the_step(against: str, dtype: Any) -> list[Row]:
+        read = jnp.dtype(dtype).itemsize
+        ways = [
+            ("emaopt", average(DECAY), 8 + read, 0),
+            ("emaopt, every=10", average(DECAY, every=EVERY), (8 + read) / EVERY, EVERY),
+            # On CPU each reads the parameters.
+            ("emaopt, two averages", chain(*two), 2 * (8 + read), 0),
+            ("emaopt, bfloat16 average", average(DECAY, **half), 4 + read, 0),
+        ]
+        return [
+            Row(against, "", optimizer(adam, dtype)),
+            *[
+                Row(name, against, optimizer(chain(adam, way), dtype), floor, steps)
+                for name, way, floor, steps in ways
+            ],
+            Row(
+                "optax.incremental_update in the step", against, by_hand(dtype), 8 + read
+            ),
+        ]
+
     return [
-        Row("Adam", "", optimizer(adam)),
+        *in_the_step("Adam", jnp.float32),
         Row("Adam, another state carried through", "Adam", carried),
-        Row("emaopt", "Adam", optimizer(chain(adam, average(DECAY))), 12),
-        Row(
-            "emaopt, every=10",
-            "Adam",
-            optimizer(chain(adam, average(DECAY, every=EVERY))),
-            12 / EVERY,
-            EVERY,
-        ),
-        Row(
-            "emaopt, two averages",
-            "Adam",
-            optimizer(optax.named_chain(("adam", adam), *two)),
-            24,
-        ),
-        Row(
-            "emaopt, bfloat16 average",
-            "Adam",
-            optimizer(chain(adam, average(DECAY, **half))),
-            8,
-        ),
-        Row("optax.incremental_update in the step", "Adam", by_hand(), 12),
         Row("Keras 3 Adam", "Adam", keras(False)),
         Row("Keras 3 Adam, use_ema", "Adam", keras(True), 12),
-        Row("Adam, bfloat16", "", optimizer(adam, narrow)),
-        Row(
-            "emaopt", "Adam, bfloat16", optimizer(chain(adam, average(DECAY)), narrow), 10
-        ),
-        Row(
-            "emaopt, every=10",
-            "Adam, bfloat16",
-            optimizer(chain(adam, average(DECAY, every=EVERY)), narrow),
-            10 / EVERY,
-            EVERY,
-        ),
-        Row(
-            "optax.incremental_update in the step", "Adam, bfloat16", by_hand(narrow), 10
-        ),
+        *in_the_step("Adam, bfloat16", narrow),
         Row("emaopt", "C loop", alone(), 12),
         Row("emaopt, bfloat16 average", "C loop", alone(**half), 8),
         Row("optax.incremental_update, jit, donated", "C loop", incremental(True), 12),
