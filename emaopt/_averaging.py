@@ -8,7 +8,7 @@ import optax
 from emaopt._checks import check_integer, check_optimizer
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
-from emaopt._rounding import applied, lead
+from emaopt._rounding import lead
 
 
 class AveragedState(NamedTuple):
@@ -199,7 +199,8 @@ def average_params(
                 "average_params averages the parameters, but update was called without "
                 "them: call tx.update(grads, state, params)."
             )
-        return updates, averager.update(applied(params, updates), state, num_updates)
+        seen = optax.apply_updates(params, updates)
+        return updates, averager.update(seen, state, num_updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -290,7 +291,7 @@ def averaged(
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        seen = applied(params, updates) if sequential else params
+        seen = optax.apply_updates(params, updates) if sequential else params
         averaging = averager.update(seen, state.averaging, num_updates)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0

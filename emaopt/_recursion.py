@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._decays import DecayLike, one_minus
-from emaopt._rounding import rounded_product, rounded_stochastically
+from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
 
 
@@ -139,6 +139,9 @@ def make_averager(
         copying = copying | (step == 1)
 
         def move(old, new):
+            # Here, so that a conditional takes the parameters that the step returns
+            # anyway. Rounded before it, 16-bit ones would be written twice.
+            new = [rounded_to(q, q.dtype) for q in new]
             old = [p.fetched(a) for p, a in zip(where, old, strict=True)]
             parts = [p.part(q) for p, q in zip(where, new, strict=True)]
             moved = [_move(a, q, step, copying) for a, q in zip(old, parts, strict=True)]
