@@ -84,6 +84,21 @@ def _parameters(function: str, files: _files.Files) -> Names:
     return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
 
 
+def refuse_optimizer_state(function: str, weights: Weights) -> None:
+    """Raises if weights are all of a checkpoint that holds an optimizer's state, too."""
+    names = set() if weights.prefix else weights.places.keys()
+    counted = {n[:-1] for n in names if n[-1:] == ("count",)}  # Adam's and its kin's
+    if any("opt_state" in n for n in names) or any(
+        (*parent, "mu") == n[: len(parent) + 1] for n in names for parent in counted
+    ):
+        tops = ", ".join(sorted({n[0] for n in names}))
+        raise ValueError(
+            f"{function}: {weights.files.path} holds an optimizer's state, and no "
+            "average and no 'params' that tell which arrays are the parameters. Say with "
+            f"at= where they stand; at the top stand {tops}."
+        )
+
+
 def check_alike(function: str, weights: Sequence[Weights]) -> None:
     """Raises unless all have the same names, shapes and dtypes as the first."""
     first, *others = weights

@@ -12,6 +12,8 @@ from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _streami
 from emaopt.checkpoint._merging import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
+_FAR = 0.1  # the residual from which on there is a warning
+
 
 def combine(
     paths: Sequence[str | os.PathLike],
@@ -44,8 +46,9 @@ def combine(
         the averages. "raw": the raw parameters. "average": the only average, wherever it
         stands. Else the average of that name.
       at: The names that lead to the parameters, as in "model/params". None: found by the
-        average of them, or "params", or all of the checkpoint.
-      force: Replace what stands at `out`, as `save` does.
+        average of them, or "params", or all of a checkpoint that holds no optimizer's
+        state.
+      force: Replace what stands at `out`, as `save` does; never what is combined.
       custom_metadata: Further entries for the record.
       progress: Called with the bytes that are read and those that there are.
       report: Called with a sentence for each leaf that comes out with NaN or inf.
@@ -53,7 +56,8 @@ def combine(
     Raises:
       FileNotFoundError: If there is no checkpoint at a path.
       ValueError: If checkpoints differ in names, shapes or dtypes (both are named), are
-        not complete or damaged, do not hold the weights; or if `out` exists.
+        not complete or damaged, do not hold the weights; or if `out` exists, or holds
+        what is combined.
 
     Example:
       >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
@@ -108,8 +112,8 @@ def average(
         (`posthoc.annealing_weights`). Without ":f", from the oldest checkpoint on.
       "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": as near to
         that average of all the steps up to the newest as these checkpoints allow.
-    All but the first weigh the steps of training; `posthoc.checkpoint_weights` brings
-    that to the checkpoints.
+    All but the first weigh the steps of training; an iterate's weight goes to
+    the two checkpoints around it, the nearer one getting more.
 
     Args:
       paths: Checkpoints, or directories of a CheckpointManager: all its steps. In the
@@ -198,13 +202,14 @@ def synthesize(
       out: Directory to make, as for `combine`.
       target: The average to make: a decay, its name such as "power:0.1" or "cosine:0.2",
         or the weight of every iterate, float [T+1].
-      step: The number of updates at which it is meant. None: those of the newest
-        snapshot, or T.
+      step: The number of updates at which it is meant, none later than the newest
+        snapshot's. None: those, or T.
       recorded: {name of an average, as for `get_average`: its decay, or its name}. No
         others are used then.
       every, start: What the recorded averages were made with.
       rcond: As for `posthoc.solve`.
-      force, progress, report: As for `combine`.
+      force, progress: As for `combine`.
+      report: As for `combine`; also called if the residual is over 10 %.
 
     Returns:
       A `Synthesis`. See to its residual and noise gain.
@@ -266,8 +271,19 @@ def synthesize(
         for n, taken in snapshots.items()
     }
     newest = max(taken[-1][0] for taken in snapshots.values())
+    if step is not None and not 0 <= step <= newest:
+        raise ValueError(
+            f"{name}: step must be in [0, {newest}], up to the newest snapshot's, got "
+            f"{step}."
+        )
     wanted = _target(name, target, newest if step is None else step)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
+    if solution.residual > _FAR:
+        report(
+            f"{name}: the profile got is {solution.residual:.0%} off the one wanted. "
+            "More snapshots, recorded averages of a nearer width, or the step of a "
+            "snapshot would bring it nearer."
+        )
     sources = [
         (path, n, count)
         for n in snapshots
@@ -287,6 +303,7 @@ def synthesize(
         record={
             "target": target if isinstance(target, (str, float)) else repr(target),
             "step": len(wanted) - 1,
+            "weights": f"the averages of {', '.join(snapshots)}",
             "averages": [sources[i][1] for i in order],
             "residual": solution.residual,
             "noise_gain": solution.noise_gain,
@@ -339,15 +356,21 @@ def _known(
 ) -> dict[str, tuple[Any, _selecting.Average]]:
     """The averages of known decay in a checkpoint: name -> decay, where."""
     averages = _selecting.averages_in(files)
+    if not averages:
+        raise ValueError(
+            f"{function}: {files.path} holds no average, and there is nothing to make "
+            "another from. `average` merges checkpoints of raw weights."
+        )
     found = {}
     for name, decay in decays.items():
         fitting = [a for a in averages if name == "/".join(a.names)] or [
             a for a in averages if name in a.names
         ]
         if len(fitting) != 1:
+            count = "several averages" if fitting else "no average"
             raise ValueError(
-                f"{function}: {files.path} has {len(fitting)} averages of the name "
-                f"{name!r}, of {_listed(averages)}."
+                f"{function}: {files.path} has {count} of the name {name!r}; it has "
+                f"{_listed(averages)}."
             )
         found["/".join(fitting[0].names)] = decay, fitting[0]
     if not decays:
@@ -364,7 +387,7 @@ def _known(
 
 
 def _listed(averages: Sequence[_selecting.Average]) -> str:
-    return ", ".join(repr("/".join(a.names)) for a in averages) or "no average"
+    return ", ".join(repr("/".join(a.names)) for a in averages)
 
 
 def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
