@@ -572,7 +572,7 @@ ERRORS = {
     "a run instead of one of its steps": (
         ("inspect", "cut"),
         1,
-        r"cut is not a .* It holds steps: give the directory of one, such as \S*cut/400\.",
+        r"cut is not .* It holds steps: give the directory of one, such as \S*cut/400\.",
     ),
     "an output that is the run itself": (
         ("average", "cut/100", "cut/200", "--out", "cut", "--force"),
