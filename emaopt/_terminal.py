@@ -11,6 +11,7 @@ from rich.console import Console
 
 _WORDS = {  # of the library -> of the command line
     "pass force=True to replace it": "--force replaces it",
+    "Say with weights= which": "Say with --weights which",
     "Say with at= where": "Say with --at where",
     "Say with name= (of handler_registry, if a CheckpointManager saves) which one goes "
     "under the parameters' names.": "Say with --weights NAME which one.",

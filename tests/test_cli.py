@@ -441,6 +441,9 @@ def odd(run, tmp_path_factory):
     """Things that are not what they should be."""
     directory = tmp_path_factory.mktemp("odd")
     params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5)
+    averaged = {"params": params, "opt_state": tx.init(params)}
+    checkpoint.save(directory / "served_3", averaged)
     trees = {
         "good_1": {"params": params},
         "other_2": {"params": {"w": jnp.ones(3), "c": jnp.ones(2)}},
@@ -449,6 +452,7 @@ def odd(run, tmp_path_factory):
         "damaged_5": {"params": {"w": jnp.arange(30_000.0), "b": jnp.ones(2)}},
         "again_1": {"params": params},
         "nameless": {"params": params},
+        "with_1": averaged,
         "nnx_1": {"model": params, "optimizer": {"opt_state": {"trace": params}}},
         "pair_1": (params, optax.adam(0.1).init(params)),
     }
@@ -583,6 +587,13 @@ ERRORS = {
         ("average", "good_1", "--out", "good_1", "--force"),
         1,
         r"good_1 is, or holds, what is combined",
+    ),
+    "averages in the one and raw parameters in the other": (
+        ("average", "with_1", "served_3", "--out", "out"),
+        1,
+        r"served_3 and \S*with_1 differ: under the parameters' names stand the averages "
+        r"of opt_state/averaging in the one and the raw parameters in the other\. Say "
+        r"with --weights which are meant",
     ),
     "an optimizer's state beside the parameters": (
         ("average", "nnx_1", "--out", "out"),

@@ -72,6 +72,23 @@ def select(
     return Weights(files, prefix, places, frozenset(), said)
 
 
+def select_alike(
+    function: str, paths: Sequence[Any], which: str | None, at: str | None
+) -> list[Weights]:
+    """The weights in checkpoints; raises if averages are served in some of them only."""
+    found = [select(function, path, which, at) for path in paths]
+    markers = [(one.files.marker, one.prefix) for one in found]
+    served = [marker is not None and marker.params == at for marker, at in markers]
+    if which is None and any(served) and not all(served):
+        one, other = found[served.index(True)], found[served.index(False)]
+        raise ValueError(
+            f"{function}: {one.files.path} and {other.files.path} differ: under the "
+            f"parameters' names stand {one.said} in the one and {other.said} in the "
+            "other. Say with weights= which are meant: raw, average, or a name."
+        )
+    return found
+
+
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
     if files.marker is not None:

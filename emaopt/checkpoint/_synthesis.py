@@ -55,7 +55,8 @@ def combine(
 
     Raises:
       FileNotFoundError: If there is no checkpoint at a path.
-      ValueError: If checkpoints differ in names, shapes or dtypes (both are named), are
+      ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
+        under the names (both are named), are
         not complete or damaged, do not hold the weights; or if `out` exists, or holds
         what is combined.
 
@@ -81,7 +82,7 @@ def combine(
         raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
     _merging.combined(
         "combine",
-        [_selecting.select("combine", path, weights, at) for path in paths],
+        _selecting.select_alike("combine", paths, weights, at),
         coefficients,
         out,
         force=force,
@@ -155,7 +156,7 @@ def average(
         raise BadProfile(f"average: {error}") from None
     _merging.combined(
         "average",
-        [_selecting.select("average", path, weights, at) for path in found],
+        _selecting.select_alike("average", found, weights, at),
         coefficients,
         out,
         force=force,
