@@ -591,9 +591,9 @@ ERRORS = {
     "averages in the one and raw parameters in the other": (
         ("average", "with_1", "served_3", "--out", "out"),
         1,
-        r"served_3 and \S*with_1 differ: under the parameters' names stand the averages "
-        r"of opt_state/averaging in the one and the raw parameters in the other\. Say "
-        r"with --weights which are meant",
+        r"with_1 and \S*served_3 differ: under the parameters' names stand the raw "
+        r"parameters in the one and the averages of opt_state/averaging in the other\. "
+        r"Say with --weights which are meant",
     ),
     "an optimizer's state beside the parameters": (
         ("average", "nnx_1", "--out", "out"),

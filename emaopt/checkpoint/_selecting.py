@@ -75,18 +75,23 @@ def select(
 def select_alike(
     function: str, paths: Sequence[Any], which: str | None, at: str | None
 ) -> list[Weights]:
-    """The weights in checkpoints; raises if averages are served in some of them only."""
+    """The weights in checkpoints; raises if not the same averages are served in all."""
     found = [select(function, path, which, at) for path in paths]
-    markers = [(one.files.marker, one.prefix) for one in found]
-    served = [marker is not None and marker.params == at for marker, at in markers]
-    if which is None and any(served) and not all(served):
-        one, other = found[served.index(True)], found[served.index(False)]
-        raise ValueError(
-            f"{function}: {one.files.path} and {other.files.path} differ: under the "
-            f"parameters' names stand {one.said} in the one and {other.said} in the "
-            "other. Say with weights= which are meant: raw, average, or a name."
-        )
+    for one in found:
+        if which is None and _served(one) != _served(found[0]):
+            raise ValueError(
+                f"{function}: {found[0].files.path} and {one.files.path} differ: under "
+                f"the parameters' names stand {found[0].said} in the one and {one.said} "
+                "in the other. Say with weights= which are meant: raw, average, or a "
+                "name."
+            )
     return found
+
+
+def _served(weights: Weights) -> str | None:
+    """Which averages stand under the parameters' names."""
+    marker = weights.files.marker
+    return weights.said if marker and marker.params == weights.prefix else None
 
 
 def _parameters(function: str, files: _files.Files) -> Names:
