@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from emaopt._nodes import (
     as_state,
     average_nodes,
@@ -153,6 +155,35 @@ def _kinds(weights: Weights) -> dict[Names, tuple]:
 
 def _kind(kind: tuple) -> str:
     return f"{kind[1]} of shape {kind[0]}"
+
+
+def in_order(
+    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
+) -> tuple[list[Any], list[int] | None]:
+    """The checkpoints, oldest first, and their steps if all have one."""
+    found = []
+    for path in map(_files.absolute, paths):
+        inside, unfinished = {}, []
+        if path.exists() and not _files.is_checkpoint(path):
+            inside, unfinished = steps_in(path)
+        for left in unfinished:
+            report(f"{function}: {path / left} was not finished, and is left out.")
+        found += inside.values() or [path]
+    if not found:
+        raise ValueError(f"{function}: give at least one checkpoint.")
+    if steps is not None and len(steps) != len(found):
+        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
+    given = steps or [step_of(path) for path in found]
+    numbers = [number for number in given if number is not None]
+    if len(numbers) < len(found):
+        return found, None
+    order = np.argsort(numbers, kind="stable")
+    found, numbers = [found[i] for i in order], [numbers[i] for i in order]
+    for i in np.flatnonzero(np.diff(numbers) == 0):
+        raise ValueError(
+            f"{function}: {found[i]} and {found[i + 1]} are both of step {numbers[i]}."
+        )
+    return found, numbers
 
 
 def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:

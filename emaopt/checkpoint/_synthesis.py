@@ -149,7 +149,7 @@ def average(
       Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
       https://arxiv.org/abs/2507.17634
     """
-    found, numbers = _ordered("average", paths, steps, report)
+    found, numbers = _selecting.in_order("average", paths, steps, report)
     try:
         coefficients = merge_weights(profile, len(found), numbers)
     except BadProfile as error:
@@ -244,7 +244,7 @@ def synthesize(
     """
     name = "synthesize"
     _target(name, target, 1)  # whether it is a profile at all
-    found, _ = _ordered(name, [directory], None, report)
+    found, _ = _selecting.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, Any] = {}
     snapshots: dict[str, list[tuple[int, Any]]] = {}
@@ -314,35 +314,6 @@ def synthesize(
     )
     said = [(str(path), n, count) for path, n, count in sources]
     return Synthesis(solution, len(wanted) - 1, said)
-
-
-def _ordered(
-    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
-) -> tuple[list[Any], list[int] | None]:
-    """The checkpoints, oldest first, and their steps if all have one."""
-    found = []
-    for path in map(_files.absolute, paths):
-        inside, unfinished = {}, []
-        if path.exists() and not _files.is_checkpoint(path):
-            inside, unfinished = _selecting.steps_in(path)
-        for left in unfinished:
-            report(f"{function}: {path / left} was not finished, and is left out.")
-        found += inside.values() or [path]
-    if not found:
-        raise ValueError(f"{function}: give at least one checkpoint.")
-    if steps is not None and len(steps) != len(found):
-        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
-    given = steps or [_selecting.step_of(path) for path in found]
-    numbers = [number for number in given if number is not None]
-    if len(numbers) < len(found):
-        return found, None
-    order = np.argsort(numbers, kind="stable")
-    found, numbers = [found[i] for i in order], [numbers[i] for i in order]
-    for i in np.flatnonzero(np.diff(numbers) == 0):
-        raise ValueError(
-            f"{function}: {found[i]} and {found[i + 1]} are both of step {numbers[i]}."
-        )
-    return found, numbers
 
 
 def _decay(function: str, decay: Any) -> Any:
