@@ -1,6 +1,6 @@
 """What the command line prints: tables and sentences, from what the library returns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -8,40 +8,39 @@ from rich.table import Table
 
 from emaopt._weights import WeightSummary, weight_summary
 
+_SUMMARY = ["mean age\n(steps)", "half-life\n(steps)", "effective\niterates"]
+_SUMMARY += ["weight\nof θ_0"]
+
 
 def summaries(profiles: Mapping[str, Any], steps: int) -> Table:
     """A row for each profile."""
     table = _table(
         f"averages after {steps:,} steps",
-        ["", "mean age", "half-life", "effective iterates", "weight of θ_0"],
+        ["", *_SUMMARY],
     )
     for name, weights in profiles.items():
         table.add_row(escape(name), *_cells(weight_summary(weights)))
     return table
 
 
-def weights_table(weights: Mapping[str, float], profile: str, said: str) -> Table:
-    """The checkpoints and what they weigh."""
-    table = _table(f"{profile}, of {said}", ["checkpoint", "weight"])
-    for path, weight in weights.items():
-        table.add_row(escape(path), f"{weight:.4f}")
-    return table
-
-
-def synthesis(made: Any) -> Iterator[Any]:
-    """What was combined, and how good it is."""
-    table = _table(
-        f"snapshots, for an average at step {made.step:,}",
-        ["checkpoint", "average", "step", "coefficient"],
-    )
-    rows = zip(made.snapshots, made.solution.coefficients, strict=True)
-    for (path, name, step), coefficient in rows:
-        table.add_row(escape(path), escape(name), f"{step:,}", f"{coefficient:+.4f}")
+def combination(record: Mapping[str, Any]) -> Iterator[Any]:
+    """What was combined, and if it is a synthesis, how good it is."""
+    kind = record.get("profile") or record.get("target") or "by coefficients"
+    at = f" at step {record['step']:,}" if "step" in record else ""
+    title = f"a combination ({kind}{at}) of {record['weights']}"
+    columns: dict[str, Iterable[str]] = {"checkpoint": map(escape, record["checkpoints"])}
+    if "averages" in record:
+        columns["average"] = map(escape, record["averages"])
+    columns["coefficient"] = (f"{c:+.4f}" for c in record["coefficients"])
+    table = _table(escape(title), list(columns))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     yield table
-    yield (
-        f"Error of the profile: {made.solution.residual:.2%} (relative, L2). Noise gain: "
-        f"{made.solution.noise_gain:.2f} times the rounding errors of the snapshots."
-    )
+    if "residual" in record:
+        yield (
+            f"Error of the profile: {record['residual']:.2%} (relative, L2). Noise gain: "
+            f"{record['noise_gain']:.2f} times the rounding errors of the snapshots."
+        )
 
 
 def description(found: Any) -> Iterator[Any]:
@@ -59,13 +58,10 @@ def description(found: Any) -> Iterator[Any]:
         f"{escape(found.served)}."
     )
     if found.averages:
-        columns = ["average", "updates", "stands"]
-        columns += ["mean age", "half-life", "effective iterates", "weight of θ_0"]
-        averages = _table("averages", columns)
+        averages = _table("averages", ["average", "updates", *_SUMMARY])
         for one in found.averages:
-            where = "under the names" if one.served else "in its slot"
-            cells = _cells(one.summary) if one.summary else ["", "", "", ""]
-            averages.add_row(escape(one.name), f"{one.num_updates:,}", where, *cells)
+            cells = _cells(one.summary) if one.summary else [""] * len(_SUMMARY)
+            averages.add_row(escape(one.name), f"{one.num_updates:,}", *cells)
         yield averages
         if not all(one.summary for one in found.averages):
             yield (
@@ -73,23 +69,13 @@ def description(found: Any) -> Iterator[Any]:
                 "--steps UPDATES` tells what it is made of."
             )
     if found.record:
-        yield _combination(found.record)
-
-
-def _combination(record: Mapping[str, Any]) -> Table:
-    kind = record.get("profile") or record.get("target") or "by coefficients"
-    said = f"a combination ({kind}) of {record['weights']}"
-    table = _table(escape(said), ["of", "coefficient"])
-    rows = zip(record["checkpoints"], record["coefficients"], strict=True)
-    for path, coefficient in rows:
-        table.add_row(escape(path), f"{coefficient:+.4f}")
-    return table
+        yield from combination(found.record)
 
 
 def _cells(summary: WeightSummary) -> list[str]:
     return [
-        f"{summary.mean_age:,.1f} steps",
-        f"{summary.half_life:,.1f} steps",
+        f"{summary.mean_age:,.1f}",
+        f"{summary.half_life:,.1f}",
         f"{summary.effective_iterates:,.1f}",
         f"{summary.initial_weight:.2%}",
     ]
@@ -98,7 +84,9 @@ def _cells(summary: WeightSummary) -> list[str]:
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        # Names are folded where the line ends, numbers never.
+        justify = "right" if i else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=i > 0)
     return table
 
 

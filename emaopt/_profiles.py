@@ -34,7 +34,7 @@ def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray
     Had the learning rate of the last steps been multiplied by w_t, falling from 1 to 0,
     and had the gradients stayed what they were, the run would have ended at
 
-        θ_0 + Σ_t w_t (θ_t - θ_{t-1}) = Σ_t (w_t - w_{t+1}) θ_t,    w_{T+1} = 0.
+        θ_0 + Σ_t w_t (θ_t - θ_{t-1}) = Σ_t (w_t - w_{t+1}) θ_t,    w_0 = 1, w_{T+1} = 0.
 
     w is a function of x, how far the step is into the last `fraction` of the run:
     "linear" 1 - x, "cosine" (1 + cos πx)/2, "1-sqrt" 1 - √x. "linear" is the plain mean
@@ -124,20 +124,21 @@ _DECAYS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def decay_of(spec: str) -> DecayLike:
+def decay_of(spec: str, others: Sequence[str] = ()) -> DecayLike:
     """The decay that a word says: "ema:0.999" or "0.999", "power:0.1", "uniform" ...
 
     Raises:
-      BadProfile: If it says none; the message lists what there is.
+      BadProfile: If it says none; the message lists what there is, and `others`.
     """
     name, _, argument = spec.partition(":")
     if name not in _DECAYS and not argument and _is_number(name):
         name, argument = "ema", name
     if name not in _DECAYS or (argument != "") != (_DECAYS[name][1] != ""):
-        known = ", ".join(
-            f"{n}:{what}" if what else n for n, (_, what) in _DECAYS.items()
+        known = [f"{n}:{what}" if what else n for n, (_, what) in _DECAYS.items()]
+        kind = "profile" if others else "decay"
+        raise BadProfile(
+            f"{spec!r} is no {kind}: take one of {', '.join([*known, *others])}."
         )
-        raise BadProfile(f"{spec!r} is no decay: take one of {known}.")
     if not argument:
         return _DECAYS[name][0]()
     if not _is_number(argument):
@@ -162,7 +163,8 @@ def weights_of(spec: str, num_steps: int) -> np.ndarray:
     """The weight of every iterate, [T+1], of a decay's average or of an annealing."""
     shape, _, fraction = spec.partition(":")
     if shape not in SHAPES:
-        return decay_weights(decay_of(spec), num_steps)
+        others = [f"{shape}:fraction" for shape in SHAPES]
+        return decay_weights(decay_of(spec, others), num_steps)
     if not _is_number(fraction):
         raise BadProfile(
             f"{spec!r}: say which fraction of the run it takes, as in {shape}:0.2."
@@ -182,6 +184,8 @@ def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndar
     """
     if spec == "uniform":
         return np.full(count, 1 / count)
+    if spec not in SHAPES:
+        weights_of(spec, 1)  # whether it is a profile at all
     if steps is None:
         raise BadProfile(
             f"the profile {spec!r} needs the steps of the checkpoints: their names do "

@@ -78,8 +78,8 @@ def locate(function: str, state: Any, name: str | None, at: Names | None = None)
     if len(found) > 1:
         raise ValueError(
             f"{function}: several averages in this state, at "
-            f"{', '.join(map('/'.join, found))}. Say with name= which one goes under the "
-            "parameters' names."
+            f"{', '.join(map('/'.join, found))}. Say with name= (of handler_registry, if "
+            "a CheckpointManager saves) which one goes under the parameters' names."
         )
     average, node = found.popitem()
     refuse_crossed_swap(function, state, node)

@@ -1,12 +1,21 @@
 """The command line: parse, call, print. No arithmetic."""
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from emaopt._terminal import (
+    failing,
+    integers,
+    progress_bar,
+    quiet_cpu,
+    show,
+    stop,
+    warn,
+    written,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -48,7 +57,7 @@ At = Annotated[
     str | None,
     typer.Option(
         help="Where the parameters stand, as in *model/params*. Else found: by the "
-        "average of them, or *params*, or all of the checkpoint.",
+        "average of them, or *params*, or all of a checkpoint without optimizer state.",
         show_default=False,
     ),
 ]
@@ -100,15 +109,15 @@ def demo(
         ("seed", seed, 0),
     ):
         if value < low:
-            _stop(f"emaopt demo: --{option} must be at least {low}, got {value}.", 2)
+            stop(f"emaopt demo: --{option} must be at least {low}, got {value}.", 2)
 
-    _quiet_cpu()  # as the server; the network is small
+    quiet_cpu()  # as the server; the network is small
     import emaopt.demo  # after the checks: it loads Flax, Orbax and scikit-learn
 
     try:
         emaopt.demo.run(steps=steps, seeds=seeds, seed=seed, out=out, console=Console())
     except (emaopt.demo.CheckFailed, OSError) as error:
-        _stop(f"emaopt demo: {error}", 1)
+        stop(f"emaopt demo: {error}", 1)
 
 
 @app.command()
@@ -119,12 +128,10 @@ def inspect(path: Checkpoint) -> None:
     names; every average in it, with its number of updates and, if its name says its decay
     (*power:0.1*), what that average is made of.
     """
-    with _failing("inspect"):
+    with failing("inspect"):
         from emaopt import _printing, checkpoint
 
-        console = Console(soft_wrap=True, highlight=False)
-        for renderable in _printing.description(checkpoint.describe(path)):
-            console.print(renderable)
+        show(_printing.description(checkpoint.describe(path)))
 
 
 @app.command()
@@ -170,11 +177,11 @@ def average(
 
     Memory holds a few arrays at a time, not a model.
     """
-    with _failing("average"), _progress("averaging") as progress:
-        numbers = None if steps is None else _integers("average", steps)
+    with failing("average"), progress_bar("averaging") as progress:
+        numbers = None if steps is None else integers("average", steps)
         from emaopt import _printing, checkpoint
 
-        made = checkpoint.average(
+        checkpoint.average(
             paths,
             out,
             profile=profile,
@@ -183,11 +190,11 @@ def average(
             at=at,
             force=force,
             progress=progress,
-            report=_warn,
+            report=warn,
         )
-        said = checkpoint.describe(out).record["weights"]
-    Console(soft_wrap=True).print(_printing.weights_table(made, profile, said))
-    _written(out)
+        made = checkpoint.describe(out)
+    show(_printing.combination(made.record))
+    written(out)
 
 
 @app.command()
@@ -214,7 +221,8 @@ def synthesize(
     step: Annotated[
         int | None,
         typer.Option(
-            help="At which step. Else at the newest snapshot's.", show_default=False
+            help="At which step, best a snapshot's. Else at the newest one's.",
+            show_default=False,
         ),
     ] = None,
     recorded: Annotated[
@@ -249,15 +257,15 @@ def synthesize(
     how much rounding errors of the snapshots are amplified.
     """
     if (sigma_rel is None) == (target is None):
-        _stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
+        stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
     pairs = [one.rpartition("=") for one in recorded or []]
     for name, _, decay in pairs:
         if not name or not decay:
-            _stop("emaopt synthesize: --recorded takes NAME=DECAY.", 2)
-    with _failing("synthesize"), _progress("synthesizing") as progress:
+            stop("emaopt synthesize: --recorded takes NAME=DECAY.", 2)
+    with failing("synthesize"), progress_bar("synthesizing") as progress:
         from emaopt import _printing, checkpoint
 
-        made = checkpoint.synthesize(
+        checkpoint.synthesize(
             directory,
             out,
             target=target or f"power:{sigma_rel}",
@@ -267,12 +275,11 @@ def synthesize(
             start=start,
             force=force,
             progress=progress,
-            report=_warn,
+            report=warn,
         )
-    console = Console(soft_wrap=True, highlight=False)
-    for renderable in _printing.synthesis(made):
-        console.print(renderable)
-    _written(out)
+        made = checkpoint.describe(out)
+    show(_printing.combination(made.record))
+    written(out)
 
 
 @app.command()
@@ -302,7 +309,7 @@ def export(
 
         emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
     """
-    with _failing("export"), _progress("exporting") as progress:
+    with failing("export"), progress_bar("exporting") as progress:
         from emaopt import checkpoint
 
         said = checkpoint.export_safetensors(
@@ -315,8 +322,8 @@ def export(
             force=force,
             progress=progress,
         )
-    Console(soft_wrap=True, highlight=False).print(f"Exported {said}.")
-    _written(safetensors)
+    show([f"Exported {said}."])
+    written(safetensors)
 
 
 @app.command()
@@ -347,10 +354,10 @@ def profile(
         emaopt profile 0.9999 warmup:0.9999 power:0.1 --steps 10000 --plot weights.png
     """
     if steps < 1:
-        _stop(f"emaopt profile: --steps must be at least 1, got {steps}.", 2)
+        stop(f"emaopt profile: --steps must be at least 1, got {steps}.", 2)
     if plot is not None and plot.exists() and not force:
-        _stop(f"emaopt profile: {plot} exists; --force replaces it.", 1)
-    with _failing("profile"):
+        stop(f"emaopt profile: {plot} exists; --force replaces it.", 1)
+    with failing("profile"):
         from emaopt import _printing, _profiles
 
         profiles = {spec: _profiles.weights_of(spec, steps) for spec in decays}
@@ -358,87 +365,6 @@ def profile(
             from emaopt import plots
 
             plots.save(plots.weight_profiles(plots.new_axes(), profiles), plot)
-    Console(soft_wrap=True).print(_printing.summaries(profiles, steps))
+    show([_printing.summaries(profiles, steps)])
     if plot is not None:
-        _written(plot)
-
-
-def _quiet_cpu() -> None:
-    """On the CPU, and without a line from Orbax on every file that it opens."""
-    import jax
-    from absl import logging
-
-    jax.config.update("jax_platforms", "cpu")
-    logging.set_verbosity(logging.FATAL)
-
-
-@contextlib.contextmanager
-def _failing(command: str) -> Iterator[None]:
-    """Turns what a user can mend into one line and an exit status."""
-    _quiet_cpu()
-    from emaopt._profiles import BadProfile
-
-    try:
-        yield
-    except BadProfile as error:
-        _stop(_as_said_here(command, error), 2)
-    except (OSError, TypeError, ValueError) as error:
-        _stop(_as_said_here(command, error), 1)
-
-
-def _as_said_here(command: str, error: Exception) -> str:
-    """The message with the command in front, in the words of the command line."""
-    said = str(error).replace("pass force=True to replace it", "--force replaces it")
-    first, colon, rest = said.partition(": ")
-    return f"emaopt {command}: {rest if colon and first.isidentifier() else said}"
-
-
-@contextlib.contextmanager
-def _progress(doing: str) -> Iterator[Callable[[int, int], Any]]:
-    """A bar on stderr, if that is a terminal; it takes bytes done and in all."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _integers(command: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        _stop(f"emaopt {command}: --steps takes numbers as in 100,200, got {text!r}.", 2)
-
-
-def _written(path: str | pathlib.Path) -> None:
-    Console(soft_wrap=True, highlight=False).print(f"Written: {path}", markup=False)
-
-
-def _warn(message: str) -> None:
-    _to_stderr(f"warning: {message}")
-
-
-def _to_stderr(message: str) -> None:
-    line = " ".join(message.split())
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    """Prints one line to stderr and exits."""
-    _to_stderr(message)
-    raise typer.Exit(code)
+        written(plot)

@@ -27,6 +27,7 @@ def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
     """Writes the figure of the axes; the file is there whole or not at all."""
     path = pathlib.Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure: Any = axes.figure
         figure.savefig(unfinished, dpi=dpi, format=path.suffix[1:] or "png")

@@ -11,8 +11,10 @@ averages in one pass over the parameters and keep a snapshot of both now and the
 
 (the names tell `emaopt synthesize` what they are). When the training is over, `solve`
 finds the combination whose profile is nearest to that of any average one may wish, and
-says how near. All is NumPy in float64 on the host; no files. `emaopt synthesize` and
-`emaopt.checkpoint.combine` do it on checkpoints.
+says how near; `combine` adds up trees of weights with its coefficients, and
+`annealing_weights` are profiles that stand in for a decay of the learning rate. All is
+NumPy on the host; no files. `emaopt.checkpoint.synthesize` and `emaopt synthesize` do it
+on checkpoints.
 
 The exponents of power averages and their widths:
 
@@ -33,7 +35,6 @@ from emaopt._checks import check_integer, check_number
 from emaopt._combining import combine as combine
 from emaopt._decays import DecayLike, gamma_of_sigma_rel
 from emaopt._profiles import annealing_weights as annealing_weights
-from emaopt._profiles import checkpoint_weights as checkpoint_weights
 from emaopt._weights import checked_weights, shares_taken
 
 _BLOCK = 1 << 13  # steps at a time

@@ -139,7 +139,10 @@ def test_an_average_is_synthesized_as_if_it_had_been_recorded(recorded, tmp_path
     assert relative(found, real["w"]) < 0.005 < 0.05 < relative(raw, real["w"])
     error = float(re.search(r"Error of the profile: ([\d.]+)%", said)[1])
     assert 0 < error < 1 and "Noise gain: 0.8" in said
-    assert said.count("power:0.05") == said.count("power:0.1 ") == 32
+    assert said.count("/power:0.05 │") == said.count("/power:0.1 │") == 32
+    told = succeed("inspect", tmp_path / "out")
+    assert "of the averages of opt_state/power:0.05, opt_state/power:0.1" in told
+    assert said.removesuffix(f" Written: {tmp_path / 'out'}") in told
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,42 @@ def test_of_recorded_averages_the_last_is_given_back(recorded, options, name, tm
     succeed("synthesize", directory, *options, "--out", tmp_path / "out")
     real = emaopt.get_average(state["opt_state"], name=name)["w"]
     np.testing.assert_allclose(plain(tmp_path / "out")["params"]["w"], real, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--step", 641), r"step must be in \[0, 640\], up to the newest .* got 641"),
+        (("--recorded", "x=0.9"), "no average of the name 'x'; it has 'opt_state/power"),
+    ],
+)
+def test_what_was_not_recorded_cannot_be_synthesized(
+    recorded, options, message, tmp_path
+):
+    arguments = "--sigma-rel", 0.1, *options, "--out", tmp_path / "out"
+    result = emaopt_command("synthesize", recorded[0], *arguments)
+    assert result.exit_code == 1 and re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_profile_that_is_far_off_is_reported(recorded, tmp_path):
+    out = tmp_path / "out"
+    result = emaopt_command("synthesize", recorded[0], "--sigma-rel", 0.005, "--out", out)
+    error = checkpoint.describe(out).record["residual"]
+    assert result.exit_code == 0 and error > 0.1
+    assert result.stderr.startswith(
+        f"warning: synthesize: the profile got is {error:.0%} off the one wanted."
+    )
+
+
+def test_several_averages_are_told_apart_by_the_commands_own_option(recorded, tmp_path):
+    arguments = "--weights", "average", "--out", tmp_path / "out"
+    result = emaopt_command("average", recorded[0], *arguments)
+    if recorded[2] == "Orbax":
+        assert result.exit_code == 1
+        assert result.stderr.endswith("Say with --weights NAME which one.\n")
+    else:
+        assert result.exit_code == 0  # that under the parameters' names
 
 
 def test_an_earlier_average_and_another_profile_are_synthesized(recorded, tmp_path):
@@ -214,7 +253,7 @@ def test_average_is_the_sum_with_the_weights_of_the_profile(run, profile, tmp_pa
     paths = [run / str(step) for step in (300, 100, 400, 200)]  # sorted by their steps
     said = succeed("average", *paths, "--profile", profile, "--out", tmp_path / "out")
     expected = np.array(PROFILES[profile])
-    shown = [float(x) for x in re.findall(r"run\d*/\d+ │ (-?[\d.]+)", said)]
+    shown = [float(x) for x in re.findall(r"run\d*/\d+ │ ([+-][\d.]+)", said)]
     np.testing.assert_allclose(shown, expected, atol=2e-3)
     record = checkpoint.describe(tmp_path / "out").record
     np.testing.assert_allclose(record["coefficients"], expected, atol=2e-3)
@@ -360,7 +399,7 @@ def test_export_holds_the_same_bits(run, recorded, tmp_path):
     expected = served if writer == "emaopt" else state["params"]
     np.testing.assert_array_equal(load_file(tmp_path / "w.safe")["w"], expected["w"])
     assert ("averages" if writer == "emaopt" else "raw parameters") in said
-    out = tmp_path / "p.safe"
+    out = tmp_path / "new" / "p.safe"
     succeed("export", run / "400", "--at", "params/dense", "--safetensors", out,
             "--separator", ".", "--dtype", "float16")  # fmt: skip
     tensors = load_file(out)
@@ -374,11 +413,10 @@ def test_inspect_tells_what_is_there(recorded):
     directory, _, writer = recorded
     said = succeed("inspect", directory / "640")
     assert "params/w │ float32 │ 40 │ 160 B" in said
-    where = "under the names" if writer == "emaopt" else "in its slot"
     summary = emaopt.weight_summary(
         emaopt.decay_weights(emaopt.power_decay(sigma_rel=0.1), 640)
     )
-    row = f"opt_state/power:0.1 │ 640 │ {where} │ {summary.mean_age:.1f} steps"
+    row = f"opt_state/power:0.1 │ 640 │ {summary.mean_age:.1f} │ {summary.half_life:.1f}"
     assert row in said
     served = "the averages of opt_state/power:0.1" if writer == "emaopt" else "the raw"
     assert f"There stand: {served}" in said and "There stand" in said
@@ -388,7 +426,7 @@ def test_profile_shows_the_numbers_and_draws_them(tmp_path):
     png = tmp_path / "weights.png"
     said = succeed("profile", "0.99", "power:0.1", "--steps", 500, "--plot", png)
     summary = emaopt.weight_summary(emaopt.decay_weights(0.99, 500))
-    assert f"0.99 │ {summary.mean_age:.1f} steps │ {summary.half_life:.1f} steps" in said
+    assert f"0.99 │ {summary.mean_age:.1f} │ {summary.half_life:.1f} │" in said
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     png.write_text("mine")
     refused = emaopt_command("profile", "0.9", "--plot", png)
@@ -403,6 +441,9 @@ def odd(run, tmp_path_factory):
     """Things that are not what they should be."""
     directory = tmp_path_factory.mktemp("odd")
     params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5)
+    averaged = {"params": params, "opt_state": tx.init(params)}
+    checkpoint.save(directory / "served_3", averaged)
     trees = {
         "good_1": {"params": params},
         "other_2": {"params": {"w": jnp.ones(3), "c": jnp.ones(2)}},
@@ -410,6 +451,10 @@ def odd(run, tmp_path_factory):
         "long_4": {"params": {"w": jnp.ones(4), "b": jnp.ones(2)}},
         "damaged_5": {"params": {"w": jnp.arange(30_000.0), "b": jnp.ones(2)}},
         "again_1": {"params": params},
+        "nameless": {"params": params},
+        "with_1": averaged,
+        "nnx_1": {"model": params, "optimizer": {"opt_state": {"trace": params}}},
+        "pair_1": (params, optax.adam(0.1).init(params)),
     }
     with ocp.StandardCheckpointer() as checkpointer:
         for name, tree in trees.items():
@@ -501,7 +546,7 @@ ERRORS = {
     "no average": (
         ("average", "good_1", "--weights", "average", "--out", "out"),
         1,
-        r"good_1 holds no average",
+        r"good_1 holds no average: its parameters are raw\. Leave out --weights\.",
     ),
     "no such place": (
         ("export", "good_1", "--at", "model", "--safetensors", "out"),
@@ -511,12 +556,55 @@ ERRORS = {
     "no averages to synthesize from": (
         ("synthesize", "good_1", "--sigma-rel", "0.1", "--out", "out"),
         1,
-        r"good_1 has no average whose name says its decay.*it has no average",
+        r"good_1 holds no average, and there is nothing to make another from",
     ),
     "an unknown profile": (
         ("average", "good_1", "--profile", "sqrt", "--out", "out"),
         2,
-        r"'sqrt' is no decay: take one of ema:β",
+        r"'sqrt' is no profile: take one of ema:β.*cosine:fraction",
+    ),
+    "an unknown profile of checkpoints without steps": (
+        ("average", "nameless", "--profile", "powr:0.1", "--out", "out"),
+        2,
+        r"'powr:0.1' is no profile",
+    ),
+    "a profile that needs steps": (
+        ("average", "nameless", "--profile", "ema:0.9", "--out", "out"),
+        2,
+        r"needs the steps .* do not all end in numbers\. Give them with --steps\.",
+    ),
+    "a run instead of one of its steps": (
+        ("inspect", "cut"),
+        1,
+        r"cut is not .* It holds steps: give the directory of one, such as \S*cut/400\.",
+    ),
+    "an output that is the run itself": (
+        ("average", "cut/100", "cut/200", "--out", "cut", "--force"),
+        1,
+        r"cut is, or holds, what is combined: \S*cut/100\. Write it elsewhere",
+    ),
+    "an output that is what is averaged": (
+        ("average", "good_1", "--out", "good_1", "--force"),
+        1,
+        r"good_1 is, or holds, what is combined",
+    ),
+    "averages in the one and raw parameters in the other": (
+        ("average", "with_1", "served_3", "--out", "out"),
+        1,
+        r"with_1 and \S*served_3 differ: under the parameters' names stand the raw "
+        r"parameters in the one and the averages of opt_state/averaging in the other\. "
+        r"Say with --weights which are meant",
+    ),
+    "an optimizer's state beside the parameters": (
+        ("average", "nnx_1", "--out", "out"),
+        1,
+        r"nnx_1 holds an optimizer's state, .* Say with --at where they stand; at the "
+        r"top stand model, optimizer\.",
+    ),
+    "an optimizer's state in a tuple": (
+        ("export", "pair_1", "--safetensors", "out"),
+        1,
+        r"pair_1 holds an optimizer's state, .* at the top stand 0, 1\.",
     ),
     "a profile out of range": (
         ("average", "good_1", "--profile", "cosine:3", "--out", "out"),
@@ -627,7 +715,7 @@ def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
         "import contextlib\n"
         "def kill(done, total):\n"
         "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cli._progress = lambda doing: contextlib.nullcontext(kill)\n"
+        "cli.progress_bar = lambda doing: contextlib.nullcontext(kill)\n"
         "cli.app(sys.argv[1:])"
     )
     arguments = ["average", run, "--out", out]
@@ -648,6 +736,18 @@ def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
     if not (force and what == "export"):  # a directory stands there
         succeed(*arguments)
         assert out.exists()
+
+
+def test_names_are_whole_in_a_pipe(tmp_path):
+    name = "layer_" * 30
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "1", {"params": {name: np.ones(2)}})
+    command = [sys.executable, "-m", "emaopt", "inspect", tmp_path / "1"]
+    environment = os.environ | {"COLUMNS": "80"}
+    process = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=environment
+    )
+    assert f"params/{name} " in process.stdout
 
 
 def test_command_is_quiet_for_programs_that_read_it(run, tmp_path):

@@ -222,7 +222,7 @@ def test_checkpoints_on_a_broken_line_lose_nothing(steps):
     weights = np.random.default_rng(1).dirichlet(np.ones(11))
     values = np.random.default_rng(2).standard_normal(len(steps))
     path = np.interp(np.arange(11), steps, values)
-    found = posthoc.checkpoint_weights(weights, steps)
+    found = _profiles.checkpoint_weights(weights, steps)
     assert found @ values == pytest.approx(weights @ path, rel=1e-12)
 
 
@@ -320,12 +320,12 @@ def test_averages_by_name_are_near_the_average_of_a_smooth_path(spec):
             r"fraction must be in \(0, 1\]",
         ),
         (
-            lambda: posthoc.checkpoint_weights([0.5, 0.5], [1, 1]),
+            lambda: _profiles.checkpoint_weights([0.5, 0.5], [1, 1]),
             ValueError,
             "steps must increase",
         ),
         (
-            lambda: posthoc.checkpoint_weights([0.5, 0.5], [0, 2]),
+            lambda: _profiles.checkpoint_weights([0.5, 0.5], [0, 2]),
             ValueError,
             "must go up to 1",
         ),
@@ -340,7 +340,9 @@ def test_averages_by_name_are_near_the_average_of_a_smooth_path(spec):
         (lambda: _profiles.decay_of("uniform:3"), ValueError, "no decay"),
         (lambda: _profiles.decay_of("ema:2"), ValueError, "2.0"),
         (lambda: _profiles.weights_of("cosine", 9), ValueError, "as in cosine:0.2"),
+        (lambda: _profiles.weights_of("cosin:1", 9), ValueError, "1-sqrt:fraction"),
         (lambda: _profiles.merge_weights("0.9", 2, None), ValueError, "needs the steps"),
+        (lambda: _profiles.merge_weights("powr:1", 2, None), ValueError, "no profile"),
     ],
 )
 def test_bad_argument_says_what_and_where(build, error, message):

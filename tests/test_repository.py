@@ -108,7 +108,8 @@ LAYERS = {
     },
     "plots": {"matplotlib"},
     "_printing": {"_weights", "rich"},
-    "cli": {"", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},
+    "_terminal": {"_profiles", "rich", "typer"},
+    "cli": {"", "_terminal", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},
 }
 
 

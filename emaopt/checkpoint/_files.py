@@ -105,9 +105,12 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
-        what = f"It holds the steps {steps}: give one's directory." if steps else (
-            "The save was not finished, or its metadata is lost: take another step."
-        )  # fmt: skip
+        what = (
+            f"It holds steps: give the directory of one, such as {path / str(steps[-1])}."
+            if steps
+            else "The save was not finished, its metadata is lost, or it never was one: "
+            "take another step."
+        )
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
     items, saved, custom = {}, {}, _step_metadata(function, path)

@@ -55,12 +55,19 @@ def combined(
     The last one is the newest: what is not averaged is taken from it.
     """
     _selecting.check_alike(function, weights)
+    newest = weights[-1]
+    _selecting.refuse_optimizer_state(function, newest)
     place = _files.absolute(out)
+    for one in weights:
+        if place.resolve() in (source := one.files.path.resolve(), *source.parents):
+            raise ValueError(
+                f"{function}: {place} is, or holds, what is combined: {one.files.path}. "
+                "Write it elsewhere."
+            )
     if place.exists() and not force:
         raise ValueError(
             f"{function}: {place} already exists; pass force=True to replace it."
         )
-    newest = weights[-1]
     empty = newest.files.marker.empty if newest.files.marker else {}
     names = [n for n, there in newest.places.items() if there not in empty]
     if not names:
@@ -160,6 +167,7 @@ def exported(
     References:
       https://github.com/huggingface/safetensors#format
     """
+    _selecting.refuse_optimizer_state(function, weights)
     out = os.path.abspath(os.fspath(out))
     if os.path.exists(out) and not force:
         raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
@@ -201,6 +209,7 @@ def exported(
         for batch in batches
     )
     done, unfinished = 0, f"{out}.unfinished"
+    os.makedirs(os.path.dirname(out), exist_ok=True)  # as Orbax does for a checkpoint
     try:
         with open(unfinished, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from emaopt._nodes import (
     as_state,
     average_nodes,
@@ -72,6 +74,28 @@ def select(
     return Weights(files, prefix, places, frozenset(), said)
 
 
+def select_alike(
+    function: str, paths: Sequence[Any], which: str | None, at: str | None
+) -> list[Weights]:
+    """The weights in checkpoints; raises if not the same averages are served in all."""
+    found = [select(function, path, which, at) for path in paths]
+    for one in found:
+        if which is None and _served(one) != _served(found[0]):
+            raise ValueError(
+                f"{function}: {found[0].files.path} and {one.files.path} differ: under "
+                f"the parameters' names stand {found[0].said} in the one and {one.said} "
+                "in the other. Say with weights= which are meant: raw, average, or a "
+                "name."
+            )
+    return found
+
+
+def _served(weights: Weights) -> str | None:
+    """Which averages stand under the parameters' names."""
+    marker = weights.files.marker
+    return weights.said if marker and marker.params == weights.prefix else None
+
+
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
     if files.marker is not None:
@@ -82,6 +106,21 @@ def _parameters(function: str, files: _files.Files) -> Names:
     for names in served_nodes(tree):
         return locate(function, tree, None, names).params
     return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
+
+
+def refuse_optimizer_state(function: str, weights: Weights) -> None:
+    """Raises if weights are all of a checkpoint that holds an optimizer's state, too."""
+    names = set() if weights.prefix else weights.places.keys()
+    counted = {n[:-1] for n in names if n[-1:] == ("count",)}  # Adam's and its kin's
+    if any("opt_state" in n for n in names) or any(
+        (*parent, "mu") == n[: len(parent) + 1] for n in names for parent in counted
+    ):
+        tops = ", ".join(sorted({n[0] for n in names}))
+        raise ValueError(
+            f"{function}: {weights.files.path} holds an optimizer's state, and no "
+            "average and no 'params' that tell which arrays are the parameters. Say with "
+            f"at= where they stand; at the top stand {tops}."
+        )
 
 
 def check_alike(function: str, weights: Sequence[Weights]) -> None:
@@ -116,6 +155,35 @@ def _kinds(weights: Weights) -> dict[Names, tuple]:
 
 def _kind(kind: tuple) -> str:
     return f"{kind[1]} of shape {kind[0]}"
+
+
+def in_order(
+    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
+) -> tuple[list[Any], list[int] | None]:
+    """The checkpoints, oldest first, and their steps if all have one."""
+    found = []
+    for path in map(_files.absolute, paths):
+        inside, unfinished = {}, []
+        if path.exists() and not _files.is_checkpoint(path):
+            inside, unfinished = steps_in(path)
+        for left in unfinished:
+            report(f"{function}: {path / left} was not finished, and is left out.")
+        found += inside.values() or [path]
+    if not found:
+        raise ValueError(f"{function}: give at least one checkpoint.")
+    if steps is not None and len(steps) != len(found):
+        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
+    given = steps or [step_of(path) for path in found]
+    numbers = [number for number in given if number is not None]
+    if len(numbers) < len(found):
+        return found, None
+    order = np.argsort(numbers, kind="stable")
+    found, numbers = [found[i] for i in order], [numbers[i] for i in order]
+    for i in np.flatnonzero(np.diff(numbers) == 0):
+        raise ValueError(
+            f"{function}: {found[i]} and {found[i + 1]} are both of step {numbers[i]}."
+        )
+    return found, numbers
 
 
 def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:

@@ -12,6 +12,8 @@ from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _streami
 from emaopt.checkpoint._merging import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
+_FAR = 0.1  # the residual from which on there is a warning
+
 
 def combine(
     paths: Sequence[str | os.PathLike],
@@ -44,16 +46,19 @@ def combine(
         the averages. "raw": the raw parameters. "average": the only average, wherever it
         stands. Else the average of that name.
       at: The names that lead to the parameters, as in "model/params". None: found by the
-        average of them, or "params", or all of the checkpoint.
-      force: Replace what stands at `out`, as `save` does.
+        average of them, or "params", or all of a checkpoint that holds no optimizer's
+        state.
+      force: Replace what stands at `out`, as `save` does; never what is combined.
       custom_metadata: Further entries for the record.
       progress: Called with the bytes that are read and those that there are.
       report: Called with a sentence for each leaf that comes out with NaN or inf.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at a path.
-      ValueError: If checkpoints differ in names, shapes or dtypes (both are named), are
-        not complete or damaged, do not hold the weights; or if `out` exists.
+      ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
+        under the names (both are named), are
+        not complete or damaged, do not hold the weights; or if `out` exists, or holds
+        what is combined.
 
     Example:
       >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
@@ -77,7 +82,7 @@ def combine(
         raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
     _merging.combined(
         "combine",
-        [_selecting.select("combine", path, weights, at) for path in paths],
+        _selecting.select_alike("combine", paths, weights, at),
         coefficients,
         out,
         force=force,
@@ -108,8 +113,8 @@ def average(
         (`posthoc.annealing_weights`). Without ":f", from the oldest checkpoint on.
       "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": as near to
         that average of all the steps up to the newest as these checkpoints allow.
-    All but the first weigh the steps of training; `posthoc.checkpoint_weights` brings
-    that to the checkpoints.
+    All but the first weigh the steps of training; an iterate's weight goes to
+    the two checkpoints around it, the nearer one getting more.
 
     Args:
       paths: Checkpoints, or directories of a CheckpointManager: all its steps. In the
@@ -144,14 +149,14 @@ def average(
       Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
       https://arxiv.org/abs/2507.17634
     """
-    found, numbers = _ordered("average", paths, steps, report)
+    found, numbers = _selecting.in_order("average", paths, steps, report)
     try:
         coefficients = merge_weights(profile, len(found), numbers)
     except BadProfile as error:
         raise BadProfile(f"average: {error}") from None
     _merging.combined(
         "average",
-        [_selecting.select("average", path, weights, at) for path in found],
+        _selecting.select_alike("average", found, weights, at),
         coefficients,
         out,
         force=force,
@@ -198,13 +203,14 @@ def synthesize(
       out: Directory to make, as for `combine`.
       target: The average to make: a decay, its name such as "power:0.1" or "cosine:0.2",
         or the weight of every iterate, float [T+1].
-      step: The number of updates at which it is meant. None: those of the newest
-        snapshot, or T.
+      step: The number of updates at which it is meant, none later than the newest
+        snapshot's. None: those, or T.
       recorded: {name of an average, as for `get_average`: its decay, or its name}. No
         others are used then.
       every, start: What the recorded averages were made with.
       rcond: As for `posthoc.solve`.
-      force, progress, report: As for `combine`.
+      force, progress: As for `combine`.
+      report: As for `combine`; also called if the residual is over 10 %.
 
     Returns:
       A `Synthesis`. See to its residual and noise gain.
@@ -238,7 +244,7 @@ def synthesize(
     """
     name = "synthesize"
     _target(name, target, 1)  # whether it is a profile at all
-    found, _ = _ordered(name, [directory], None, report)
+    found, _ = _selecting.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, Any] = {}
     snapshots: dict[str, list[tuple[int, Any]]] = {}
@@ -266,8 +272,19 @@ def synthesize(
         for n, taken in snapshots.items()
     }
     newest = max(taken[-1][0] for taken in snapshots.values())
+    if step is not None and not 0 <= step <= newest:
+        raise ValueError(
+            f"{name}: step must be in [0, {newest}], up to the newest snapshot's, got "
+            f"{step}."
+        )
     wanted = _target(name, target, newest if step is None else step)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
+    if solution.residual > _FAR:
+        report(
+            f"{name}: the profile got is {solution.residual:.0%} off the one wanted. "
+            "More snapshots, recorded averages of a nearer width, or the step of a "
+            "snapshot would bring it nearer."
+        )
     sources = [
         (path, n, count)
         for n in snapshots
@@ -287,6 +304,7 @@ def synthesize(
         record={
             "target": target if isinstance(target, (str, float)) else repr(target),
             "step": len(wanted) - 1,
+            "weights": f"the averages of {', '.join(snapshots)}",
             "averages": [sources[i][1] for i in order],
             "residual": solution.residual,
             "noise_gain": solution.noise_gain,
@@ -296,35 +314,6 @@ def synthesize(
     )
     said = [(str(path), n, count) for path, n, count in sources]
     return Synthesis(solution, len(wanted) - 1, said)
-
-
-def _ordered(
-    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
-) -> tuple[list[Any], list[int] | None]:
-    """The checkpoints, oldest first, and their steps if all have one."""
-    found = []
-    for path in map(_files.absolute, paths):
-        inside, unfinished = {}, []
-        if path.exists() and not _files.is_checkpoint(path):
-            inside, unfinished = _selecting.steps_in(path)
-        for left in unfinished:
-            report(f"{function}: {path / left} was not finished, and is left out.")
-        found += inside.values() or [path]
-    if not found:
-        raise ValueError(f"{function}: give at least one checkpoint.")
-    if steps is not None and len(steps) != len(found):
-        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
-    given = steps or [_selecting.step_of(path) for path in found]
-    numbers = [number for number in given if number is not None]
-    if len(numbers) < len(found):
-        return found, None
-    order = np.argsort(numbers, kind="stable")
-    found, numbers = [found[i] for i in order], [numbers[i] for i in order]
-    for i in np.flatnonzero(np.diff(numbers) == 0):
-        raise ValueError(
-            f"{function}: {found[i]} and {found[i + 1]} are both of step {numbers[i]}."
-        )
-    return found, numbers
 
 
 def _decay(function: str, decay: Any) -> Any:
@@ -339,15 +328,21 @@ def _known(
 ) -> dict[str, tuple[Any, _selecting.Average]]:
     """The averages of known decay in a checkpoint: name -> decay, where."""
     averages = _selecting.averages_in(files)
+    if not averages:
+        raise ValueError(
+            f"{function}: {files.path} holds no average, and there is nothing to make "
+            "another from. `average` merges checkpoints of raw weights."
+        )
     found = {}
     for name, decay in decays.items():
         fitting = [a for a in averages if name == "/".join(a.names)] or [
             a for a in averages if name in a.names
         ]
         if len(fitting) != 1:
+            count = "several averages" if fitting else "no average"
             raise ValueError(
-                f"{function}: {files.path} has {len(fitting)} averages of the name "
-                f"{name!r}, of {_listed(averages)}."
+                f"{function}: {files.path} has {count} of the name {name!r}; it has "
+                f"{_listed(averages)}."
             )
         found["/".join(fitting[0].names)] = decay, fitting[0]
     if not decays:
@@ -364,7 +359,7 @@ def _known(
 
 
 def _listed(averages: Sequence[_selecting.Average]) -> str:
-    return ", ".join(repr("/".join(a.names)) for a in averages) or "no average"
+    return ", ".join(repr("/".join(a.names)) for a in averages)
 
 
 def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
