@@ -557,7 +557,7 @@ def test_broken_metadata_is_named(tmp_path):
 
 
 def flipped(content):
-    """Flipped bits all over; Orbax has no checksums that would find a single one."""
+    """Flipped bits all over; single ones are in test_checkpoint_checksums."""
     return bytes(x ^ 0x10 if i % 97 == 0 else x for i, x in enumerate(content))
 
 

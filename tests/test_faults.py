@@ -3,6 +3,8 @@
 Real processes on this machine's CPU; `training_worker` is what they run.
 """
 
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -101,6 +103,31 @@ def test_restores_on_another_topology(data, model, specs, of_two, reference):
 def test_resumes_with_another_number_of_processes(before, after, reference, tmp_path):
     run(tmp_path / "steps", before, "--steps", 4)
     assert_serves_and_resumes(tmp_path / "steps", after, reference)
+
+
+def test_two_processes_record_the_checksums_that_one_does(of_two, tmp_path):
+    run(tmp_path / "steps", 1)
+
+    def recorded(directory):
+        item = directory / str(STEPS) / "default" / "_METADATA"
+        return json.loads(item.read_text())["custom_metadata"]["emaopt"]["checksums"]
+
+    assert recorded(of_two[0]) == recorded(tmp_path / "steps")
+    assert len(recorded(of_two[0])) == len(jax.tree.leaves(target(1, 1)))
+
+
+def test_two_processes_refuse_an_array_that_has_changed(of_two, tmp_path):
+    directory = tmp_path / "steps"
+    shutil.copytree(of_two[0], directory)
+    item = directory / str(STEPS) / "default" / "_METADATA"
+    content = json.loads(item.read_text())
+    names, _, total = entry = content["custom_metadata"]["emaopt"]["checksums"][0]
+    entry[2] = total ^ 1
+    item.write_text(json.dumps(content))
+    with start(directory, 2) as group:
+        assert all(member.wait() for member in group.members)
+    error = f"holds other numbers at {'/'.join(names)} than were saved"
+    assert group.log.read_text().count(error) == 2
 
 
 def test_one_of_two_killed(reference, tmp_path):

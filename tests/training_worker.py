@@ -102,7 +102,7 @@ def train(directory, steps, every, pause):
     with ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(save_interval_steps=every),
-        handler_registry=checkpoint.handler_registry(),
+        handler_registry=checkpoint.handler_registry(checksums=True),
     ) as manager:
         if (latest := manager.latest_step()) is None:
             latest, state = 0, jax.jit(start, out_shardings=places)()

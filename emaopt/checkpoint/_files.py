@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import counter_of, swapped_nodes
 from emaopt._swapping import Names, locate
+from emaopt.checkpoint import _checksums
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # there, too, of what `combine` writes
@@ -45,6 +46,7 @@ class Files(NamedTuple):
     saved: dict[Names, Any]  # metadata of every leaf
     marker: Marker | None
     custom: dict[str, Any]  # custom_metadata of other keys
+    checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
 
 
 def write_marker(
@@ -114,6 +116,7 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
     items, saved, custom = {}, {}, _step_metadata(function, path)
+    checksums = _recorded((), custom)
     for prefix, directory in directories.items():
         try:
             metadata = handler.metadata(directory)
@@ -122,14 +125,22 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
                 f"{function}: the metadata in {directory} cannot be read, "
                 f"{_brief(error)}. Take another step."
             ) from error
+        checksums |= _recorded(prefix, metadata.custom_metadata or {})
         custom = (metadata.custom_metadata or {}) | custom
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
     marker = _read_marker(function, path, custom.pop(KEY, None))
-    files = Files(path, items, saved, marker, custom)
+    files = Files(path, items, saved, marker, custom, checksums)
     if files.marker and () in items and _is_item(path, files.marker):
         return open_files(function, path.parent)
     return files if files.marker else files._replace(marker=_lost_marker(function, files))
+
+
+def _recorded(prefix: Names, custom: dict) -> dict[Names, _checksums.Checksum]:
+    """The checksums in custom_metadata; those of an item name what is in the item."""
+    marker = custom.get(KEY)
+    entries = marker.get("checksums", ()) if isinstance(marker, dict) else ()
+    return {prefix + n: found for n, found in _checksums.recorded(entries).items()}
 
 
 def _is_item(path: Any, marker: Marker) -> bool:
@@ -258,6 +269,7 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
             restored = handler.restore(directory, args=arguments)
         leaves = names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
+    _checksums.check(function, files.path, files.checksums, values)
     return values
 
 

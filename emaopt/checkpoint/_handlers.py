@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint import _checksums, _files, _restoring, _trees
 from emaopt.checkpoint._files import Names
 
 
@@ -15,6 +15,7 @@ def handler_registry(
     items: Iterable[str] = (),
     metrics_of: Literal["raw", "averaged"] | None = None,
     report: Callable[[str], Any] | None = None,
+    checksums: bool = False,
 ) -> ocp.handlers.CheckpointHandlerRegistry:
     """Makes a CheckpointManager serve the average; its calls stay as they are.
 
@@ -39,6 +40,7 @@ def handler_registry(
       metrics_of: Which weights the metrics given to `manager.save` were measured on; goes
         on record, in custom_metadata["emaopt"]["metrics_of"] of each item.
       report: As for `restore`; default the warning function of the logger "emaopt".
+      checksums: As for `save`. They are computed before `manager.save` returns.
 
     Returns:
       A registry for `ocp.CheckpointManager(..., handler_registry=...)`.
@@ -72,7 +74,8 @@ def handler_registry(
     # writes a handler's type on disk and looks its arguments up by it, and a type of ours
     # would keep readers without emaopt out.
     handler = ocp.StandardCheckpointHandler()
-    swapping = _Swapping(handler, name, metrics_of, report or _restoring.log_warning)
+    report = report or _restoring.log_warning
+    swapping = _Swapping(handler, name, metrics_of, report, checksums)
     for method in ("async_save", "restore"):
         setattr(handler, method, getattr(swapping, method))
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -85,9 +88,12 @@ def handler_registry(
 class _Swapping:
     """The methods that stand in for the stock handler's."""
 
-    def __init__(self, handler: Any, name: Any, metrics_of: Any, report: Any):
+    def __init__(
+        self, handler: Any, name: Any, metrics_of: Any, report: Any, checksums: bool
+    ):
         self._save = handler.async_save
         self._name, self._metrics_of, self._report = name, metrics_of, report
+        self._checksums = checksums
         self._steps: dict[str, dict[str, Any]] = {}  # directory of step -> item -> args
 
     def async_save(
@@ -122,7 +128,10 @@ class _Swapping:
         marker = _trees.marker(state, where)
         if self._metrics_of is not None:
             marker[_files.KEY]["metrics_of"] = self._metrics_of
-        return _trees.without_empty(state[key] if prefix else state), marker
+        item = _trees.without_empty(state[key] if prefix else state)
+        if self._checksums:
+            marker[_files.KEY]["checksums"] = _checksums.checksums(item)
+        return item, marker
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
         target = item if args is None else args.item

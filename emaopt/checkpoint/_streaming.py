@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _files
+from emaopt.checkpoint import _checksums, _files
 from emaopt.checkpoint._files import Names, names_of
 
 BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
@@ -30,7 +30,8 @@ class Stored(NamedTuple):
     """A leaf on disk."""
 
     info: Any  # what Orbax reads it by
-    path: Any  # of the checkpoint
+    files: _files.Files
+    names: Names
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -69,7 +70,8 @@ def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[
     return [
         Stored(
             found[names].info,
-            files.path,
+            files,
+            names,
             tuple(files.saved[names].shape),
             np.dtype(files.saved[names].dtype),
         )
@@ -94,9 +96,13 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
     """Reads leaves at once. Not where an event loop runs: `prefetched` has threads."""
     handler = ocp.type_handlers.NumpyHandler()
     arguments = [ocp.RestoreArgs()] * len(leaves)
-    with _files.explained(function, leaves[0].path):
+    files = leaves[0].files
+    with _files.explained(function, files.path):
         read = handler.deserialize([leaf.info for leaf in leaves], arguments)
-        return list(asyncio.run(read))  # pyright: ignore[reportArgumentType]
+        arrays = list(asyncio.run(read))  # pyright: ignore[reportArgumentType]
+    values = {leaf.names: array for leaf, array in zip(leaves, arrays, strict=True)}
+    _checksums.check(function, files.path, files.checksums, values)
+    return arrays
 
 
 def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:

@@ -1,0 +1,272 @@
+"""A changed bit in a file of arrays is an error that says where, whoever reads."""
+
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from test_checkpoint import assert_same
+
+import emaopt
+from emaopt import checkpoint
+from emaopt.checkpoint import _checksums
+
+TX = emaopt.averaged(optax.adam(1e-2), 0.9)
+KINDS = [
+    np.bool_,
+    np.int8,
+    np.uint16,
+    np.int32,
+    np.float16,
+    np.float32,
+    np.complex64,
+    jnp.bfloat16,
+    jnp.float8_e4m3fn,
+    jnp.int4,
+]
+
+
+def noise(kind, shape=(2, 8, 4)):
+    rng = np.random.default_rng(0)
+    real, imaginary = rng.normal(size=(2, *shape)) * 5
+    return (real + 1j * imaginary if kind is np.complex64 else real).astype(kind)
+
+
+def of(leaf):
+    ((names, dtype, total),) = _checksums.checksums({"x": leaf})
+    assert names == ["x"]
+    return dtype, total
+
+
+def by_hand(array):
+    """The definition, in Python's integers."""
+    content, size = array.tobytes(), min(4, array.dtype.itemsize)
+    parts = [content[i : i + size] for i in range(0, len(content), size)]
+    words = [int.from_bytes(part, "little") for part in parts]
+    if array.dtype == jnp.int4:
+        words = [word % 16 for word in words]
+    return str(array.dtype), sum((2 * i + 1) * w for i, w in enumerate(words)) % 2**32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksum_is_the_definition_however_an_array_is_placed(kind):
+    array = noise(kind)
+    expected = by_hand(array)
+    assert of(array) == of(jnp.asarray(array)) == expected
+    for mode, spec in itertools.product(
+        (AxisType.Auto, AxisType.Explicit), ((None, "a", "b"), (None, ("b", "a")), ("a",))
+    ):
+        mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(mode, mode))
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        assert of(jax.device_put(array, place)) == expected
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    assert of(jax.device_put(array, host)) == expected
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64, np.complex128])
+def test_checksum_of_64_bits(kind):
+    array = noise(np.complex64).astype(np.complex128)
+    array = (array if kind is np.complex128 else array.real).astype(kind)
+    with jax.enable_x64(True):
+        assert of(array) == of(jnp.asarray(array)) == by_hand(array)
+
+
+def test_checksum_of_a_large_array_of_numpy():
+    array = noise(np.float32, (3, 2**16))
+    assert of(array) == of(jnp.asarray(array)) == by_hand(array)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.float16, np.float32, np.complex64])
+def test_each_bit_and_the_order_count(kind):
+    array = noise(kind, (5,))
+    content = np.frombuffer(array.tobytes(), np.uint8)
+    assert of(array[::-1]) != of(array)
+    for bit in range(8 * content.size):
+        changed = content.copy()
+        changed[bit // 8] ^= 1 << bit % 8
+        assert of(changed.view(kind)) != of(array)
+
+
+def mixed():
+    """A state with leaves of all kinds that Orbax takes."""
+    params = {
+        "w": jnp.asarray(noise(np.float32)),
+        "half": jnp.asarray(noise(jnp.bfloat16)),
+        "empty": jnp.zeros((0, 3)),
+    }
+    nans = np.arange(0x7F800001, 0x7F800001 + 8, dtype=np.uint32).view(np.float32)
+    return {
+        "params": params,
+        "opt_state": TX.init(params),
+        "key": jax.random.key(1),
+        "bits": jnp.asarray(noise(np.bool_)),
+        "eighths": jnp.asarray(noise(jnp.float8_e4m3fn)),
+        "complex": jnp.asarray(noise(np.complex64)),
+        "nans": jnp.asarray(nans),
+        "numpy": noise(np.int64),
+        "scalar": np.float32(3),
+        "number": 5,
+        "rate": 0.1,
+        "flag": True,
+    }
+
+
+def edit(file, i):
+    """Changes a checksum in Orbax's JSON."""
+    content = json.loads(file.read_text())
+    content["custom_metadata"]["emaopt"]["checksums"][i][2] ^= 1
+    file.write_text(json.dumps(content))
+
+
+def test_every_leaf_is_checked(tmp_path):
+    state = mixed()
+    checkpoint.save(tmp_path / "c", state, checksums=True)
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    file = tmp_path / "c" / "_CHECKPOINT_METADATA"
+    entries = json.loads(file.read_text())["custom_metadata"]["emaopt"]["checksums"]
+    full = [leaf for leaf in jax.tree.leaves(state) if np.size(leaf)]
+    assert len(entries) == len(full)
+    for i, (names, *_) in enumerate(entries):
+        before = file.read_text()
+        edit(file, i)
+        where = "/".join(names)
+        with pytest.raises(
+            ValueError, match=rf"other numbers at {where} than were saved"
+        ):
+            checkpoint.restore(tmp_path / "c", state)
+        file.write_text(before)
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path):
+    state = mixed()
+    checkpoint.save(tmp_path / "c", state)
+    content = json.loads((tmp_path / "c" / "_CHECKPOINT_METADATA").read_text())
+    assert "checksums" not in content["custom_metadata"]["emaopt"]
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+def small():
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    return {"params": params, "opt_state": TX.init(params)}
+
+
+def plain(path):
+    """What Orbax reads, or None if it cannot."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return [
+                np.asarray(x).tobytes()
+                for x in jax.tree.leaves(checkpointer.restore(path))
+            ]
+    except Exception:
+        return None
+
+
+def flips(path, every):
+    """Flips single bits of files of arrays, one by one, and tells what Orbax reads."""
+    for file in sorted(path.rglob("d/*")):
+        content = file.read_bytes()
+        for i in range(0, len(content), every):
+            changed = bytearray(content)
+            changed[i] ^= 1 << i % 8
+            file.write_bytes(changed)
+            yield plain(path)
+        file.write_bytes(content)
+
+
+READERS = {
+    "restore": lambda path, out: checkpoint.restore(path, small()),
+    "combine": lambda path, out: checkpoint.combine(
+        [path], [1.0], out, weights=None, force=True
+    ),
+    "export": lambda path, out: checkpoint.export_safetensors(path, out, force=True),
+    "load_averaged": lambda path, out: checkpoint.load_averaged(path),
+}
+
+
+@pytest.mark.slow
+# Orbax drops the reads that were under way when the first one failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_that_orbax_does_not_notice_is_an_error(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, small(), checksums=True)
+    right, unnoticed = plain(path), 0
+    for read in flips(path, 499):
+        if read == right:
+            assert_same(checkpoint.restore(path, small()), small())
+        elif read is not None:
+            unnoticed += 1
+            with pytest.raises(
+                ValueError, match=rf"{path} holds other numbers at .*w than.*take another"
+            ):
+                checkpoint.restore(path, small())
+    assert unnoticed >= 10
+    assert_same(checkpoint.restore(path, small()), small())
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A checkpoint whose averages have a flipped bit that Orbax does not notice."""
+    path = tmp_path / "c"
+    checkpoint.save(path, small(), checksums=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        right = np.asarray(checkpointer.restore(path)["params"]["w"])
+    for read in flips(path, 499):
+        if read is not None:
+            with ocp.StandardCheckpointer() as checkpointer:
+                found = np.asarray(checkpointer.restore(path)["params"]["w"])
+            if found.tobytes() != right.tobytes():
+                return path
+    raise AssertionError("no flip that goes unnoticed")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_of_ours_checks(reader, damaged, tmp_path):
+    with pytest.raises(ValueError, match="holds other numbers at params/w than"):
+        READERS[reader](damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_another_dtype_than_was_saved_is_not_checked(damaged):
+    loaded = checkpoint.load_averaged(damaged, dtype=jnp.bfloat16)
+    assert loaded["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("composite", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_manager_records_and_checks(asynchronous, composite, tmp_path):
+    state = mixed()
+    args = {name: state[name] for name in ("params", "opt_state")}
+
+    def wrap(kind, tree):
+        if not composite:
+            return kind(tree)
+        return ocp.args.Composite(**{name: kind(tree[name]) for name in tree})
+
+    with ocp.CheckpointManager(
+        tmp_path,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous),
+        handler_registry=checkpoint.handler_registry(checksums=True),
+    ) as manager:
+        donated = jax.tree.map(jnp.copy, args)
+        manager.save(1, args=wrap(ocp.args.StandardSave, donated))
+        jax.tree.map(lambda x: x.delete(), donated)
+        manager.wait_until_finished()
+        restore = wrap(ocp.args.StandardRestore, args)
+        restored = manager.restore(1, args=restore)
+        assert_same(dict(restored.items()) if composite else restored, args)
+
+        item = tmp_path / "1" / ("params" if composite else "default") / "_METADATA"
+        first = json.loads(item.read_text())["custom_metadata"]["emaopt"]["checksums"][-1]
+        edit(item, -1)
+        where = "/".join(["params"] * composite + first[0])
+        with pytest.raises(ValueError, match=re.escape(f"numbers at {where} than")):
+            manager.restore(1, args=restore)
