@@ -68,7 +68,8 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
-    "checkpoint._files": {"_names", "_nodes", "_swapping", "orbax"},
+    "checkpoint._checksums": {"_names"},
+    "checkpoint._files": {"_names", "_nodes", "_swapping", "checkpoint", "orbax"},
     "checkpoint._handlers": {"_swapping", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._matching": {"_nodes", "_recursion", "_swapping", "checkpoint._files"},
     "checkpoint._merging": {
