@@ -309,6 +309,8 @@ AVERAGE = 8  # bytes per parameter to read and write a float32 average
 def test_compiled_step_makes_one_pass_over_the_average_and_no_copy(
     way, options, own, reads, dtype
 ):
+    if dtype == jnp.bfloat16 and not NEW_XLA:
+        pytest.skip("older XLA widens 16-bit values in memory, Adam's own too")
     params = {f"w{i}": jnp.ones((256, 512), dtype) for i in range(8)}
     count = 8 * 256 * 512
 
