@@ -19,9 +19,7 @@ HOST = "pinned_host"
 class Place(NamedTuple):
     """Where the average of one leaf lives, relative to the leaf."""
 
-    splits: tuple[
-        tuple[int, tuple[str, ...]], ...
-    ]  # (dimension, mesh axes) of each split
+    splits: tuple[tuple[int, tuple[str, ...]], ...]  # of a dimension along mesh axes
     mesh: Any  # that has the axes; None without splits
     on_host: bool
 
@@ -70,9 +68,7 @@ class Place(NamedTuple):
 
     def fetched(self, average: jax.Array) -> jax.Array:
         """The average in the device's memory, to compute with."""
-        return (
-            jax.device_put(average, jax.memory.Space.Device) if self.on_host else average
-        )
+        return _put(average, jax.memory.Space.Device) if self.on_host else average
 
     def kept(self, average: jax.Array) -> jax.Array:
         """The average in its own memory."""
@@ -252,10 +248,17 @@ def _put(average: jax.Array, space: Any) -> jax.Array:
 
 
 def near(average: Any, param: Any) -> Any:
-    """An average, gathered to where a parameter is."""
+    """An average, gathered to where a parameter is.
+
+    That of a center lacks the parameters' axis of workers; only its memory is changed.
+    """
     if not isinstance(average, jax.Array) or not isinstance(param, jax.Array):
         return average
-    if isinstance(average, jax.core.Tracer) or isinstance(param, jax.core.Tracer):
+    traced = any(isinstance(x, jax.core.Tracer) for x in (average, param))
+    if average.shape != param.shape:
+        on_host = not traced and average.sharding.memory_kind == HOST
+        return _put(average, jax.memory.Space.Device) if traced or on_host else average
+    if traced:
         average = jax.device_put(average, jax.memory.Space.Device)
         there = jax.typeof(param).sharding
         return jax.sharding.reshard(average, there) if any(there.spec) else average

@@ -256,6 +256,19 @@ def test_average_distance_is_that_of_the_gathered_average(trained):
         np.testing.assert_allclose(distance(state, params), apart, rtol=1e-6)
 
 
+def test_average_of_a_center_is_not_spread_over_the_workers():
+    mesh = jax.make_mesh((8,), ("workers",), axis_types=(AxisType.Auto,))
+    outer = emaopt.averaged(optax.sgd(1.0), 0.5)
+    tx = emaopt.local_updates(optax.sgd(0.1), outer, period=1, num_workers=8)
+    rows = emaopt.stack_workers({"w": jnp.arange(16.0).reshape(8, 2)}, 8)
+    rows = jax.device_put(rows, NamedSharding(mesh, P("workers")))
+    params, state = train(tx, rows, 2)
+    for read in (emaopt.get_average, jax.jit(emaopt.get_average)):
+        average = read(state, params)["w"]
+        assert average.sharding.is_fully_replicated
+        np.testing.assert_allclose(average, emaopt.get_average(state)["w"])
+
+
 def test_swap_exchanges_places_too_and_back(trained):
     _, params, state = trained
     there = jax.tree.map(lambda x: x.sharding, (params, state))
