@@ -92,6 +92,8 @@ def make_averager(
             f"{accumulator_dtype}."
         )
     check_placement(function, sharding, memory_kind)
+    constant = _constant(decay)
+    may_copy = start > 0 or debias or constant is None or constant**every < 1e-6
 
     def init(tree):
         leaves, treedef = jax.tree.flatten(tree)
@@ -131,12 +133,15 @@ def make_averager(
         copying = s < start
         newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
         pending = _move(state.pending, 1.0, newest, copying)
-        weight, step = state.weight, pending
+        # A 1 that the compiler does not know: it computes a quotient once, and any
+        # cheaper scalar again in the kernel of each leaf.
+        weight, whole = state.weight, (s >= 0).astype(pending.dtype)
         if debias:
-            weight = _move(weight, 1.0, pending, False)
+            weight = _move(weight, 1.0, pending)
             # Where nothing has weighed anything yet, both are 0.
-            step = pending / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
-        copying = copying | (step == 1)
+            whole = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        step = pending / whole
+        copying = copying | (step == 1) if may_copy else None
 
         def move(old, new):
             # Here, so that a conditional takes the parameters that the step returns
@@ -191,8 +196,10 @@ def make_averager(
     return Averager(init, update)
 
 
-def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any) -> Any:
-    """Returns old + step (new - old), or `new` itself where `copying`.
+def _move(
+    old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None
+) -> Any:
+    """Returns old + step (new - old), or `new` itself where `copying`, if it is given.
 
     In old's dtype, or float32 if that is narrower. Every operation is rounded by itself:
     the bits are the same in and out of jit.
@@ -201,7 +208,13 @@ def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any) -> Any:
     dtype = old.dtype if old.dtype.itemsize >= 4 else jnp.float32
     a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
     step = jnp.asarray(step, jnp.finfo(dtype).dtype)
-    return jnp.where(copying, q, a + rounded_product(step * (q - a)))
+    moved = a + rounded_product(step, q - a)
+    return moved if copying is None else jnp.where(copying, q, moved)
+
+
+def _constant(decay: DecayLike) -> float | None:
+    """The decay, if it is one number that is known now."""
+    return None if callable(decay) or isinstance(decay, jax.Array) else float(decay)
 
 
 def _checked_accumulator(
@@ -222,8 +235,9 @@ def _checked_accumulator(
         raise ValueError(
             f"{function}: accumulator_dtype={dtype} needs jax_enable_x64, which is off."
         )
-    if not (stochastic or callable(decay) or isinstance(decay, jax.Array)):
-        step = 1 - float(decay) ** every
+    constant = _constant(decay)
+    if not (stochastic or constant is None):
+        step = 1 - constant**every
         half_ulp = float(jnp.finfo(dtype).eps) / 2
         if 0 < step < half_ulp:
             raise ValueError(

@@ -51,16 +51,18 @@ def rounded_to(value: Any, dtype: Any) -> Any:
     return value
 
 
-def rounded_product(product: Any) -> Any:
-    """The product, rounded before a compiler can fuse a sum with it (FMA).
+def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """factor · x, rounded before a compiler can fuse a sum with it (FMA).
 
     XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
     and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays: it would make every NaN the same NaN.
+    data stays. It puts x in the place of a NaN: a NaN too, or infinite where factor is 0.
     """
-    if jnp.iscomplexobj(product):
-        return lax.complex(rounded_product(product.real), rounded_product(product.imag))
-    return jnp.where(jnp.isnan(product), jnp.nan, product)
+    if jnp.iscomplexobj(x):
+        parts = (rounded_product(factor, part) for part in (x.real, x.imag))
+        return lax.complex(*parts)
+    product = factor * x
+    return lax.select(lax.ne(product, product), x, product)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

@@ -338,6 +338,20 @@ def test_compiled_step_makes_one_pass_over_the_average_and_no_copy(
     assert not re.search(r"\w\[256,512\]\S* copy\(", program.as_text())
 
 
+def test_compiling_an_average_adds_one_small_kernel_to_each_leaf():
+    # What is scalar is computed once, and not again in each of them.
+    def lines(tx, leaves):
+        params = {f"w{i}": jnp.ones(1000) for i in range(leaves)}
+        one = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
+        program = one.lower(params, tx.init(params), 0.0).compile()
+        return len(program.as_text().splitlines())
+
+    chained = optax.chain(ADAM, emaopt.average_params(0.999))
+    added = [lines(chained, leaves) - lines(ADAM, leaves) for leaves in (10, 30)]
+    # 10 in the kernel, 3 around it, a parameter and the call.
+    assert (added[1] - added[0]) / 20 <= 16
+
+
 def two_averages(inner, decay, **options):
     averages = [(name, emaopt.average_params(decay, **options)) for name in ("a", "b")]
     return optax.named_chain(("inner", inner), *averages)
