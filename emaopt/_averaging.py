@@ -150,8 +150,8 @@ def average_params(
         "like_params". Inside of `jax.shard_map` that is over the axes, the average has
         the shape of the device's part.
       memory_kind: "pinned_host" keeps the average in the host's memory and brings it to
-        the device for each update; best with `every`. Needs jax 0.10. Default: the
-        parameters' memory.
+        the device for each update, a few arrays at a time; best with `every`, which XLA
+        cannot compile for GPUs then. Needs jax 0.10. Default: the parameters' memory.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are

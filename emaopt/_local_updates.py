@@ -12,10 +12,11 @@ import optax
 
 from emaopt._checks import check_flag, check_integer, check_number, check_optimizer
 from emaopt._commits import accumulate, check_commit, start_center
+from emaopt._conditional import once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._recursion import is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
-from emaopt._workers import Mapped, Stacked, held_until, once_if
+from emaopt._workers import Mapped, Stacked, held_until
 
 REDUCTIONS = ("mean", "sum", "sequential")
 

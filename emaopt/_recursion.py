@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from emaopt._checks import check_decay, check_flag, check_integer
+from emaopt._conditional import once_if
 from emaopt._decays import DecayLike, one_minus
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
@@ -143,39 +144,41 @@ def make_averager(
         step = pending / whole
         copying = copying | (step == 1) if may_copy else None
 
-        def move(old, new):
+        def move(before, new):
+            old, _ = before
             # Here, so that a conditional takes the parameters that the step returns
             # anyway. Rounded before it, 16-bit ones would be written twice.
             new = [rounded_to(q, q.dtype) for q in new]
-            old = [p.fetched(a) for p, a in zip(where, old, strict=True)]
-            parts = [p.part(q) for p, q in zip(where, new, strict=True)]
-            moved = [_move(a, q, step, copying) for a, q in zip(old, parts, strict=True)]
-            if stochastic_rounding:
-                moved = [rounded_stochastically(m, s) for m in moved]
-            moved = [m.astype(a.dtype) for m, a in zip(moved, old, strict=True)]
-            if not skip_nonfinite:
-                return put_back(moved), jnp.bool_(True)
-            # q - q is 0, or NaN where q is not finite. Unlike jnp.isfinite, it fuses with
-            # its reduction on CPU.
             finite = jnp.bool_(True)
-            for q in new:
-                finite &= jnp.sum(q - q) == 0
-            kept = [jnp.where(finite, m, a) for m, a in zip(moved, old, strict=True)]
-            return put_back(kept), finite
-
-        def put_back(averages):
-            return [p.kept(a) for p, a in zip(where, averages, strict=True)]
+            if skip_nonfinite:
+                # q - q is 0, or NaN where q is not finite. Unlike jnp.isfinite, it fuses
+                # with its reduction on CPU.
+                for q in new:
+                    finite &= jnp.sum(q - q) == 0
+            moved = []
+            for i, (place, a, q) in enumerate(zip(where, old, new, strict=True)):
+                if place.on_host and i >= 2:
+                    # A few at a time: else all would be brought to the device at once.
+                    a, moved[i - 2] = lax.optimization_barrier((a, moved[i - 2]))
+                a = place.fetched(a)
+                m = _move(a, place.part(q), step, copying)
+                if stochastic_rounding:
+                    m = rounded_stochastically(m, s)
+                m = m.astype(a.dtype)
+                if skip_nonfinite:
+                    m = jnp.where(finite, m, a)
+                moved.append(place.kept(m))
+            return moved, finite
 
         if every == 1:
             due = jnp.bool_(True)
-            moved, finite = move(old, new)
+            moved, finite = move((old, True), new)
         else:
-            # The conditional holds the averages alone: around the whole optimizer step it
-            # would break donation.
+            # The averages alone: around the whole optimizer step it would break donation.
             due = (s < start) | ((s - start) % every == 0)
-            moved, finite = lax.cond(
-                due, move, lambda old, new: (old, jnp.bool_(True)), old, new
-            )
+            # They are there already, but their types need not say so.
+            old = [place.kept(a) for place, a in zip(where, old, strict=True)]
+            moved, finite = once_if(due, move, (old, jnp.bool_(True)), new)
 
         for i, entry in enumerate(entries):
             if not is_averaged(entry) and not isinstance(entry, optax.MaskedNode):
@@ -196,9 +199,7 @@ def make_averager(
     return Averager(init, update)
 
 
-def _move(
-    old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None
-) -> Any:
+def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None) -> Any:
     """Returns old + step (new - old), or `new` itself where `copying`, if it is given.
 
     In old's dtype, or float32 if that is narrower. Every operation is rounded by itself:

@@ -242,7 +242,8 @@ def _is_entry(node: Any) -> bool:
 def _put(average: jax.Array, space: Any) -> jax.Array:
     """The average in another memory, sharded as it is."""
     if isinstance(average, jax.core.Tracer):
-        return jax.device_put(average, space)
+        there = jax.typeof(average).memory_space == space
+        return average if there else jax.device_put(average, space)
     kind = HOST if space == jax.memory.Space.Host else "device"
     return jax.device_put(average, average.sharding.with_memory_kind(kind))
 

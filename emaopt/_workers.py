@@ -16,6 +16,8 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from emaopt._conditional import vary, varying
+
 # Leaves up to this size share a collective: it then costs less than copying them.
 _SMALL = 2**20  # bytes
 
@@ -205,14 +207,14 @@ class Mapped:
     def varying(self, tree):
         if not self._is_tracked:
             return tree
-        return jax.tree.map(lambda leaf: _vary(leaf, self._axes), tree)
+        return jax.tree.map(lambda leaf: vary(leaf, self._axes), tree)
 
     def equal_as(self, tree, like):
         if not self._is_tracked:
             return tree
 
         def equal(leaf, like):
-            axes = tuple(sorted((_varying(leaf) - _varying(like)) & self._axes))
+            axes = tuple(sorted((varying(leaf) - varying(like)) & self._axes))
             return lax.pmax(leaf, axes) if axes else leaf
 
         return jax.tree.map(equal, tree, like)
@@ -227,7 +229,7 @@ class Mapped:
         """Whether the axis is one of a `shard_map` with check_vma."""
         if self.axis_name is None:
             return False
-        return bool(_varying(lax.axis_index(self.axis_name)))
+        return bool(varying(lax.axis_index(self.axis_name)))
 
 
 def _beside(param: Any, leaf: Any) -> Any:
@@ -306,7 +308,7 @@ def after(leaf: jax.Array, results: list) -> jax.Array:
     """
     for i in _small_first(results)[-1:]:
         whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
-        if whole and _varying(results[i]) <= _varying(leaf):
+        if whole and varying(results[i]) <= varying(leaf):
             return lax.platform_dependent(
                 leaf, results[i], cpu=_held_until_there, default=lambda leaf, _: leaf
             )
@@ -327,62 +329,3 @@ def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
         return jnp.where(true(leaf), leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(held, tree)
-
-
-def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
-    """Returns f(changing, fixed) where `due`, else `changing`.
-
-    A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
-    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), but
-    not what passes a loop.
-    """
-    act, skip = _same_types([f, lambda changing, _: changing], changing, fixed)
-
-    def conditional(due, changing, fixed):
-        return lax.cond(due, act, skip, changing, fixed)
-
-    def loop(due, changing, fixed):
-        def turn(carry):
-            due, changing = carry
-            return jnp.zeros_like(due), act(changing, fixed)
-
-        start = (jnp.asarray(due), skip(changing, fixed))
-        return lax.while_loop(lambda carry: carry[0], turn, start)[1]
-
-    return lax.platform_dependent(
-        due, changing, fixed, cuda=loop, rocm=loop, default=conditional
-    )
-
-
-def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
-    """The branches of a conditional, cast to vary over the same mapped axes.
-
-    `shard_map` with check_vma tells values that are equal on all devices from those that
-    vary, and wants all branches to return the same.
-    """
-    outs = [jax.tree.leaves(jax.eval_shape(b, *operands)) for b in branches]
-    axes = [
-        frozenset().union(*map(_varying, leaves)) for leaves in zip(*outs, strict=True)
-    ]
-
-    def cast(branch):
-        def cast_branch(*operands):
-            leaves, treedef = jax.tree.flatten(branch(*operands))
-            return jax.tree.unflatten(treedef, map(_vary, leaves, axes))
-
-        return cast_branch
-
-    return [cast(branch) for branch in branches]
-
-
-def _varying(leaf: Any) -> frozenset:
-    """The mapped axes over which a value varies, as far as `shard_map` tracks it."""
-    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    kind = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
-    axes = getattr(aval, "vma", None) if kind is None else kind.varying
-    return frozenset(axes or ())
-
-
-def _vary(leaf: Any, axes: frozenset) -> Any:
-    missing = tuple(sorted(axes - _varying(leaf)))
-    return lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -16,6 +16,8 @@ WIDTH, HIDDEN = 8192, 32768
 SHAPES = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 SPECS = {"up": P(None, "model"), "down": P("model")}
 OTHERS = ("workers", "data")
+# As many parameters in more arrays.
+LAYERS = {f"layer{i}": (WIDTH, 2 * HIDDEN // 32) for i in range(32)}
 SPLIT = {"sharding": {"up": P(OTHERS), "down": P(None, OTHERS)}}
 ADAM = optax.adam(1e-3)
 
@@ -38,20 +40,34 @@ OPTIMIZERS = {
     "split average": averages(SPLIT),
     "split average every 10": averages({"every": 10, **SPLIT}),
     "average on the host": averages({"memory_kind": "pinned_host"}),
+    "average on the host every 10": averages({"every": 10, "memory_kind": "pinned_host"}),
 }
 
 
 def programs(mesh):
     """(name, program) of a step with each optimizer."""
-    params = {
-        name: jax.ShapeDtypeStruct(
-            shape, jnp.float32, sharding=NamedSharding(mesh, SPECS[name])
-        )
-        for name, shape in SHAPES.items()
-    }
+
+    def of(shapes, specs):
+        return {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+            )
+            for name, shape in shapes.items()
+        }
+
+    params = of(SHAPES, SPECS)
+    layers = of(LAYERS, dict.fromkeys(LAYERS, P(None, "model")))
     with jax.set_mesh(mesh):
         for name, tx in OPTIMIZERS.items():
+            if name == "average on the host every 10" and on_gpus(mesh):
+                continue  # XLA cannot compile it there
             yield name, compiled(tx, params)
+        hosted = OPTIMIZERS["average on the host"]
+        yield "averages of layers on the host", compiled(hosted, layers)
+
+
+def on_gpus(mesh):
+    return mesh.devices.flat[0].platform in ("cuda", "gpu")
 
 
 def compiled(tx, params):

@@ -1,0 +1,69 @@
+"""What is done at some steps only, without a cost at the others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
+    """Returns f(changing, fixed) where `due`, else `changing`.
+
+    A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
+    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), but
+    not what passes a loop.
+    """
+    # Traced once, however many of the ways below look at it.
+    f = jax.jit(f, inline=True)
+    act, skip = _same_types([f, lambda changing, _: changing], changing, fixed)
+
+    def conditional(due, changing, fixed):
+        return lax.cond(due, act, skip, changing, fixed)
+
+    def loop(due, changing, fixed):
+        def turn(carry):
+            due, changing = carry
+            return jnp.zeros_like(due), act(changing, fixed)
+
+        start = (jnp.asarray(due), skip(changing, fixed))
+        return lax.while_loop(lambda carry: carry[0], turn, start)[1]
+
+    return lax.platform_dependent(
+        due, changing, fixed, cuda=loop, rocm=loop, default=conditional
+    )
+
+
+def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
+    """The branches of a conditional, cast to vary over the same mapped axes.
+
+    `shard_map` with check_vma tells values that are equal on all devices from those that
+    vary, and wants all branches to return the same.
+    """
+    outs = [jax.tree.leaves(jax.eval_shape(b, *operands)) for b in branches]
+    axes = [
+        frozenset().union(*map(varying, leaves)) for leaves in zip(*outs, strict=True)
+    ]
+
+    def cast(branch):
+        def cast_branch(*operands):
+            leaves, treedef = jax.tree.flatten(branch(*operands))
+            return jax.tree.unflatten(treedef, map(vary, leaves, axes))
+
+        return cast_branch
+
+    return [cast(branch) for branch in branches]
+
+
+def varying(leaf: Any) -> frozenset:
+    """The mapped axes over which a value varies, as far as `shard_map` tracks it."""
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    kind = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
+    axes = getattr(aval, "vma", None) if kind is None else kind.varying
+    return frozenset(axes or ())
+
+
+def vary(leaf: Any, axes: frozenset) -> Any:
+    missing = tuple(sorted(axes - varying(leaf)))
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
