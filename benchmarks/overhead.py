@@ -7,6 +7,9 @@ framework has a process of its own, so that no thread of one waits for the other
   against Adam     One donated jit of an Adam step whose gradients are an argument, so
                    that the step is what its bytes cost. `emaopt` chains `average_params`.
                    every=10: the mean of ten steps, and after it the skipped ones' alone.
+  against Adam, another state carried through
+                   The same, where Adam has as many arrays more to hand on untouched: on
+                   CPU handling an array costs more than the bytes of a small one.
   against C loop   The update of an average alone, by benchmarks/floor.c: in place, all
                    threads, 12 bytes per float32 parameter (10 per bfloat16 one, whose
                    average is float32).
@@ -17,7 +20,7 @@ framework has a process of its own, so that no thread of one waits for the other
   bytes, new, temp per parameter, as the compiled program counts them: read and written
                    (of a conditional, its larger branch), results that are not in
                    place, temporaries
-  compile          seconds to trace and compile
+  compile          seconds to trace and compile, once (ratios: benchmarks/compile_time.py)
 
 The sets: ResNet-50 (161 arrays, 25.6 million parameters), GPT-2 small (148, 124 million:
 gigabytes of memory), and 1,500 arrays of 1,024 to 10,240. What is not installed is left
@@ -137,7 +140,7 @@ def table(shapes: Shapes, steps: int, rounds: int, only: str) -> Iterator[str]:
             if row.against != against:
                 against = row.against
                 yield ""
-                if against:
+                if against in base:
                     seconds = [s for _ in range(4) for s in base[against][0]()][-5:]
                     times = spread([1e3 * s for s in seconds], ".2f")
                     yield f"against {against}, {times} ms:"
@@ -171,7 +174,7 @@ def line(row: Row, run: Any, base: Any, facts: dict, rounds: int) -> str:
         return measure
 
     own, others = in_turn([settled(run), settled(rival)], rounds)
-    for found in own:
+    for found in own + others:
         if isinstance(found, str):
             return found[:60]
 

@@ -13,6 +13,7 @@ from local_programs import Shapes, size
 
 DECAY = 0.999
 EVERY = 10
+CARRIED = "Adam, another state carried through"
 
 
 class Row(NamedTuple):
@@ -196,9 +197,10 @@ def jax_rows(shapes: Shapes) -> list[Row]:
 
     return [
         *in_the_step("Adam", jnp.float32),
-        Row("Adam, another state carried through", "Adam", carried),
-        Row("Keras 3 Adam", "Adam", keras(False)),
-        Row("Keras 3 Adam, use_ema", "Adam", keras(True), 12),
+        Row(CARRIED, "", carried),
+        Row("emaopt", CARRIED, optimizer(chain(adam, average(DECAY))), 12),
+        Row("Keras 3 Adam", "", keras(False)),
+        Row("Keras 3 Adam, use_ema", "Keras 3 Adam", keras(True), 12),
         *in_the_step("Adam, bfloat16", narrow),
         Row("emaopt", "C loop", alone(), 12),
         Row("emaopt, bfloat16 average", "C loop", alone(**half), 8),

@@ -128,8 +128,9 @@ def compiled(tx: optax.GradientTransformation, params: Any) -> Step | None:
             raise RuntimeError(f"The step moves {leaf.shape} from {wanted} to {found}.")
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Step(
-        (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        (memory.argument_size_in_bytes + memory.temp_size_in_bytes + new) / 2**30,
         cost["bytes accessed"] / on_chip(params),
         len(instructions(program.as_text() or "")),
     )

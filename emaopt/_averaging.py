@@ -9,6 +9,7 @@ from emaopt._checks import check_integer, check_optimizer
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
 from emaopt._rounding import lead
+from emaopt._sharding import LIKE_PARAMS
 
 
 class AveragedState(NamedTuple):
@@ -143,12 +144,15 @@ def average_params(
       sharding: Where the average is, along mesh axes over which the parameters are
         replicated: an axis or a tuple of axes, so that each device holds 1/N of the
         average and updates it without communication (ZeRO), split in the first dimension
-        that N divides. A PartitionSpec says in which dimension; a NamedSharding brings
-        its mesh along, else it is that of `jax.set_mesh`. For some of the leaves: a tree
-        of these like the parameters or a prefix of it, or a function from the parameters
-        to one. Leaves that do not divide stay as the parameters, which is the default,
-        "like_params". Inside of `jax.shard_map` that is over the axes, the average has
-        the shape of the device's part.
+        that N divides. A PartitionSpec names such axes, which the parameter lacks, in the
+        dimensions to split; a NamedSharding brings its mesh along, else it is that of
+        `jax.set_mesh`. For some of the leaves: a tree of these like the parameters or a
+        prefix of it (a tuple of names is no tree), or a function from the parameters to
+        one. Leaves that do not divide, or lack the dimension, stay as the parameters,
+        which is the default, "like_params". Inside of
+        `jax.shard_map` over the axes, the average has the shape of the device's part,
+        and is read outside; the parameters must be equal along the axes, which is
+        checked with check_vma alone.
       memory_kind: "pinned_host" keeps the average in the host's memory and brings it to
         the device for each update, a few arrays at a time; best with `every`, which XLA
         cannot compile for GPUs then. Needs jax 0.10. Default: the parameters' memory.
@@ -235,7 +239,7 @@ def averaged(
       overwrite_every: k: after every k-th step the parameters are set to the average
         (Switch EMA). The updates then lead from the parameters to the average, exactly up
         to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
-        None, the default: never.
+        None, the default: never. Not together with `sharding` and `memory_kind`.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
         stochastic_rounding, sharding, memory_kind: As in `average_params`.
 
@@ -261,6 +265,11 @@ def averaged(
     check_optimizer("averaged", "optimizer", optimizer)
     if overwrite_every is not None:
         check_integer("averaged", "overwrite_every", overwrite_every, 1)
+        if not (isinstance(sharding, str) and sharding == LIKE_PARAMS) or memory_kind:
+            raise ValueError(
+                "averaged: overwrite_every needs the average where the parameters are: "
+                "leave sharding and memory_kind out."
+            )
     averager = make_averager(
         "averaged",
         decay,

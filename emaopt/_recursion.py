@@ -94,19 +94,21 @@ def make_averager(
         )
     check_placement(function, sharding, memory_kind)
     constant = _constant(decay)
-    may_copy = start > 0 or debias or constant is None or constant**every < 1e-6
+    # Whether 1 - Πβ can be 1 in float32, also as steps are left out.
+    may_copy = start > 0 or debias or (skip_nonfinite and every > 1)
+    may_copy = may_copy or constant is None or constant**every < 1e-6
 
     def init(tree):
         leaves, treedef = jax.tree.flatten(tree)
         chosen = _chosen(function, mask, tree, len(leaves))
         where = places(function, sharding, memory_kind, tree, leaves)
 
-        def start(leaf, place):
+        def placed(leaf, place):
             entry = _start(leaf, accumulator_dtype, zero_init)
             return place.start(entry) if is_averaged(entry) else entry
 
         entries = [
-            start(leaf, place) if keep else optax.MaskedNode()
+            placed(leaf, place) if keep else optax.MaskedNode()
             for leaf, place, keep in zip(leaves, where, chosen, strict=True)
         ]
         zero = replicated_beside(leaves)
@@ -134,14 +136,14 @@ def make_averager(
         copying = s < start
         newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
         pending = _move(state.pending, 1.0, newest, copying)
-        # A 1 that the compiler does not know: it computes a quotient once, and any
-        # cheaper scalar again in the kernel of each leaf.
-        weight, whole = state.weight, (s >= 0).astype(pending.dtype)
+        # Divided also where by 1, which the compiler does not know: XLA computes a
+        # quotient once, but cheaper scalars again in the kernel of each leaf.
+        weight, divisor = state.weight, (s >= 0).astype(pending.dtype)
         if debias:
             weight = _move(weight, 1.0, pending)
             # Where nothing has weighed anything yet, both are 0.
-            whole = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
-        step = pending / whole
+            divisor = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        step = pending / divisor
         copying = copying | (step == 1) if may_copy else None
 
         def move(before, new):

@@ -56,13 +56,13 @@ def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
 
     XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
     and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays. It puts x in the place of a NaN: a NaN too, or infinite where factor is 0.
+    data stays. It puts the sum for a NaN: that is NaN too, or infinite for 0 · inf.
     """
     if jnp.iscomplexobj(x):
         parts = (rounded_product(factor, part) for part in (x.real, x.imag))
         return lax.complex(*parts)
     product = factor * x
-    return lax.select(lax.ne(product, product), x, product)
+    return lax.select(lax.ne(product, product), factor + x, product)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

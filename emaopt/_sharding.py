@@ -1,6 +1,7 @@
 """Where an average lives: sharded further than its parameters, in host memory."""
 
 import math
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,14 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
+from emaopt._conditional import varying
 from emaopt._names import leaves_with_keys
 
 LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
+
+# Axes of Auto mode that `state_shardings` traces as Explicit ones.
+_auto_axes: ContextVar[frozenset[str]] = ContextVar("_auto_axes", default=frozenset())
 
 
 class Place(NamedTuple):
@@ -35,9 +40,7 @@ class Place(NamedTuple):
             )
         elif self.splits:
             average = self.part(average)
-        if not self.on_host:
-            return average
-        return jax.device_put(average, average.sharding.with_memory_kind(HOST))
+        return self.kept(average)
 
     def part(self, value: jax.Array) -> jax.Array:
         """A value that is whole along the axes, split along them as the average is.
@@ -57,14 +60,18 @@ class Place(NamedTuple):
             return jax.sharding.reshard(
                 value, sharding.update(spec=self._extended(sharding.spec))
             )
-        return jax.shard_map(
+        split = jax.shard_map(
             self._own,
             mesh=self.mesh,
             in_specs=PartitionSpec(),
             out_specs=self._extended(PartitionSpec()),
             axis_names=axes,
             check_vma=False,
-        )(value)
+        )
+        # Outside of a program, jax takes a shard_map over all axes of the mesh only.
+        return (
+            split(value) if isinstance(value, jax.core.Tracer) else jax.jit(split)(value)
+        )
 
     def fetched(self, average: jax.Array) -> jax.Array:
         """The average in the device's memory, to compute with."""
@@ -110,14 +117,23 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
             f"{function}: memory_kind={memory_kind!r} needs jax 0.10 or newer, this is "
             f"{jax.__version__}: older ones lose the memory of a result, or abort."
         )
-    if callable(sharding):
-        return
-    for entry in jax.tree.leaves(sharding, is_leaf=_is_entry):
+    if not callable(sharding) or isinstance(sharding, Mesh):
+        _check_entries(function, sharding)
+
+
+def _check_entries(function: str, entries: Any) -> None:
+    for entry in jax.tree.leaves(entries, is_leaf=lambda x: x is None or _is_entry(x)):
         if not _is_entry(entry):
             raise TypeError(
                 f"{function}: sharding must be {LIKE_PARAMS!r}, the name of a mesh axis "
-                "or a tuple of names, a PartitionSpec, a NamedSharding, or a tree of "
-                f"these like the parameters, got {entry!r}."
+                "or a tuple of names, a PartitionSpec, a NamedSharding, a tree of these "
+                "like the parameters or a prefix of it, or a function from the "
+                f"parameters to one, got {type(entry).__name__}."
+            )
+        if isinstance(entry, NamedSharding) and entry.memory_kind == HOST:
+            raise ValueError(
+                f"{function}: the memory of the sharding is not looked at: give "
+                f"memory_kind={HOST!r} itself."
             )
 
 
@@ -128,7 +144,10 @@ def places(
     on_host = memory_kind is not None
     if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
         return [Place((), None, on_host)] * len(leaves)
-    entries = sharding(tree) if callable(sharding) else sharding
+    entries = sharding
+    if callable(sharding):
+        entries = sharding(tree)
+        _check_entries(function, entries)
     try:
         entries = jax.tree.map(
             lambda entry, subtree: [entry] * len(jax.tree.leaves(subtree)),
@@ -138,8 +157,8 @@ def places(
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{function}: sharding must be like the parameters or a prefix of them: "
-            f"{error}"
+            f"{function}: sharding must be like the parameters or a prefix of them, with "
+            f"{LIKE_PARAMS!r} for what is not to be split: {error}"
         ) from None
     entries = jax.tree.leaves(entries, is_leaf=_is_entry)
     names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
@@ -156,59 +175,92 @@ def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
         return nowhere
     mesh = _mesh_of(function, entry, leaf)
     spec = entry.spec if isinstance(entry, NamedSharding) else entry
-    named = spec if isinstance(spec, PartitionSpec) else [entry]
-    for axis in (axis for part in named for axis in _names(part)):
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"{function}: sharding={entry!r}, but the axes of the mesh are "
-                f"{', '.join(mesh.axis_names)}."
-            )
+    named = _checked_axes(function, entry, spec, mesh)
+    there = _sharding_of(leaf)
+    own = [_names(part) for part in getattr(there, "spec", ())]
+    own += [()] * (len(shape) - len(own))
+    taken = {axis for part in own for axis in part}
+    if not taken <= set(mesh.axis_names):
+        raise ValueError(
+            f"{function}: sharding={entry!r}, but {name} is sharded over another mesh, "
+            f"as {there.spec}."
+        )
+    # Where the compiler shards, a program sees nothing of how, so it must not matter.
+    compilers = not _are_explicit(mesh, named) or bool(named & _auto_axes.get())
+
+    def divides(dim, axes):
+        parts = _size(mesh, axes) * (1 if compilers else _size(mesh, own[dim]))
+        return shape[dim] % parts == 0
+
     if isinstance(spec, PartitionSpec):
         splits = [(dim, _names(part)) for dim, part in enumerate(spec) if part]
     else:
-        axes = _names(entry)
-        splits = [(d, axes) for d, n in enumerate(shape) if n % _size(mesh, axes) == 0]
-        splits = splits[:1]
-    if any(d >= len(shape) or shape[d] % _size(mesh, axes) for d, axes in splits):
+        splits = [(d, _names(entry)) for d in range(len(shape))]
+        splits = [split for split in splits if divides(*split)][:1]
+    if not all(dim < len(shape) and divides(dim, axes) for dim, axes in splits):
         return nowhere
-    there = _spec_of(leaf)
     for dim, axes in splits:
-        own = _names(there[dim]) if dim < len(there) else ()
-        taken = {axis for part in there for axis in _names(part)} & set(axes)
-        if taken or (own and not _are_explicit(mesh, axes)):
+        if taken & named or (own[dim] and compilers):
             raise ValueError(
                 f"{function}: the average of {name} cannot be split along "
                 f"{', '.join(axes)} in dimension {dim}: the parameter is sharded "
-                f"already, as {there}. Give sharding as a tree, with another "
-                f"PartitionSpec or {LIKE_PARAMS!r} for this leaf."
+                f"already, as {there.spec}. Give sharding as a tree, for this leaf with "
+                "another PartitionSpec, which names the axes to add and no others, or "
+                f"with {LIKE_PARAMS!r}."
+            )
+        if isinstance(leaf, jax.core.Tracer) and varying(leaf) & set(axes):
+            raise ValueError(
+                f"{function}: the average of {name} cannot be split along "
+                f"{', '.join(axes)} in here: each device has another value of the "
+                f"parameter. Give sharding={LIKE_PARAMS!r} for it."
             )
     return Place(tuple(splits), mesh, False)
+
+
+def _checked_axes(function: str, entry: Any, spec: Any, mesh: Any) -> set[str]:
+    """The axes that an entry names, which the mesh has."""
+    parts = list(spec) if isinstance(spec, PartitionSpec) else [spec]
+    named = [axis for part in parts for axis in _names(part)]
+    for axis in named:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{function}: sharding={entry!r}, but the axes of the mesh are "
+                f"{', '.join(mesh.axis_names)} (and {LIKE_PARAMS!r} splits nothing)."
+            )
+    if len(set(named)) < len(named):
+        raise ValueError(f"{function}: sharding={entry!r} names an axis twice.")
+    if 0 < len(_manual(mesh) & set(named)) < len(named):
+        raise ValueError(
+            f"{function}: sharding={entry!r}, but the shard_map around is over "
+            f"{', '.join(sorted(_manual(mesh)))}: it must be over all these axes or none."
+        )
+    return set(named)
 
 
 def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
     """The mesh that has the axes: of this place in the program, or the one given."""
     around = jax.sharding.get_abstract_mesh()
-    own = getattr(leaf, "sharding", None) if isinstance(leaf, jax.Array) else None
-    if _manual(around):
+    given = entry.mesh if isinstance(entry, NamedSharding) else None
+    traced = isinstance(leaf, jax.core.Tracer)
+    same = given is None or given.axis_names == around.axis_names
+    if _manual(around) or (traced and around.axis_names and same):
         return around
-    if isinstance(entry, NamedSharding):
-        return entry.mesh
-    if not isinstance(leaf, jax.core.Tracer) and isinstance(own, NamedSharding):
-        return own.mesh
-    if around.axis_names:
-        return around
-    raise ValueError(
-        f"{function}: sharding={entry!r} names axes, but no mesh is in use here. Call it "
-        "under jax.set_mesh(mesh), or give sharding=NamedSharding(mesh, "
-        "PartitionSpec(...))."
-    )
+    own = None if traced else getattr(_sharding_of(leaf), "mesh", None)
+    mesh = given or own or (around if around.axis_names else None)
+    if mesh is None:
+        raise ValueError(
+            f"{function}: sharding={entry!r} names axes, but no mesh is in use here. "
+            "Call it under jax.set_mesh(mesh), or give sharding=NamedSharding(mesh, "
+            "PartitionSpec(...))."
+        )
+    return mesh
 
 
-def _spec_of(leaf: Any) -> Any:
+def _sharding_of(leaf: Any) -> Any:
     """How a leaf is sharded, as far as that can be known here."""
     if isinstance(leaf, jax.core.Tracer):
-        return jax.typeof(leaf).sharding.spec
-    return getattr(getattr(leaf, "sharding", None), "spec", ())
+        return jax.typeof(leaf).sharding
+    return getattr(leaf, "sharding", None)
 
 
 def _size(mesh: Any, axes: tuple[str, ...]) -> int:
@@ -249,7 +301,7 @@ def _put(average: jax.Array, space: Any) -> jax.Array:
 
 
 def near(average: Any, param: Any) -> Any:
-    """An average, gathered to where a parameter is.
+    """An average, gathered to where a parameter is, as far as their types tell under jit.
 
     That of a center lacks the parameters' axis of workers; only its memory is changed.
     """
@@ -260,9 +312,10 @@ def near(average: Any, param: Any) -> Any:
         on_host = not traced and average.sharding.memory_kind == HOST
         return _put(average, jax.memory.Space.Device) if traced or on_host else average
     if traced:
-        average = jax.device_put(average, jax.memory.Space.Device)
+        average = _put(average, jax.typeof(param).memory_space)
         there = jax.typeof(param).sharding
-        return jax.sharding.reshard(average, there) if any(there.spec) else average
+        known = there.mesh.axis_names and jax.typeof(average).sharding != there
+        return jax.sharding.reshard(average, there) if known else average
     if average.sharding == param.sharding:
         return average
     return jax.device_put(average, param.sharding)
@@ -274,7 +327,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
     For `jax.jit(tx.init, out_shardings=...)`, which on its own leaves what starts with
     zeros replicated; for the target of a restore; for compiling ahead of time. Slots are
     sharded as their parameters, averages as their `sharding` says; the rest is
-    replicated.
+    replicated. The `.spec`s of these are what `jax.shard_map` needs to pass the state on.
 
         shardings = emaopt.state_shardings(tx, params)
         opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -308,16 +361,22 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
             f"NamedShardings of one mesh, got {own[0] if own else 'none'}."
         )
     # In a mesh of Explicit axes, types carry shardings through the tracing of init.
-    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
-    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    types = (AxisType.Explicit,) * len(mesh.axis_names)
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
     typed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, leaf.sharding.spec)
         ),
         params,
     )
-    with jax.set_mesh(explicit):
-        traced = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    auto = {axis for axis, kind in kinds.items() if kind == AxisType.Auto}
+    token = _auto_axes.set(frozenset(auto))
+    try:
+        with jax.set_mesh(explicit):
+            traced = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
+    finally:
+        _auto_axes.reset(token)
 
     def sharding(aval):
         host = aval.memory_space == jax.memory.Space.Host

@@ -374,6 +374,64 @@ def test_nan_propagates_by_default():
     assert np.isnan(state.average[0])
 
 
+COPIES = {
+    "decay of 0": (0, {}, 0),
+    "uniform": (emaopt.uniform_decay(), {}, 0),
+    "debias": (0.5, {"debias": True}, 0),
+    "start": (0.5, {"start": 2}, 0),
+    "many updates at once": (0.5, {"every": 40}, 39),
+    "many updates that were left out": (0.5, {"every": 2, "skip_nonfinite": True}, 99),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", COPIES)
+def test_an_update_that_leaves_nothing_of_the_old_is_an_exact_copy(name, jit):
+    # 1e8 + 1.0 (1.0 - 1e8) is 0 or 8 in float32.
+    decay, options, before = COPIES[name]
+    averager = emaopt.average_tree(decay, **options)
+    update = jax.jit(averager.update) if jit else averager.update
+    state = averager.init(jnp.float32(1e8))
+    for _ in range(before):
+        state = update(jnp.float32(jnp.nan), state)
+    assert update(jnp.float32(1), state).average == 1
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_decay_that_is_nan_shows(jit):
+    averager = emaopt.average_tree(lambda t: jnp.where(t == 2, jnp.nan, 0.9))
+    update = jax.jit(averager.update) if jit else averager.update
+    state = averager.init(jnp.float32(0))
+    found = []
+    for value in range(3):
+        state = update(jnp.float32(value), state)
+        found.append(float(state.average))
+    assert found[0] == 0 and np.isnan(found[1:]).all()
+
+
+def test_a_nonfinite_leaf_holds_back_all_the_others_and_the_weight():
+    decay, every, steps = 0.5, 3, 12
+    values = np.arange(1, steps + 1) ** 2.0
+    averager = emaopt.average_tree(decay, every=every, debias=True, skip_nonfinite=True)
+    state = averager.init({"a": jnp.float32(0), "b": jnp.float32(0)})
+    average, weight, pending = 0.0, 0.0, 0.0
+    for t, value in enumerate(values, start=1):
+        bad = t == 6
+        pair = {"a": value, "b": np.nan if bad else value}
+        state = averager.update(jax.tree.map(jnp.float32, pair), state)
+        was, pending = pending, pending + (1 - decay) * (1 - pending)
+        if t % every == 0 and not bad:
+            weight += pending * (1 - weight)
+            average += pending / weight * (value - average)
+            pending = 0.0
+        elif bad:
+            pending = was
+        for leaf in state.average.values():
+            np.testing.assert_allclose(leaf, average, rtol=1e-6)
+        np.testing.assert_allclose(state.weight, weight, rtol=1e-6)
+        np.testing.assert_allclose(state.pending, pending, rtol=1e-6)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):

@@ -47,11 +47,23 @@ ALONG = {
         ("data", "model"),
         {"w": P(("data", "model")), "b": P(("data", "model"))},
     ),
+    "a mesh of its own": (
+        (2, 4),
+        {"w": P(None, "model"), "b": P()},
+        lambda params: NamedSharding(params["w"].sharding.mesh, P("data")),
+        {"w": P("data", "model"), "b": P("data")},
+    ),
 }
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 HAS_HOST = jax.__version_info__ >= (0, 10)
 ON_HOST = pytest.mark.skipif(not HAS_HOST, reason="refused on this jax, as tested below")
 COLLECTIVES = r" (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+
+
+def option_of(along, params):
+    """The option: one that is made from concrete parameters, or as it is."""
+    option = ALONG[along][2]
+    return option(params) if callable(option) else option
 
 
 def make_mesh(shape, kind=AxisType.Auto):
@@ -87,25 +99,86 @@ def average_of(state):
 
 
 def is_sharded(tree, mesh, specs):
-    return all(
-        leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[k]), leaf.ndim)
+    """Whether the leaves are, in whichever memory."""
+    places = {
+        k: NamedSharding(mesh, specs[k], memory_kind=leaf.sharding.memory_kind)
         for k, leaf in tree.items()
-    )
+    }
+    return all(x.sharding.is_equivalent_to(places[k], x.ndim) for k, x in tree.items())
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("along", ALONG)
 @pytest.mark.parametrize("way", WAYS)
 def test_split_average_has_the_bits_of_a_whole_one(way, along, kind):
-    shape, specs, option, expected = ALONG[along]
+    shape, specs, _, expected = ALONG[along]
     mesh = make_mesh(shape, kind)
     with jax.set_mesh(mesh):
         params = start(mesh, specs)
         whole = train(WAYS[way](), params)
-        split = train(WAYS[way](sharding=option), params)
+        split = train(WAYS[way](sharding=option_of(along, params)), params)
     assert is_sharded(average_of(split[1]), mesh, expected)
     assert is_sharded(split[0], mesh, specs)
     chex.assert_trees_all_equal(split, whole)
+
+
+@pytest.mark.parametrize("width, expected", [(32, P(("model", "data"))), (4, P("model"))])
+def test_explicit_axes_split_further_what_divides(width, expected):
+    mesh = make_mesh((2, 4), AxisType.Explicit)
+    tx = emaopt.average_params(0.9, sharding=P("data"))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.ones(width), NamedSharding(mesh, P("model")))}
+        shardings = emaopt.state_shardings(tx, params).average
+        for init in (tx.init, jax.jit(tx.init)):
+            assert is_sharded(init(params).average, mesh, {"w": expected})
+        assert shardings == {"w": NamedSharding(mesh, expected)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_average_is_split_in_the_first_dimension_that_divides(kind):
+    mesh = make_mesh((4, 2), kind)
+    shapes = {"w": (6, 8, 4), "none": (3, 5), "empty": (4, 0), "scalar": ()}
+    tx = emaopt.average_params(0.9, sharding="data")
+    with jax.set_mesh(mesh):
+        params = {k: jnp.ones(shape) for k, shape in shapes.items()}
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        expected = {k: P() for k in shapes} | {"w": P(None, "data")}
+        assert is_sharded(tx.init(params).average, mesh, expected)
+
+
+def test_leaves_that_lack_the_dimension_stay_whole():
+    mesh = make_mesh((8,))
+    params = start(mesh, {"w": P(), "b": P()})
+    state = emaopt.average_params(0.9, sharding=P(None, "data")).init(params)
+    assert is_sharded(state.average, mesh, {"w": P(None, "data"), "b": P()})
+
+
+def test_constants_in_shard_map_are_split_too():
+    mesh = make_mesh((8,))
+    params = start(mesh, {"w": P(), "b": P()})
+    tx = emaopt.average_params(0.9, sharding="data")
+    init = jax.shard_map(
+        lambda: tx.init(params).average, mesh=mesh, in_specs=(), out_specs=P("data")
+    )
+    chex.assert_trees_all_equal(jax.device_get(jax.jit(init)()), jax.device_get(params))
+
+
+def test_eager_training_is_as_compiled_one():
+    mesh = make_mesh((4, 2))
+    memory = {"memory_kind": "pinned_host"} if HAS_HOST else {}
+    tx = emaopt.averaged(optax.identity(), 0.9, sharding="data", **memory)
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": P(None, "model"), "b": P()})
+        grads = jax.tree.map(jnp.ones_like, params)
+        state = compiled = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(grads, state, params)
+            _, compiled = jax.jit(tx.update)(grads, compiled, params)
+    places = jax.tree.map(lambda x: x.sharding, average_of(state))
+    assert is_sharded(average_of(state), mesh, {"w": P("data", "model"), "b": P("data")})
+    if HAS_HOST:
+        assert {place.memory_kind for place in places.values()} == {"pinned_host"}
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(compiled))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -123,10 +196,11 @@ def test_split_average_has_the_bits_of_a_whole_one_with_every_option(options):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("along", ALONG)
 def test_split_average_adds_no_collective_and_moves_no_slot(along, every, kind):
-    shape, specs, option, expected = ALONG[along]
+    shape, specs, _, expected = ALONG[along]
     mesh = make_mesh(shape, kind)
     with jax.set_mesh(mesh):
         params = start(mesh, specs)
+        option = option_of(along, params)
         tx = emaopt.averaged(ADAM, 0.9, sharding=option, every=every)
         state = tx.init(params)
         one = jax.jit(lambda *args: step(tx, *args), donate_argnums=(0, 1))
@@ -248,6 +322,19 @@ def test_get_average_gathers_it_beside_the_parameters(trained):
     chex.assert_trees_all_equal(compiled, average)
 
 
+@pytest.mark.parametrize("spec", [P(), P(None, "model")])
+def test_compiled_get_average_gathers_along_explicit_axes(spec):
+    mesh = make_mesh((2, 4), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": spec, "b": P()})
+        params, state = train(emaopt.averaged(ADAM, 0.9, sharding="data"), params)
+        average = jax.jit(emaopt.get_average)(state, params)
+        reset = average_of(jax.jit(emaopt.reset_average)(state, params))
+    assert is_sharded(average, mesh, {"w": spec, "b": P()})
+    where = {k: x.sharding.spec for k, x in average_of(state).items()}
+    assert is_sharded(reset, mesh, where)
+
+
 def test_average_distance_is_that_of_the_gathered_average(trained):
     _, params, state = trained
     average = emaopt.get_average(state, params)
@@ -311,11 +398,12 @@ def test_checkpoint_keeps_the_place_and_serves_the_average(trained, tmp_path):
 )
 @pytest.mark.parametrize("along", ALONG)
 def test_state_shardings_are_those_of_init(along, memory_kind, kind):
-    shape, specs, option, _ = ALONG[along]
+    shape, specs, *_ = ALONG[along]
     mesh = make_mesh(shape, kind)
-    tx = emaopt.averaged(ADAM, 0.9, sharding=option, memory_kind=memory_kind)
     with jax.set_mesh(mesh):
         params = start(mesh, specs)
+        option = option_of(along, params)
+        tx = emaopt.averaged(ADAM, 0.9, sharding=option, memory_kind=memory_kind)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
         )
@@ -362,6 +450,15 @@ SPLIT = NamedSharding(MESH, P("data"))
         ({"memory_kind": "unpinned_host"}, ValueError, "memory_kind must be None"),
         ({"sharding": 3}, TypeError, "sharding must be 'like_params'"),
         ({"sharding": {"w": 1.0}}, TypeError, "the name of a mesh axis"),
+        ({"sharding": None}, TypeError, "got NoneType"),
+        ({"sharding": {"w": None}}, TypeError, "got NoneType"),
+        ({"sharding": make_mesh((8,))}, TypeError, "got Mesh"),
+        pytest.param(
+            {"sharding": NamedSharding(make_mesh((8,)), P(), memory_kind="pinned_host")},
+            ValueError,
+            "give memory_kind='pinned_host' itself",
+            marks=ON_HOST,
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -385,12 +482,63 @@ def test_bad_argument_is_refused_when_the_transformation_is_built(
         ("rows", P(), "sharding='rows', but the axes of the mesh are data"),
         ("data", P("data"), "the average of w cannot be split along data in dimension 0"),
         ({"v": "data"}, P(), "sharding must be like the parameters or a prefix"),
+        (P("data", "data"), P(), "names an axis twice"),
+        (P(None, "data"), P("data"), "the average of w cannot be split along data"),
+        (lambda params: params, P(), "got ArrayImpl"),
+        (
+            NamedSharding(jax.make_mesh((8,), ("rows",)), P("rows")),
+            P("data"),
+            "w is sharded over another mesh",
+        ),
     ],
 )
 def test_sharding_that_does_not_fit_the_parameters_is_refused(sharding, spec, message):
-    params = {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(MESH, spec))}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    params = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(MESH, spec))}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         emaopt.average_params(0.9, sharding=sharding).init(params)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_axis_that_the_compiler_would_have_to_gather_is_refused(kind):
+    mesh = make_mesh((2, 4), kind)
+    tx = emaopt.average_params(0.9, sharding="data")
+    with jax.set_mesh(mesh):
+        params = start(mesh, {"w": P("model"), "b": P()})
+        for function in (tx.init, lambda params: emaopt.state_shardings(tx, params)):
+            if kind == AxisType.Auto:
+                with pytest.raises(
+                    ValueError, match="another PartitionSpec, which names"
+                ):
+                    function(params)
+            else:
+                function(params)
+
+
+def test_parameters_that_differ_along_the_axes_are_refused_in_shard_map():
+    mesh = make_mesh((4, 2))
+
+    def init(spec, sharding="data"):
+        tx = emaopt.average_params(0.9, sharding=sharding)
+        inside = jax.shard_map(
+            lambda params: tx.init(params).average,
+            mesh=mesh,
+            in_specs=({"w": spec},),
+            out_specs={"w": P("data")},
+            axis_names={"data"},
+        )
+        return jax.jit(inside)({"w": jnp.arange(32.0)})
+
+    np.testing.assert_array_equal(init(P())["w"], jnp.arange(32.0))
+    with pytest.raises(ValueError, match="each device has another value of the param"):
+        init(P("data"))
+    with pytest.raises(ValueError, match="the shard_map around is over data"):
+        init(P(), ("data", "model"))
+
+
+def test_overwriting_needs_the_average_beside_the_parameters():
+    for options in ({"sharding": "data"}, {"memory_kind": "pinned_host"}):
+        with pytest.raises(ValueError, match="overwrite_every needs the average where"):
+            emaopt.averaged(ADAM, 0.9, overwrite_every=2, **options)
 
 
 def test_host_memory_is_refused_before_jax_keeps_it(monkeypatch):

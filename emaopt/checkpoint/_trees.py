@@ -79,7 +79,10 @@ def is_empty(leaf: Any) -> bool:
 def as_plan(leaf: Any, fallback: Any = None) -> Any:
     """What to ask Orbax for, to get something like the leaf."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        sharding = getattr(leaf, "sharding", None) or fallback or default_sharding()
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+            sharding = None  # of a traced value: it tells no devices
+        sharding = sharding or fallback or default_sharding()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
