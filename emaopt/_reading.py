@@ -44,8 +44,9 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
         `optax.chain`, `named_chain`, `masked`, `partition`, `MultiSteps`,
         `apply_if_finite`, `inject_hyperparams`, a Flax TrainState or an
         `nnx.Optimizer`.
-      params: The parameters, or None. With them, the result has their containers and
-        dtypes, and the leaves that are not averaged are taken from them.
+      params: The parameters, or None. With them, the result has their containers, dtypes
+        and shardings (under jit, those that their types tell), and the leaves that are
+        not averaged are taken from them.
       name: Which average, if there are several: a key on the way to it, such as its name
         in `optax.named_chain`.
 

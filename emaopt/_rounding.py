@@ -56,13 +56,14 @@ def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
 
     XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
     and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays. It puts the sum for a NaN: that is NaN too, or infinite for 0 · inf.
+    data stays: it would make every NaN the same NaN.
     """
     if jnp.iscomplexobj(x):
         parts = (rounded_product(factor, part) for part in (x.real, x.imag))
         return lax.complex(*parts)
     product = factor * x
-    return lax.select(lax.ne(product, product), factor + x, product)
+    nan = lax.full_like(product, jnp.nan)
+    return lax.select(lax.ne(product, product), nan, product)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

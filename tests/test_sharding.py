@@ -389,6 +389,18 @@ def test_checkpoint_keeps_the_place_and_serves_the_average(trained, tmp_path):
     train(tx, restored["params"], 2, restored["opt_state"])
 
 
+def test_checkpoint_is_restored_into_shapes_that_explicit_axes_give(tmp_path):
+    mesh = make_mesh((8,), AxisType.Explicit)
+    tx = emaopt.averaged(ADAM, 0.9, sharding="data")
+    with jax.set_mesh(mesh):
+        params, state = train(tx, start(mesh, {"w": P(), "b": P()}), 2)
+        run = {"params": params, "opt_state": state}
+        checkpoint.save(tmp_path / "run", run)
+        shapes = jax.eval_shape(lambda: run)
+        restored = checkpoint.restore(tmp_path / "run", shapes)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(run))
+
+
 # The shardings of a state
 
 
@@ -556,3 +568,7 @@ def test_axes_without_a_mesh_are_refused():
 def test_state_shardings_want_parameters_on_one_mesh():
     with pytest.raises(ValueError, match="state_shardings: the parameters must be"):
         emaopt.state_shardings(ADAM, {"w": jnp.ones(8)})
+    meshes = MESH, make_mesh((2, 4))
+    apart = [jax.device_put(jnp.ones(8), NamedSharding(m, P("data"))) for m in meshes]
+    with pytest.raises(ValueError, match="NamedShardings of one mesh"):
+        emaopt.state_shardings(ADAM, apart)
