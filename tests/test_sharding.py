@@ -498,7 +498,9 @@ def test_bad_argument_is_refused_when_the_transformation_is_built(
         (P(None, "data"), P("data"), "the average of w cannot be split along data"),
         (lambda params: params, P(), "got ArrayImpl"),
         (
-            NamedSharding(jax.make_mesh((8,), ("rows",)), P("rows")),
+            NamedSharding(
+                jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,)), P("rows")
+            ),
             P("data"),
             "w is sharded over another mesh",
         ),
