@@ -12,12 +12,22 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     """Returns f(changing, fixed) where `due`, else `changing`.
 
     A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
-    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), but
-    not what passes a loop.
+    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), or
+    makes a select of it, but leaves what passes a loop alone. Its derivatives are the
+    conditional's: a loop has none backwards.
     """
-    # Traced once, however many of the ways below look at it.
-    f = jax.jit(f, inline=True)
-    act, skip = _same_types([f, lambda changing, _: changing], changing, fixed)
+    # Traced once, however often it is used below; what it closes over may have
+    # derivatives, too.
+    f, closed = jax.closure_convert(f, changing, fixed)
+    fixed = (fixed, closed)
+    act, skip = _same_types(
+        [
+            lambda changing, fixed: f(changing, fixed[0], *fixed[1]),
+            lambda changing, _: changing,
+        ],
+        changing,
+        fixed,
+    )
 
     def conditional(due, changing, fixed):
         return lax.cond(due, act, skip, changing, fixed)
@@ -30,9 +40,17 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
         start = (jnp.asarray(due), skip(changing, fixed))
         return lax.while_loop(lambda carry: carry[0], turn, start)[1]
 
-    return lax.platform_dependent(
-        due, changing, fixed, cuda=loop, rocm=loop, default=conditional
-    )
+    @jax.custom_jvp
+    def once(due, changing, fixed):
+        return lax.platform_dependent(
+            due, changing, fixed, cuda=loop, rocm=loop, default=conditional
+        )
+
+    @once.defjvp
+    def _(primals, tangents):
+        return jax.jvp(conditional, primals, tangents)
+
+    return once(due, changing, fixed)
 
 
 def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:

@@ -283,6 +283,28 @@ def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, optio
         assert new["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_derivatives_go_through_the_updates(every):
+    def trained(rate, decay):
+        tx = emaopt.averaged(optax.sgd(rate), lambda t: decay, every=every)
+        params = {"w": jnp.ones(3)}
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(jax.tree.map(jnp.square, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(emaopt.get_average(state)["w"])
+
+    at = (0.1, 0.5)
+    for way in (jax.grad, lambda f, n: jax.jit(jax.grad(f, n)), jax.jacfwd):
+        found = way(trained, (0, 1))(*at)
+        for number, derivative in enumerate(found):
+            low, high = (
+                trained(*(x + h * (i == number) for i, x in enumerate(at)))
+                for h in (-0.01, 0.01)
+            )
+            np.testing.assert_allclose(derivative, (high - low) / 0.02, rtol=2e-2)
+
+
 NEW_XLA = jax.__version_info__ > (0, 9)
 AVERAGE = 8  # bytes per parameter to read and write a float32 average
 
