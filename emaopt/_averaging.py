@@ -149,10 +149,9 @@ def average_params(
         `jax.set_mesh`. For some of the leaves: a tree of these like the parameters or a
         prefix of it (a tuple of names is no tree), or a function from the parameters to
         one. Leaves that do not divide, or lack the dimension, stay as the parameters,
-        which is the default, "like_params". Inside of
-        `jax.shard_map` over the axes, the average has the shape of the device's part,
-        and is read outside; the parameters must be equal along the axes, which is
-        checked with check_vma alone.
+        which is the default, "like_params". Inside of `jax.shard_map` over the axes, the
+        average has the shape of the device's part, and is read outside; the parameters
+        must be equal along the axes, which is checked with check_vma alone.
       memory_kind: "pinned_host" keeps the average in the host's memory and brings it to
         the device for each update, a few arrays at a time; best with `every`, which XLA
         cannot compile for GPUs then. Needs jax 0.10. Default: the parameters' memory.

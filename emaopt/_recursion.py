@@ -94,7 +94,7 @@ def make_averager(
         )
     check_placement(function, sharding, memory_kind)
     constant = _constant(decay)
-    # Whether 1 - Πβ can be 1 in float32, also as steps are left out.
+    # Whether 1 - Πβ can be 1 in float32 (Πβ < 6e-8), also as steps are left out.
     may_copy = start > 0 or debias or (skip_nonfinite and every > 1)
     may_copy = may_copy or constant is None or constant**every < 1e-6
 

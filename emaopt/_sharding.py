@@ -117,7 +117,7 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
             f"{function}: memory_kind={memory_kind!r} needs jax 0.10 or newer, this is "
             f"{jax.__version__}: older ones lose the memory of a result, or abort."
         )
-    if not callable(sharding) or isinstance(sharding, Mesh):
+    if not callable(sharding) or isinstance(sharding, Mesh):  # which is callable, too
         _check_entries(function, sharding)
 
 

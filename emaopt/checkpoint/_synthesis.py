@@ -56,9 +56,8 @@ def combine(
     Raises:
       FileNotFoundError: If there is no checkpoint at a path.
       ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
-        under the names (both are named), are
-        not complete or damaged, do not hold the weights; or if `out` exists, or holds
-        what is combined.
+        under the names (both are named), are not complete or damaged, do not hold the
+        weights; or if `out` exists, or holds what is combined.
 
     Example:
       >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
