@@ -1,6 +1,5 @@
 """The command line on real directories: what it writes, says and refuses."""
 
-import json
 import os
 import pathlib
 import re
@@ -755,31 +754,3 @@ def test_command_is_quiet_for_programs_that_read_it(run, tmp_path):
     process = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.endswith(f"Written: {tmp_path / 'out'}\n")
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    program = (
-        "import sys; from emaopt.cli import app\n"
-        "app(sys.argv[1:], standalone_mode=False)\n"
-        "lines = open('/proc/self/status').read().splitlines()\n"
-        "print([line.split()[1] for line in lines if line.startswith('VmHWM')][0])"
-    )
-    peaks = []
-    for count in (8, 64):  # arrays of 4 MiB
-        run = tmp_path / str(count)
-        with ocp.StandardCheckpointer() as checkpointer:
-            for step in (1, 2, 3):
-                rng = np.random.default_rng(step)
-                params = {f"{i}": rng.random(1 << 20, np.float32) for i in range(count)}
-                checkpointer.save(run / str(step), {"params": params})
-                checkpointer.wait_until_finished()
-        output = subprocess.run(
-            [sys.executable, "-c", program, "average", run, "--out", run / "out"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        peaks.append(int(json.loads(output.split()[-1])) / 1024)
-    assert peaks[1] - peaks[0] < 0.6 * 224  # MiB, of 224 more in the model
