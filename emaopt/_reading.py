@@ -178,7 +178,8 @@ def average_distance(
 
     Returns:
       Scalar of the accumulator's dtype, at least float32, over all averaged leaves
-      together; 0 if there are none. May be called under jit.
+      together; 0 if there are none, NaN if a parameter or an average is. May be called
+      under jit.
 
     Raises:
       ValueError: As for `get_average`.
@@ -200,8 +201,8 @@ def average_distance(
             dtype = average.dtype if average.dtype.itemsize >= 4 else jnp.float32
             theta[keys] = jnp.asarray(raw[keys], dtype)
             difference[keys] = theta[keys] - near(average, raw[keys]).astype(dtype)
-    norm = optax.tree.norm(theta)
-    return jnp.where(norm > 0, optax.tree.norm(difference) / norm, 0.0)
+    distance = optax.tree.norm(difference)
+    return distance / jnp.where(distance == 0, 1, optax.tree.norm(theta))
 
 
 def get_center(opt_state: Any, *, name: str | None = None) -> Any:

@@ -56,14 +56,13 @@ def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
 
     XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
     and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays: it would make every NaN the same NaN.
+    data stays, for the two differ where it is NaN: in the sign, which has no meaning.
     """
     if jnp.iscomplexobj(x):
         parts = (rounded_product(factor, part) for part in (x.real, x.imag))
         return lax.complex(*parts)
     product = factor * x
-    nan = lax.full_like(product, jnp.nan)
-    return lax.select(lax.ne(product, product), nan, product)
+    return lax.select(lax.ne(product, product), lax.neg(product), product)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

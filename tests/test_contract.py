@@ -305,6 +305,25 @@ def test_derivatives_go_through_the_updates(every):
             np.testing.assert_allclose(derivative, (high - low) / 0.02, rtol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["eager", "jit", "vmap", "grad"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_debugging_of_nans_finds_none_in_an_average(way, options, kind):
+    def trained(params):
+        (*_, last), state = run(tx, params, 4, compiled=kind != "eager")
+        distance = emaopt.average_distance(state, last)
+        average = emaopt.get_average(state, last)
+        return distance + sum(jnp.sum(x) for x in jax.tree.leaves(average))
+
+    tx = WAYS[way](SGD, 0.9, **OPTIONS[options])
+    params = leaves()
+    with jax.debug_nans(True), jax.debug_infs(True):
+        if kind == "vmap":
+            jax.vmap(trained)([jnp.stack([x, 2 * x]) for x in params])
+        else:
+            (jax.grad(trained) if kind == "grad" else trained)(params)
+
+
 NEW_XLA = jax.__version_info__ > (0, 9)
 AVERAGE = 8  # bytes per parameter to read and write a float32 average
 
@@ -370,8 +389,8 @@ def test_compiling_an_average_adds_one_small_kernel_to_each_leaf():
 
     chained = optax.chain(ADAM, emaopt.average_params(0.999))
     added = [lines(chained, leaves) - lines(ADAM, leaves) for leaves in (10, 30)]
-    # 10 in the kernel, 3 around it, a parameter and the call.
-    assert (added[1] - added[0]) / 20 <= 16
+    # 9 in the kernel, 3 around it, a parameter and the call.
+    assert (added[1] - added[0]) / 20 <= 15
 
 
 def two_averages(inner, decay, **options):

@@ -360,6 +360,14 @@ def test_distance_is_relative_to_the_parameters():
     distance = jax.jit(emaopt.average_distance)(state, params)
     np.testing.assert_allclose(distance, 2 / np.sqrt(12), rtol=1e-6)
     assert emaopt.average_distance(emaopt.average_tree(0.9).init({}), {}) == 0
+    broken = params | {"a": params["a"].at[0].set(jnp.nan)}
+    assert jnp.isnan(emaopt.average_distance(state, broken))
+    zeros = emaopt.average_tree(0.9).init(jnp.zeros(2))
+    assert emaopt.average_distance(zeros, jnp.zeros(2)) == 0
+    assert (
+        emaopt.average_distance(zeros._replace(average=jnp.ones(2)), jnp.zeros(2))
+        == jnp.inf
+    )
 
 
 # Other containers.
