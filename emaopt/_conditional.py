@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,18 +17,18 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     makes a select of it, but leaves what passes a loop alone. Its derivatives are the
     conditional's: a loop has none backwards.
     """
-    # Traced once, however often it is used below; what it closes over may have
-    # derivatives, too.
-    f, closed = jax.closure_convert(f, changing, fixed)
-    fixed = (fixed, closed)
-    act, skip = _same_types(
-        [
-            lambda changing, fixed: f(changing, fixed[0], *fixed[1]),
-            lambda changing, _: changing,
-        ],
-        changing,
-        fixed,
-    )
+    # Traced once, however often it is used below. What it closes over becomes an operand:
+    # it may have derivatives, and what a closure holds may outlive the trace.
+    traced, shapes = jax.make_jaxpr(f, return_shape=True)(changing, fixed)
+    jaxpr, structure = traced.jaxpr, jax.tree.structure(shapes)
+    fixed = fixed, traced.consts
+
+    def once_more(changing, fixed):
+        fixed, consts = fixed
+        leaves = jax.tree.leaves((changing, fixed))
+        return structure.unflatten(jax.core.eval_jaxpr(jaxpr, consts, *leaves))
+
+    act, skip = _same_types([once_more, lambda changing, _: changing], changing, fixed)
 
     def conditional(due, changing, fixed):
         return lax.cond(due, act, skip, changing, fixed)

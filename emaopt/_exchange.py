@@ -11,7 +11,7 @@ from jax import lax
 
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked, after, held_until
+from emaopt._workers import Mapped, Stacked, after, held_until, of_all
 
 
 class Leaf(NamedTuple):
@@ -105,7 +105,11 @@ class Exchange:
 
         def where_finite(rows, otherwise):
             return {
-                k: jnp.where(self.workers.spread(finite, row), row, otherwise.get(k, 0))
+                k: jnp.where(
+                    self.workers.spread(finite, row),
+                    row,
+                    of_all(otherwise[k], row) if k in otherwise else 0,
+                )
                 for k, row in rows.items()
             }
 
@@ -137,6 +141,7 @@ class Exchange:
     def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
         elastic = self.moving_rate is not None
         start = leaf.center if elastic or leaf.pulled is None else leaf.pulled
+        start = of_all(start, local)
         commit = make_commit(self.commit, start, local, accumulated, num_steps)
         return commit if leaf.residual is None else commit + leaf.residual
 

@@ -16,7 +16,7 @@ from emaopt._conditional import once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._recursion import is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
-from emaopt._workers import Mapped, Stacked, held_until
+from emaopt._workers import Mapped, Stacked, held_until, of_all
 
 REDUCTIONS = ("mean", "sum", "sequential")
 
@@ -202,6 +202,7 @@ class Engine:
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
                 target = leaf.center if leaf.pulled is None else leaf.pulled
+                target = of_all(target, leaves[i])
                 steps[i] = lead(leaves[i], target, steps[i], due)
 
         def tree(column, like):

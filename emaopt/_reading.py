@@ -25,6 +25,7 @@ from emaopt._nodes import (
 )
 from emaopt._recursion import AverageState, is_averaged
 from emaopt._sharding import near
+from emaopt._workers import of_all
 
 _NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
@@ -263,7 +264,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
     for keys, center in centers.items():
         if is_averaged(center):
             row = jnp.asarray(rows[keys]).astype(center.dtype)
-            square = jnp.abs(row - center) ** 2
+            square = jnp.abs(row - of_all(center, row)) ** 2
             distance += jnp.sum(
                 square, axis=tuple(range(row.ndim - center.ndim, row.ndim))
             )

@@ -320,6 +320,14 @@ def _held_until_there(leaf: jax.Array, result: jax.Array) -> jax.Array:
     return held_until(lambda _: ~(first < -jnp.inf), leaf)
 
 
+def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
+    """A value that is that of all workers, in a shape that broadcasts against `rows`.
+
+    Explicit: some users let JAX refuse what broadcasts by itself.
+    """
+    return jnp.expand_dims(value, tuple(range(jnp.ndim(rows) - jnp.ndim(value))))
+
+
 def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
     """The tree, to be read when true(leaf) is there: a value that always is true."""
 

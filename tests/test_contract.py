@@ -324,6 +324,13 @@ def test_debugging_of_nans_finds_none_in_an_average(way, options, kind):
             (jax.grad(trained) if kind == "grad" else trained)(params)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_tracer_outlives_its_trace(options):
+    options = {"every": 2} | OPTIONS[options]
+    with jax.checking_leaks():
+        run(WAYS["averaged"](SGD, emaopt.warmup_decay(0.9), **options), leaves(), 1)
+
+
 NEW_XLA = jax.__version_info__ > (0, 9)
 AVERAGE = 8  # bytes per parameter to read and write a float32 average
 

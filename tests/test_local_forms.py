@@ -246,3 +246,23 @@ def test_stacked_parameters_may_be_sharded_over_a_second_axis(case):
     split = NamedSharding(mesh, P(None, "model"))
     assert center["a"].sharding.is_equivalent_to(split, 2)
     assert_close(case, rows, center)
+
+
+CAREFUL = {
+    "leaks": jax.checking_leaks,
+    "nans": lambda: jax.debug_nans(True),
+    "infs": lambda: jax.debug_infs(True),
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+@pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)
+@pytest.mark.parametrize("case", CASES)
+def test_what_jax_can_be_told_to_refuse_is_not_done(case, setting):
+    tx = method(case, num_workers=WORKERS)
+    with setting():
+        params = begin()
+        grads = jax.tree.map(lambda g: g[0], GRADS)
+        params, state = jax.jit(step_of(tx))(params, tx.init(params), grads)
+        emaopt.worker_spread(state, params)
+        emaopt.synchronize(state, params)
