@@ -179,8 +179,8 @@ def average_distance(
 
     Returns:
       Scalar of the accumulator's dtype, at least float32, over all averaged leaves
-      together; 0 if there are none, NaN if a parameter or an average is. May be called
-      under jit.
+      together; 0 if there are none, inf if the parameters alone are 0, NaN if one of
+      either is. May be called under jit.
 
     Raises:
       ValueError: As for `get_average`.
