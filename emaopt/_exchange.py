@@ -179,7 +179,8 @@ class Exchange:
         # The slots may be overwritten when this number is there: no commit is read then.
         num_done = after(num_valid, list(sums.values()))
         if self.reduce == "mean":
-            sums = {k: row / jnp.maximum(num_valid, 1) for k, row in sums.items()}
+            divisor = jnp.maximum(num_valid, 1)
+            sums = {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
         center = self._moved(old, sums, subtree)
         return self.workers.equal_as(center, old), pulled, sent, num_done
 

@@ -192,7 +192,7 @@ def make_averager(
         pending = jnp.where(finite, jnp.where(due, 0.0, pending), state.pending)
         return AverageState(
             num_updates=s,
-            num_skipped=state.num_skipped + ~finite,
+            num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
             weight=weight,
             pending=pending.astype(state.pending.dtype),
             average=jax.tree.unflatten(treedef, entries),

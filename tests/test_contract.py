@@ -324,11 +324,24 @@ def test_debugging_of_nans_finds_none_in_an_average(way, options, kind):
             (jax.grad(trained) if kind == "grad" else trained)(params)
 
 
+CAREFUL = {
+    "leaks": jax.checking_leaks,
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+}
+
+
+@pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_no_tracer_outlives_its_trace(options):
+def test_what_jax_can_be_told_to_refuse_is_not_done(options, decay, setting):
     options = {"every": 2} | OPTIONS[options]
-    with jax.checking_leaks():
-        run(WAYS["averaged"](SGD, emaopt.warmup_decay(0.9), **options), leaves(), 1)
+    with setting():
+        tx = WAYS["averaged"](SGD, DECAYS[decay], **options)
+        (*_, params), state = run(tx, leaves(), 1)
+        emaopt.get_average(state, params)
+        emaopt.average_distance(state, params)
+        emaopt.swap(params, state)
 
 
 NEW_XLA = jax.__version_info__ > (0, 9)
