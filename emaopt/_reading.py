@@ -25,7 +25,6 @@ from emaopt._nodes import (
 )
 from emaopt._recursion import AverageState, is_averaged
 from emaopt._sharding import near
-from emaopt._workers import of_all
 
 _NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
@@ -264,10 +263,9 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
     for keys, center in centers.items():
         if is_averaged(center):
             row = jnp.asarray(rows[keys]).astype(center.dtype)
-            square = jnp.abs(row - of_all(center, row)) ** 2
-            distance += jnp.sum(
-                square, axis=tuple(range(row.ndim - center.ndim, row.ndim))
-            )
+            workers = range(row.ndim - center.ndim)
+            square = jnp.abs(row - jnp.expand_dims(center, tuple(workers))) ** 2
+            distance += jnp.sum(square, axis=tuple(range(len(workers), row.ndim)))
             size += jnp.sum(jnp.abs(center) ** 2)
     return jnp.sqrt(distance / jnp.where(size > 0, size, 1))
 
