@@ -345,11 +345,11 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jax.sharding import PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> mesh = Mesh(jax.devices()[:1], "data")
       >>> params = jax.device_put(jnp.zeros(8), NamedSharding(mesh, P("data")))
-      >>> print(state_shardings(optax.adam(1e-3), params)[0].mu.spec)
-      P('data',)
+      >>> print(tuple(state_shardings(optax.adam(1e-3), params)[0].mu.spec))
+      ('data',)
     """
     check_optimizer("state_shardings", "optimizer", optimizer)
     own = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
