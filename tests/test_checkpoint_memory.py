@@ -105,14 +105,11 @@ def large(tmp_path_factory):
 def test_restore_holds_little_more_than_the_state(tmp_path):
     measure("save", tmp_path / "large", 1024)
     checkpoint.save(tmp_path / "small", noise(1))
-    for malloc, most, times in ((AT_ONCE, 1.1, 1), ({}, 1.3, 3)):
+    for malloc, most in ((AT_ONCE, 1.1), ({}, 1.3)):
         before = measure("restore", tmp_path / "small", 1, malloc)["peak"]
-        runs = []
-        for _ in range(times):
-            runs.append(measure("restore", tmp_path / "large", 1024, malloc))
-            assert runs[-1]["size"] == pytest.approx(2**30, rel=0.01)
-        peak, size = min((run["peak"], run["size"]) for run in runs)
-        assert peak - before <= most * size, malloc
+        run = measure("restore", tmp_path / "large", 1024, malloc)
+        assert run["size"] == pytest.approx(2**30, rel=0.01)
+        assert run["peak"] - before <= most * run["size"], malloc
 
 
 def test_save_holds_no_more_than_orbax_does(tmp_path):
