@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from careful import CAREFUL
 from flax import nnx
 from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -322,13 +323,6 @@ def test_debugging_of_nans_finds_none_in_an_average(way, options, kind):
             jax.vmap(trained)([jnp.stack([x, 2 * x]) for x in params])
         else:
             (jax.grad(trained) if kind == "grad" else trained)(params)
-
-
-CAREFUL = {
-    "leaks": jax.checking_leaks,
-    "ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-}
 
 
 @pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from careful import CAREFUL
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -248,22 +249,13 @@ def test_stacked_parameters_may_be_sharded_over_a_second_axis(case):
     assert_close(case, rows, center)
 
 
-CAREFUL = {
-    "leaks": jax.checking_leaks,
-    "nans": lambda: jax.debug_nans(True),
-    "infs": lambda: jax.debug_infs(True),
-    "ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-}
-
-
 @pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)
 @pytest.mark.parametrize("case", CASES)
 def test_what_jax_can_be_told_to_refuse_is_not_done(case, setting):
     tx = method(case, num_workers=WORKERS)
     with setting():
         params = begin()
-        grads = jax.tree.map(lambda g: g[0], GRADS)
-        params, state = jax.jit(step_of(tx))(params, tx.init(params), grads)
+        rows, state = run(jax.jit(step_of(tx)), params, tx.init(params))
+        params = jax.tree.map(lambda row: row[-1], rows)
         emaopt.worker_spread(state, params)
         emaopt.synchronize(state, params)

@@ -15,7 +15,6 @@ import emaopt
 
 ADAM = optax.adam(0.05)
 MESH = make_mesh((8,))
-SPLIT = NamedSharding(MESH, P("data"))
 
 
 @pytest.mark.parametrize(
