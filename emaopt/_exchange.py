@@ -141,8 +141,8 @@ class Exchange:
     def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
         elastic = self.moving_rate is not None
         start = leaf.center if elastic or leaf.pulled is None else leaf.pulled
-        start = of_all(start, local)
-        commit = make_commit(self.commit, start, local, accumulated, num_steps)
+        pulled = of_all(start, local)
+        commit = make_commit(self.commit, pulled, local, accumulated, num_steps)
         return commit if leaf.residual is None else commit + leaf.residual
 
     def _at_once(self, old, local, commits, finite, subtree):

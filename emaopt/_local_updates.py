@@ -202,8 +202,7 @@ class Engine:
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
                 target = leaf.center if leaf.pulled is None else leaf.pulled
-                target = of_all(target, leaves[i])
-                steps[i] = lead(leaves[i], target, steps[i], due)
+                steps[i] = lead(leaves[i], of_all(target, leaves[i]), steps[i], due)
 
         def tree(column, like):
             return None if like is None else jax.tree.unflatten(treedef, column)
