@@ -8,7 +8,7 @@ import optax
 from emaopt._checks import check_integer, check_optimizer
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
-from emaopt._rounding import lead
+from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 
 
@@ -90,7 +90,7 @@ def average_params(
     sharding: Any = "like_params",
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages the parameters; the updates pass through unchanged.
+    """Averages the parameters; the updates pass through with their values unchanged.
 
     Let θ_s be the parameters after the s-th update, s = 1, 2, 3, ..., exactly as
     `optax.apply_updates` returns them. The average starts as a copy of θ_0 and
@@ -104,6 +104,11 @@ def average_params(
 
     What to watch: θ_s is read as `params + updates`, so this belongs last in an
     `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
+    It is exact where `optax.apply_updates` is compiled with the update, in one jit. On
+    its own, XLA may fuse the update's last product with the sum (FMA): θ_s is then off by
+    up to a unit in the last place of the parameter and one of its update. Inside of a
+    conditional (`lax.cond`, and the wrappers that use one) the updates are rounded
+    before both sums; elsewhere they are the very ones that came in.
     Wrappers that call the chain decide when the average moves:
       optax.MultiSteps: inside, once per emitted step (though MultiSteps computes it, and
         discards it, at every mini-step); outside, at every mini-step.
@@ -202,6 +207,7 @@ def average_params(
                 "average_params averages the parameters, but update was called without "
                 "them: call tx.update(grads, state, params)."
             )
+        updates = settled(updates)
         seen = optax.apply_updates(params, updates)
         return updates, averager.update(seen, state, num_updates)
 
@@ -299,7 +305,10 @@ def averaged(
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        seen = optax.apply_updates(params, updates) if sequential else params
+        seen = params
+        if sequential:
+            updates = settled(updates, selected=overwrite_every is not None)
+            seen = optax.apply_updates(params, updates)
         averaging = averager.update(seen, state.averaging, num_updates)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0

@@ -17,16 +17,14 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     makes a select of it, but leaves what passes a loop alone. Its derivatives are the
     conditional's: a loop has none backwards.
     """
-    # Traced once, however often it is used below. What it closes over becomes an operand:
-    # it may have derivatives, and what a closure holds may outlive the trace.
-    traced, shapes = jax.make_jaxpr(f, return_shape=True)(changing, fixed)
-    jaxpr, structure = traced.jaxpr, jax.tree.structure(shapes)
-    fixed = fixed, traced.consts
+    # Traced once, however often it is used below.
+    program, structure, consts = _traced(f, changing, fixed)
+    fixed = fixed, consts
 
     def once_more(changing, fixed):
         fixed, consts = fixed
         leaves = jax.tree.leaves((changing, fixed))
-        return structure.unflatten(jax.core.eval_jaxpr(jaxpr, consts, *leaves))
+        return structure.unflatten(jax.core.eval_jaxpr(program, [], *consts, *leaves))
 
     act, skip = _same_types([once_more, lambda changing, _: changing], changing, fixed)
 
@@ -52,6 +50,25 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
         return jax.jvp(conditional, primals, tangents)
 
     return once(due, changing, fixed)
+
+
+def _traced(f: Callable, *operands: Any) -> tuple[Any, Any, list[Any]]:
+    """A function as (program, structure of its result, what it closes over).
+
+    What it closes over comes first among the program's operands: it may have derivatives,
+    and what a closure holds may outlive the trace. So does what a jaxpr holds, from jax
+    0.12 on; its own trace has nothing left to hold.
+    """
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*operands)
+    consts = closed.consts
+
+    def opened(*leaves):
+        operands = leaves[len(consts) :]
+        return jax.core.eval_jaxpr(closed.jaxpr, leaves[: len(consts)], *operands)
+
+    leaves = jax.tree.leaves(operands)
+    program = jax.make_jaxpr(opened)(*consts, *leaves).jaxpr
+    return program, jax.tree.structure(shapes), consts
 
 
 def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
@@ -86,3 +103,20 @@ def varying(leaf: Any) -> frozenset:
 def vary(leaf: Any, axes: frozenset) -> Any:
     missing = tuple(sorted(axes - varying(leaf)))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def inside_conditional(leaf: Any) -> bool:
+    """Whether a value is being computed in a branch of a conditional.
+
+    JAX tells it in the traces alone, which are not public: if they change, this is said
+    of all that is traced, and a test fails (test_exactness).
+    """
+    if not isinstance(leaf, jax.core.Tracer):
+        return False
+    trace = leaf._trace
+    while trace is not None:
+        traced_for = getattr(trace, "frame", None) and trace.frame.debug_info.traced_for
+        if traced_for in ("cond", "switch"):
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False

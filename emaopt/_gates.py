@@ -16,8 +16,9 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
     gradient, GATE_GRAPH one around all of them together. The numbers do not change.
 
     What to watch: XLA decides the order of operations itself, and a barrier only limits
-    it. On TPU a gradient and its use are then not fused. On CPU and GPU the barrier is
-    gone before fusion, and the compiled program has the same operations.
+    it. On TPU, and from jax 0.12 on also on CPU, a gradient and its use are then not
+    fused: a pass over the gradients more. On CPU before and on GPU (seen with jax 0.10)
+    the barrier is gone before fusion, and the compiled program has the same operations.
 
     Args:
       mode: GATE_NONE, GATE_OP or GATE_GRAPH.

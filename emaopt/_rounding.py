@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from emaopt._conditional import inside_conditional
+
 
 def applied(params: Any, updates: Any) -> Any:
     """The parameters that `optax.apply_updates` returns, bit for bit also under jit.
@@ -54,15 +56,42 @@ def rounded_to(value: Any, dtype: Any) -> Any:
 def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
     """factor · x, rounded before a compiler can fuse a sum with it (FMA).
 
-    XLA and LLVM see through `reduce_precision` to the same width, `optimization_barrier`,
-    and a select or xor with a scalar (they hoist it out of the loop). A select on the
-    data stays, for the two differ where it is NaN: in the sign, which has no meaning.
+    The result is what it would be in memory. XLA and LLVM see through `reduce_precision`
+    to the same width, `optimization_barrier`, and a select or xor with a scalar (they
+    hoist it out of the loop). A select on the data stays, for the two differ where it is
+    NaN: in the sign, which has no meaning.
     """
     if jnp.iscomplexobj(x):
         parts = (rounded_product(factor, part) for part in (x.real, x.imag))
         return lax.complex(*parts)
-    product = factor * x
-    return lax.select(lax.ne(product, product), lax.neg(product), product)
+    return _as_in_memory(factor * x)
+
+
+def settled(updates: Any, *, selected: bool = False) -> Any:
+    """Updates whose sum with the parameters is the same wherever it is computed.
+
+    They mostly end in a product with the learning rate, and XLA fuses it with a sum that
+    it sees beside it (FMA). In one program with `optax.apply_updates` all see the same
+    sum, and the updates are left as they are. But those that a wrapper computes in a
+    conditional are rounded on the way out, where `optax.apply_updates` takes them; so are
+    those of which some are `selected`. These are rounded here, before any sum.
+    """
+
+    def leaf_settled(leaf):
+        if not (selected or inside_conditional(leaf)):
+            return leaf
+        leaf = jnp.asarray(leaf)
+        if jnp.iscomplexobj(leaf):
+            return lax.complex(*map(_as_in_memory, (leaf.real, leaf.imag)))
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return _as_in_memory(rounded_to(leaf, leaf.dtype))
+        return leaf
+
+    return jax.tree.map(leaf_settled, updates)
+
+
+def _as_in_memory(x: jax.Array) -> jax.Array:
+    return lax.select(lax.ne(x, x), lax.neg(x), x)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

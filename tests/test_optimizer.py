@@ -174,9 +174,13 @@ def test_gate_is_a_barrier_that_the_compiler_gets_and_changes_no_number(
 
 
 @pytest.mark.parametrize("way", GATED)
-def test_gates_compile_to_the_same_program_on_cpu(way):
+def test_gates_keep_the_gradients_from_being_fused_on_cpu_since_jax_0_12(way):
     def work(gate):
         text = lowered_step(way, gate).compile().as_text()
         return "opt-barrier" in text, text.count("fusion(")
 
-    assert work(emaopt.GATE_GRAPH) == work(emaopt.GATE_OP) == work(emaopt.GATE_NONE)
+    none, *gated = map(work, (emaopt.GATE_NONE, emaopt.GATE_OP, emaopt.GATE_GRAPH))
+    # Two leaves: one fusion each, or one more each where the barrier still stands then.
+    apart = 2 if jax.__version_info__ >= (0, 12) else 0
+    assert none[0] is False
+    assert gated == [(False, none[1] + apart)] * 2
