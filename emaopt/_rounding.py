@@ -76,10 +76,10 @@ def settled(updates: Any, *, selected: bool = False) -> Any:
     conditional are rounded on the way out, where `optax.apply_updates` takes them; so are
     those of which some are `selected`. These are rounded here, before any sum.
     """
+    if not (selected or any(map(inside_conditional, jax.tree.leaves(updates)))):
+        return updates  # the very object
 
     def leaf_settled(leaf):
-        if not (selected or inside_conditional(leaf)):
-            return leaf
         leaf = jnp.asarray(leaf)
         if jnp.iscomplexobj(leaf):
             return lax.complex(*map(_as_in_memory, (leaf.real, leaf.imag)))

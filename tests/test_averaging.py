@@ -97,11 +97,26 @@ def test_until_start_the_average_is_a_copy_bit_for_bit():
     assert averages[:7].tobytes() == np.asarray(iterates[1:8]).tobytes()
 
 
-def test_zero_init_starts_from_zeros():
-    averager = emaopt.average_tree(0.9, zero_init=True)
-    state = averager.init({"w": jnp.ones(2)})
-    state = averager.update({"w": jnp.ones(2)}, state)
-    np.testing.assert_allclose(state.average["w"], 0.1, rtol=1e-6)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+@pytest.mark.parametrize(
+    "options, then",
+    [({}, 0.1), ({"start": 1}, 0.1), ({"start": 2}, 1), ({"debias": True}, 1)],
+)
+def test_zero_init_starts_from_zeros(options, then, dtype):
+    averager = emaopt.average_tree(0.9, zero_init=True, **options)
+    state = averager.init({"w": jnp.ones(2, dtype)})
+    assert not state.average["w"].any()
+    state = averager.update({"w": jnp.ones(2, dtype)}, state)
+    np.testing.assert_allclose(state.average["w"], then, rtol=1e-6)
+
+
+def test_counting_the_updates_ends_where_int32_does():
+    # One more would be -2**31, which is before every start.
+    last = jnp.int32(2**31 - 1)
+    averager = emaopt.average_tree(0.5)
+    state = averager.init(jnp.float32(0))._replace(num_updates=last)
+    state = averager.update(jnp.float32(1), state)
+    assert state.num_updates == last and state.average == 0.5
 
 
 def test_num_updates_replaces_t():
@@ -109,6 +124,29 @@ def test_num_updates_replaces_t():
     params = jnp.zeros(1)
     _, state = tx.update(jnp.ones(1), tx.init(params), params, num_updates=90)
     np.testing.assert_allclose(state.average, 1 - 0.91, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every, debias", [(1, False), (1, True), (3, False), (3, True)])
+def test_num_updates_replaces_t_and_nothing_else(every, debias):
+    # Until when the average is a copy and when it moves are told by s, as ever.
+    start = 4
+    tx = emaopt.average_params(
+        emaopt.warmup_decay(0.999), every=every, start=start, debias=debias
+    )
+    iterates = path(12)
+    update, state = jax.jit(tx.update), tx.init(iterates[0])
+    for s, iterate in enumerate(iterates[1:], start=1):
+        zeros = jnp.zeros_like(iterate)
+        _, state = update(iterate, state, zeros, num_updates=5 * s)
+        expected, _ = weighted_average(
+            lambda t: (1 + 5 * (t + start)) / (10 + 5 * (t + start)),
+            start,
+            every,
+            debias,
+            np.asarray(iterates[: s + 1], np.float64),
+        )
+        np.testing.assert_allclose(state.average, expected, rtol=1e-6, atol=1e-5)
+        assert state.num_updates == s
 
 
 def test_num_updates_passes_through_a_chain_and_a_wrapper():
@@ -145,12 +183,21 @@ def test_average_is_kept_at_least_in_float32(dtype, expected):
     np.testing.assert_array_equal(state.average, np.full(3, newest_or_average, expected))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_accumulator_dtype_is_the_averages_dtype(dtype):
-    averager = emaopt.average_tree(0.5, accumulator_dtype=dtype)
-    state = averager.init({"real": jnp.ones(2), "complex": jnp.ones(2, jnp.complex64)})
-    assert state.average["real"].dtype == dtype
-    assert state.average["complex"].dtype == jnp.complex64
+@pytest.mark.parametrize(
+    "dtype, of_complex",
+    [
+        (jnp.bfloat16, jnp.complex64),
+        (jnp.float16, jnp.complex64),
+        (jnp.float32, jnp.complex64),
+        (jnp.float64, jnp.complex128),
+    ],
+)
+def test_accumulator_dtype_is_the_averages_dtype(dtype, of_complex):
+    with jax.enable_x64(True):
+        averager = emaopt.average_tree(0.5, accumulator_dtype=dtype)
+        for width in (jnp.float32, jnp.float64):
+            state = averager.init([jnp.ones(2, width), jnp.ones(2, width) * 1j])
+            assert [leaf.dtype for leaf in state.average] == [dtype, of_complex]
 
 
 def test_float64_parameters_keep_a_float64_average_under_x64():
@@ -162,7 +209,9 @@ def test_float64_parameters_keep_a_float64_average_under_x64():
         np.testing.assert_allclose(final.average["w"], expected, rtol=1e-13)
 
 
-def test_leaves_that_no_average_exists_of_hold_the_newest_value():
+@pytest.mark.parametrize("options", [{"every": 2}, {"skip_nonfinite": True}])
+def test_leaves_that_no_average_exists_of_hold_the_newest_value(options):
+    # Also in a step that leaves the average as it is.
     tree = {
         "int": jnp.int32(1),
         "bool": jnp.array([True]),
@@ -177,9 +226,9 @@ def test_leaves_that_no_average_exists_of_hold_the_newest_value():
         "int": jnp.int32(7),
         "bool": jnp.array([False]),
         "key": jax.random.key(1),
-        "float": 3.0,
+        "float": jnp.nan,
     }
-    averager = emaopt.average_tree(0.5, every=2)
+    averager = emaopt.average_tree(0.5, **options)
     average = averager.update(newer, averager.init(tree)).average
     assert average["int"] == 7 and not average["bool"][0] and average["none"] is None
     assert average["key"] == jax.random.key(1) and average["function"] is jax.nn.relu
@@ -203,8 +252,9 @@ def test_masked_leaves_are_not_averaged_and_cost_nothing():
         state = emaopt.average_tree(0.5, mask=mask).init(params)
         assert state.average["dense"]["bias"] == optax.MaskedNode()
         assert len(jax.tree.leaves(state.average)) == 1
-    prefix = emaopt.average_tree(0.5, mask={"dense": False}).init(params)
-    assert not jax.tree.leaves(prefix.average)
+    for mask in ({"dense": False}, False):  # prefixes
+        state = emaopt.average_tree(0.5, mask=mask).init(params)
+        assert not jax.tree.leaves(state.average)
 
 
 def test_average_never_aliases_the_parameters():
@@ -231,6 +281,7 @@ def test_average_never_aliases_the_parameters():
 # The exact values that apply_updates returns.
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("wrap", ["chain", "averaged"])
 @pytest.mark.parametrize(
     "optimizer",
@@ -271,6 +322,7 @@ def test_average_under_jit_is_bit_for_bit_of_the_parameters_that_the_step_return
     assert step._cache_size() == 1
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("debias", [False, True])
 @pytest.mark.parametrize("decay", [0.9, *(d for d, _ in DECAYS.values())])
@@ -384,6 +436,7 @@ COPIES = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", COPIES)
 def test_an_update_that_leaves_nothing_of_the_old_is_an_exact_copy(name, jit):
@@ -432,10 +485,12 @@ def test_a_nonfinite_leaf_holds_back_all_the_others_and_the_weight():
         np.testing.assert_allclose(state.pending, pending, rtol=1e-6)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every, start", [(1, 0), (2, 0), (1, 99), (2, 99)])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):
-    averager = emaopt.average_tree(0.5, skip_nonfinite=True, every=every, debias=True)
+def test_skip_nonfinite_leaves_the_average_and_counts(bad, every, start):
+    averager = emaopt.average_tree(
+        0.5, skip_nonfinite=True, every=every, start=start, debias=True
+    )
     update = jax.jit(averager.update)
     good = {"a": jnp.ones(3), "b": jnp.ones(2)}
     state = averager.init(jax.tree.map(jnp.zeros_like, good))
@@ -446,7 +501,23 @@ def test_skip_nonfinite_leaves_the_average_and_counts(bad, every):
         state = skipped
     np.testing.assert_array_equal(state.average["a"], np.ones(3))
     np.testing.assert_array_equal(state.average["b"], np.ones(2))
-    assert state.num_skipped == 1 and state.num_updates == 3 * every
+    # Until the start it copies at every step, or would.
+    assert state.num_skipped == (every if start else 1)
+    assert state.num_updates == 3 * every
+
+
+@pytest.mark.parametrize("bad", ["a", "b", "c", "left out"])
+def test_skip_nonfinite_looks_at_all_averaged_leaves_and_at_no_other(bad):
+    names = ["a", "b", "c", "left out"]
+    averager = emaopt.average_tree(
+        0.5, skip_nonfinite=True, mask={name: name != "left out" for name in names}
+    )
+    state = averager.init({name: jnp.zeros(2) for name in names})
+    newest = {name: jnp.ones(2) for name in names} | {bad: jnp.array([1, jnp.nan])}
+    state = jax.jit(averager.update)(newest, state)
+    assert state.num_skipped == (bad != "left out")
+    average = np.concatenate(jax.tree.leaves(state.average))
+    np.testing.assert_array_equal(average, np.full(6, 0.5 if bad == "left out" else 0))
 
 
 @pytest.mark.parametrize("options", [{"zero_init": True}, {"skip_nonfinite": True}])

@@ -461,6 +461,12 @@ LAYOUTS = {
         "train_state": {"params": p, "opt_state": s},
         "best_params": jax.tree.map(jnp.zeros_like, p),
     },
+    "with a copy at the same place": lambda p, s: {
+        "best": jax.tree.map(jnp.zeros_like, p),
+        "params": p,
+        "opt_state": s,
+        "teacher": jax.tree.map(jnp.zeros_like, p),
+    },
     "with a target network": lambda p, s: {
         "target_params": jax.tree.map(jnp.zeros_like, p),
         "train": {"params": p, "opt_state": s},
@@ -483,6 +489,16 @@ def test_the_parameters_are_told_from_everything_that_looks_like_them(
     checkpoint.save(tmp_path / "c", state)
     assert_same(checkpoint.load_averaged(tmp_path / "c"), emaopt.get_average(opt_state))
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+def test_an_average_that_is_there_in_part_is_not_started_anew(tmp_path):
+    params = {"w": jnp.ones(3), "b": jnp.zeros(2)}
+    part = emaopt.averaged(optax.sgd(0.1), 0.9, mask={"w": True, "b": False})
+    whole = emaopt.averaged(optax.sgd(0.1), 0.9)
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": part.init(params)})
+    target = {"params": params, "opt_state": whole.init(params)}
+    with pytest.raises(ValueError, match="it lacks opt_state/averaging/average/b"):
+        checkpoint.restore(tmp_path / "c", target)
 
 
 def test_two_runs_in_one_state_are_told_apart_by_name(tmp_path):

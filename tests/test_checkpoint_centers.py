@@ -92,6 +92,7 @@ def bits(tree):
     ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_file_holds_the_center_and_training_goes_on_bit_for_bit(name, tmp_path):
     params, opt_state = trained(name)

@@ -127,6 +127,7 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_an_average_is_synthesized_as_if_it_had_been_recorded(recorded, tmp_path):
     directory, state, _ = recorded
     said = succeed(
@@ -144,6 +145,7 @@ def test_an_average_is_synthesized_as_if_it_had_been_recorded(recorded, tmp_path
     assert said.removesuffix(f" Written: {tmp_path / 'out'}") in told
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options, name",
     [
@@ -159,6 +161,7 @@ def test_of_recorded_averages_the_last_is_given_back(recorded, options, name, tm
     np.testing.assert_allclose(plain(tmp_path / "out")["params"]["w"], real, rtol=1e-6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -175,6 +178,7 @@ def test_what_was_not_recorded_cannot_be_synthesized(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_that_is_far_off_is_reported(recorded, tmp_path):
     out = tmp_path / "out"
     result = emaopt_command("synthesize", recorded[0], "--sigma-rel", 0.005, "--out", out)
@@ -195,6 +199,7 @@ def test_several_averages_are_told_apart_by_the_commands_own_option(recorded, tm
         assert result.exit_code == 0  # that under the parameters' names
 
 
+@pytest.mark.slow
 def test_an_earlier_average_and_another_profile_are_synthesized(recorded, tmp_path):
     directory, *_ = recorded
     made = checkpoint.synthesize(
@@ -204,6 +209,7 @@ def test_an_earlier_average_and_another_profile_are_synthesized(recorded, tmp_pa
     assert plain(tmp_path / "out")["params"]["w"].shape == (40,)
 
 
+@pytest.mark.slow
 def test_commands_of_readme_run(recorded, tmp_path, monkeypatch):
     directory, *_ = recorded
     (tmp_path / "run").symlink_to(directory)
@@ -702,6 +708,7 @@ def test_a_step_in_the_making_is_left_out_with_a_word(run, tmp_path):
     assert len(checkpoint.describe(tmp_path / "out").record["coefficients"]) == 4
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("what", ["average", "export"])
 def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):

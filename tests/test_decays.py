@@ -1,5 +1,7 @@
 """The decays against their formulae in float64, and the weights that they imply."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,24 +10,32 @@ import pytest
 import emaopt
 from emaopt._decays import one_minus
 
+# Few arguments are whole numbers, and each limit binds at some step: a formula with a
+# rounded argument, or without a limit, is another one.
 DECAYS = {
     "warmup": (emaopt.warmup_decay(0.99), lambda t: min(0.99, (1 + t) / (10 + t))),
     "uniform": (emaopt.uniform_decay(), lambda t: (t - 1) / t),
-    "polynomial": (emaopt.polynomial_decay(3), lambda t: 1 - 4 / (t + 3)),
+    "polynomial": (emaopt.polynomial_decay(2.5), lambda t: 1 - 3.5 / (t + 2.5)),
     "power gamma": (emaopt.power_decay(gamma=2.5), lambda t: (1 - 1 / t) ** 3.5),
+    "negative gamma": (emaopt.power_decay(gamma=-0.5), lambda t: (1 - 1 / t) ** 0.5),
     "inverse gamma": (
-        emaopt.inverse_gamma_decay(2.0, 0.75, min_decay=0.1, max_decay=0.95),
-        lambda t: min(max(1 - (1 + t / 2.0) ** -0.75, 0.1), 0.95),
+        emaopt.inverse_gamma_decay(2.5, 0.75, min_decay=0.5, max_decay=0.95),
+        lambda t: min(max(1 - (1 + t / 2.5) ** -0.75, 0.5), 0.95),
     ),
-    "half-life": (emaopt.half_life_decay(30), lambda t: 0.5 ** (1 / 30)),
+    "half-life": (emaopt.half_life_decay(2.5), lambda t: 0.5 ** (1 / 2.5)),
     "ramped half-life": (
         emaopt.half_life_decay(30, ramp=0.5),
         lambda t: 0.5 ** (1 / min(30, 0.5 * t)),
     ),
+    "ramp to the end": (
+        emaopt.half_life_decay(math.inf, ramp=0.5),
+        lambda t: 0.5 ** (1 / (0.5 * t)),
+    ),
     "scaled constant": (emaopt.scale_decay(0.99, 8), lambda t: 0.99**8),
+    "scaled to a smaller batch": (emaopt.scale_decay(0.99, 0.5), lambda t: 0.99**0.5),
     "scaled schedule": (
-        emaopt.scale_decay(emaopt.uniform_decay(), 3),
-        lambda t: ((t - 1) / t) ** 3,
+        emaopt.scale_decay(emaopt.uniform_decay(), 2.5),
+        lambda t: ((t - 1) / t) ** 2.5,
     ),
 }
 
@@ -39,13 +49,15 @@ def test_decay_is_its_formula(decay, formula):
 
 @pytest.mark.parametrize("decay, formula", DECAYS.values(), ids=DECAYS)
 def test_one_minus_decay_is_exact_in_float32_at_a_million_steps(decay, formula):
-    del formula
-    steps = np.asarray([1, 2, 3, 10, 1000, 10**6])
-    exact = one_minus(decay, steps)  # float64
+    steps = [1, 2, 3, 10, 1000, 10**6]
+    exact = [1 - formula(t) for t in steps]
     actual = jax.vmap(lambda t: one_minus(decay, t))(jnp.asarray(steps, jnp.int32))
     # TensorFlow's rule is kept in TensorFlow's precision, a rounded float32 β.
-    rtol = 2e-5 if "warmup" in repr(decay) else 2e-6
-    np.testing.assert_allclose(actual, exact, rtol=rtol)
+    tensorflow = "warmup" in repr(decay)
+    np.testing.assert_allclose(actual, exact, rtol=2e-5 if tensorflow else 2e-6)
+    # As decay_weights asks for it.
+    float64 = one_minus(decay, np.asarray(steps))
+    np.testing.assert_allclose(float64, exact, rtol=2e-5 if tensorflow else 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +75,10 @@ def test_decay_at_zero_is_a_copy_where_the_formula_has_no_value(decay, expected)
     assert float(decay(0)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_first_warmup_decay_is_that_of_tensorflow():
-    assert emaopt.warmup_decay(0.9999)(1) == np.float32(2) / np.float32(11)
+@pytest.mark.parametrize("x64", [False, True])
+def test_first_warmup_decay_is_that_of_tensorflow(x64):
+    with jax.enable_x64(x64):
+        assert emaopt.warmup_decay(0.9999)(1) == np.float32(2) / np.float32(11)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2, 0.28])
@@ -132,6 +146,18 @@ def test_debias_forgets_all_before_the_start():
 def test_weights_of_a_users_own_schedule():
     weights = emaopt.decay_weights(lambda t: jnp.where(t % 2 == 0, 0.5, 1.0), 4)
     np.testing.assert_allclose(weights, [0.25, 0, 0.25, 0, 0.5])
+
+
+def test_a_users_own_schedule_may_be_a_table():
+    # A table takes whole numbers alone, also from decay_weights and when it is scaled.
+    table = jnp.array([0.0, 1.0, 0.5, 1.0, 0.5])
+    scaled = emaopt.scale_decay(lambda t: table[t], 2)  # 1, 1/4, 1, 1/4
+    np.testing.assert_allclose(jax.jit(scaled)(2), 0.25, rtol=1e-6)
+    for decay, expected in [
+        (lambda t: table[t], [0.25, 0, 0.25, 0, 0.5]),
+        (scaled, [0.0625, 0, 0.1875, 0, 0.75]),
+    ]:
+        np.testing.assert_allclose(emaopt.decay_weights(decay, 4), expected, rtol=1e-6)
 
 
 def test_weights_of_a_million_steps_are_quick_to_have():

@@ -140,6 +140,7 @@ def compiled(form, name, **extra):
     return program, program.as_text(), donated
 
 
+@pytest.mark.quick(3)
 @BOTH
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_collectives_stand_in_branches_of_conditionals_alone(name, form):
@@ -157,6 +158,7 @@ def test_exchange_is_one_all_reduce_of_the_parameters_and_a_count(name, form):
     assert collectives(text.splitlines()) == [("all-reduce", 4 * COUNT + 4)]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "name, operation, large, count",
     [
@@ -208,6 +210,7 @@ def test_step_without_an_exchange_copies_nothing_and_reuses_all_memory(name, for
     assert program.memory_analysis().alias_size_in_bytes == donated
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("name", ["delta", "mean_gradient", "outer adam"])
 def test_exchange_keeps_few_large_leaves_at_once(name, form):
@@ -220,6 +223,7 @@ def test_exchange_keeps_few_large_leaves_at_once(name, form):
     assert len(collectives(program.as_text().splitlines())) == 1 + len(shapes)
 
 
+@pytest.mark.quick(1)
 @BOTH
 @pytest.mark.parametrize("exchange, expected", [(False, []), (True, ["all-reduce"])])
 def test_exchange_as_a_python_value_compiles_to_no_conditional(exchange, expected, form):
@@ -228,6 +232,7 @@ def test_exchange_as_a_python_value_compiles_to_no_conditional(exchange, expecte
     assert [name for name, _ in collectives(text.splitlines())] == expected
 
 
+@pytest.mark.quick(1)
 @BOTH
 def test_local_round_is_one_collective_outside_of_its_loop(form):
     tx = method(form, "delta")
@@ -248,6 +253,7 @@ def test_local_round_is_one_collective_outside_of_its_loop(form):
     assert len(collectives(parts[entry])) == 1 and " conditional(" not in text
 
 
+@pytest.mark.quick(1)
 @BOTH
 @pytest.mark.parametrize("name", ["delta", "sequential"])
 def test_second_call_compiles_nothing_and_the_state_stays_where_it_is(name, form):

@@ -57,6 +57,7 @@ def replay(name, touched):
     return with_start(start, later), {key: record.arrays[key] for key in later}
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name, touched", CASES)
 def test_sparse_steps_are_tensorflows(name, touched):
     ours, theirs = replay(name, touched)
@@ -108,6 +109,7 @@ def table_of(tree):
     return [x for path, x in flat if "table" in [getattr(k, "key", "") for k in path]]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_touched_rows_move_as_if_dense_and_the_others_stay(name):
     tx = OPTIMIZERS[name]
@@ -122,6 +124,7 @@ def test_touched_rows_move_as_if_dense_and_the_others_stay(name):
     chex.assert_trees_all_close(sparse[0]["bias"], dense[0]["bias"], rtol=1e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("touched", [False, True])
 @pytest.mark.parametrize(
     "indices",
@@ -201,6 +204,7 @@ def compiled(tx, size, touched):
     return step.lower(params, state, values, indices).compile(), donated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [optax.sgd(0.1, 0.9), optax.adagrad(0.1), emaopt.averaged(optax.adam(0.1), 0.9)],

@@ -147,6 +147,7 @@ def of_a(params):
     return jnp.sum((params["a"] - 2) ** 2)
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name", TRACED)
 def test_every_optimizer_minimizes_and_leaves_alone_what_has_no_gradient(name):
     tx = made(name)

@@ -153,6 +153,7 @@ PROFILES = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("target, bound", PROFILES.values(), ids=PROFILES)
 def test_profiles_are_as_near_as_promised(target, bound):
     solution = solve_recorded(recorded(10_000, 64), target)
@@ -178,6 +179,7 @@ def test_snapshots_after_the_target_may_help_and_do_not_harm():
     assert solve_recorded(averages, target).residual < 1e-9  # step 700 is one of them
 
 
+@pytest.mark.slow
 def test_a_run_of_many_steps_needs_no_matrix():
     num_steps = 300_000
     target = emaopt.decay_weights(power(sigma_rel=0.15), num_steps)
@@ -185,6 +187,7 @@ def test_a_run_of_many_steps_needs_no_matrix():
     assert solution.residual < 0.003
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "error, widths", [(0.1, 0.2), (0.01, [0.05, 0.15]), (0.003, 0.07)]
 )

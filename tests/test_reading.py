@@ -111,13 +111,15 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swap_keeps_every_bit_of_every_dtype(dtype):
-    params = {"w": jnp.asarray([0, 1, 1, 0], dtype)}
+def test_swap_exchanges_every_bit_of_every_dtype(dtype):
+    params = {"w": jnp.asarray([0, 1, 1, 0], dtype), "scalar": jnp.asarray(0, dtype)}
+    newer = {"w": jnp.asarray([1, 0, 1, 0], dtype), "scalar": jnp.asarray(1, dtype)}
     averager = emaopt.average_tree(0.7)
-    state = averager.update(
-        {"w": jnp.asarray([1, 0, 1, 0], dtype)}, averager.init(params)
-    )
-    assert_same(emaopt.swap(*emaopt.swap(params, state)), (params, state))
+    state = averager.update(newer, averager.init(params))
+    served, kept = emaopt.swap(params, state)
+    # Twice is as before also where nothing is exchanged.
+    assert_same((served, kept.average), (state.average, params))
+    assert_same(emaopt.swap(served, kept), (params, state))
 
 
 def test_swap_works_under_jit_and_donated():
@@ -177,6 +179,7 @@ def by_definition(start, iterates):
     return average
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("tx", LOSS_WRAPPERS.values(), ids=LOSS_WRAPPERS)
 def test_average_is_of_what_these_transformations_return(tx):
     iterates, state = train_on_a_loss(tx, PARAMS, 6)
@@ -292,6 +295,9 @@ def test_several_averages_are_told_apart_by_name():
     served, kept = emaopt.swap(params, state, name="slow")
     assert_same(served, emaopt.get_average(state, params, name="slow"))
     assert_same(emaopt.swap(served, kept, name="slow"), (params, state))
+    fresh = emaopt.reset_average(state, params, name="slow")
+    assert_same(fresh["slow"].average, params)
+    assert_same(fresh["fast"], state["fast"])
     with pytest.raises(ValueError, match=r"several averages.*'fast', 'slow'.*name="):
         emaopt.get_average(state)
     with pytest.raises(
@@ -345,13 +351,29 @@ def test_a_field_called_value_keeps_its_name():
     assert mask == Heads(False, True)
 
 
-def test_reset_starts_the_average_anew():
-    for debias in (False, True):
-        tx = emaopt.averaged(SGD, 0.9, debias=debias, every=2)
-        params, state, _ = train(tx, PARAMS)
-        fresh = emaopt.reset_average(state, params)
-        assert_same(fresh.averaging, tx.init(params).averaging)
-        assert_same(fresh.inner_state, state.inner_state)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("debias", [False, True])
+def test_reset_starts_the_average_anew(debias, dtype):
+    momentum = optax.sgd(0.1, momentum=0.9)
+    options = {"debias": debias, "every": 2, "skip_nonfinite": True}
+    tx = emaopt.averaged(momentum, 0.9, **options)
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    update, state = jax.jit(tx.update), tx.init(params)
+    # The last step, a NaN, leaves no counter at 0.
+    for grad in (1, 1, 1, jnp.nan):
+        grads = jax.tree.map(lambda x, grad=grad: jnp.full_like(x, grad), params)
+        _, state = update(grads, state, params)
+    assert all(jax.tree.leaves(state.averaging[:-1]))
+    fresh = emaopt.reset_average(state, params)
+    assert_same(fresh.averaging, tx.init(params).averaging)
+    assert_same(fresh.inner_state, state.inner_state)
+
+
+def test_reset_copies_the_parameters():
+    # Of an alias, donating both would fail.
+    fresh = emaopt.reset_average(AVERAGE.init(PARAMS), PARAMS).average
+    for average, leaf in zip(*map(jax.tree.leaves, (fresh, PARAMS)), strict=True):
+        assert average.unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer()
 
 
 def test_distance_is_relative_to_the_parameters():
@@ -368,6 +390,26 @@ def test_distance_is_relative_to_the_parameters():
         emaopt.average_distance(zeros._replace(average=jnp.ones(2)), jnp.zeros(2))
         == jnp.inf
     )
+
+
+def test_distance_is_over_scalars_and_complex_numbers_too():
+    state = emaopt.average_tree(0.9).init([jnp.float32(0), jnp.array([4j])])
+    distance = emaopt.average_distance(state, [jnp.float32(3), jnp.array([4j])])
+    np.testing.assert_allclose(distance, 3 / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "accumulator, precision",
+    [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)],
+)
+def test_distance_has_the_accumulators_precision_at_least_float32(accumulator, precision):
+    with jax.enable_x64(True):
+        averager = emaopt.average_tree(0.5, accumulator_dtype=accumulator)
+        eps = jnp.finfo(precision).eps
+        state = averager.init(jnp.ones(1, precision))
+        distance = emaopt.average_distance(state, jnp.ones(1, precision) + eps)
+        assert distance.dtype == precision
+        np.testing.assert_allclose(distance, eps, rtol=1e-6)
 
 
 # Other containers.

@@ -1,17 +1,15 @@
-"""Bytes that a program communicates, counted in its text by `benchmarks/hlo_bytes.py`."""
+"""Bytes that a program communicates, counted in its text by `hlo_bytes.py`.
 
-import sys
-from pathlib import Path
+`PYTHONPATH=tests pytest -p conftest benchmarks`: with the eight devices of the tests.
+"""
 
+import hlo_bytes
 import jax.numpy as jnp
+import local_programs
 import optax
 import pytest
 
 import emaopt
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import hlo_bytes
-import local_programs
 
 CONDITIONAL = """HloModule step, entry_computation_layout={(f32[10]{0})->f32[10]{0}}
 
