@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, and which of many cases are quick to be run."""
+"""Eight CPU devices for every test, and which cases of a table are quick to be run."""
 
 import os
 import zlib
@@ -15,18 +15,22 @@ os.environ["XLA_FLAGS"] = (
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
+QUICK = 2  # cases of each table that are run by default, if `quick(number)` says no other
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks all but `number` of the cases of a test with `quick(number)` as slow.
+    """Marks as slow all but some of the cases that a test is parametrized with.
 
-    Those that stay are chosen by their names: the same in every run, and of every row and
-    column of a table in turn.
+    They are chosen by their names: the same in every run, and spread over the rows and
+    columns of a table.
     """
     cases = defaultdict(list)
     for item in items:
-        if marker := item.get_closest_marker("quick"):
-            cases[item.nodeid.partition("[")[0], marker.args[0]].append(item)
+        if hasattr(item, "callspec"):
+            marker = item.get_closest_marker("quick")
+            number = marker.args[0] if marker else QUICK
+            cases[item.nodeid.partition("[")[0], number].append(item)
     for (_, number), of_one in cases.items():
         by_name = sorted(of_one, key=lambda item: zlib.crc32(item.nodeid.encode()))
         for item in by_name[number:]:

@@ -174,7 +174,6 @@ def simulated(case, record):
     )
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("case", [c for c in RECORDS if c not in TENSORFLOW_BUGS])
 def test_cluster_is_the_recorded_one(case):
     record = load(case)
@@ -413,7 +412,7 @@ def test_tree_keeps_its_structure_with_none_and_empty_leaves(outer, options, _):
         }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("commit", ["delta", "mean_delta"])
 def test_bfloat16_workers_commit_what_they_hold_to_a_float32_center(commit):
     """Also where a batch of schedules turns the push into a select within one kernel."""

@@ -43,6 +43,7 @@ def path(steps, shape=(3, 2), seed=0):
     return jnp.asarray(np.cumsum(walk, axis=0), jnp.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     decay=st.sampled_from(sorted(DECAYS)),
@@ -281,7 +282,6 @@ def test_average_never_aliases_the_parameters():
 # The exact values that apply_updates returns.
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("wrap", ["chain", "averaged"])
 @pytest.mark.parametrize(
     "optimizer",
@@ -322,7 +322,6 @@ def test_average_under_jit_is_bit_for_bit_of_the_parameters_that_the_step_return
     assert step._cache_size() == 1
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("debias", [False, True])
 @pytest.mark.parametrize("decay", [0.9, *(d for d, _ in DECAYS.values())])
@@ -367,6 +366,7 @@ def test_num_updates_reaches_an_average_inside_too():
     np.testing.assert_allclose(state.inner_state.averaging.average, 0.09, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_overwrite_sets_complex_and_float64_parameters():
     with jax.enable_x64(True):
         params = {"c": jnp.array([1 + 2j]), "d": jnp.array([1 / 3])}
@@ -436,7 +436,6 @@ COPIES = {
 }
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", COPIES)
 def test_an_update_that_leaves_nothing_of_the_old_is_an_exact_copy(name, jit):
@@ -462,6 +461,7 @@ def test_a_decay_that_is_nan_shows(jit):
     assert found[0] == 0 and np.isnan(found[1:]).all()
 
 
+@pytest.mark.slow
 def test_a_nonfinite_leaf_holds_back_all_the_others_and_the_weight():
     decay, every, steps = 0.5, 3, 12
     values = np.arange(1, steps + 1) ** 2.0

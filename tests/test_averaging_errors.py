@@ -6,6 +6,8 @@ import pytest
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1000)  # all of them are
+
 
 @pytest.mark.parametrize(
     "build, error, message",

@@ -201,6 +201,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 def test_any_process_without_emaopt_serves_the_average(tmp_path):
     state = as_dict()
     checkpoint.save(tmp_path / "saved", state)
@@ -237,6 +238,7 @@ def test_any_process_without_emaopt_serves_the_average(tmp_path):
     assert read == [expected] * len(READERS)
 
 
+@pytest.mark.slow
 def test_resuming_equals_training_on_bit_for_bit(tmp_path):
     params = mixed_params()
     tx = emaopt.averaged(

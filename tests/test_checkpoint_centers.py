@@ -92,7 +92,6 @@ def bits(tree):
     ]
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_file_holds_the_center_and_training_goes_on_bit_for_bit(name, tmp_path):
     params, opt_state = trained(name)
@@ -118,6 +117,7 @@ def test_swap_is_an_involution_and_a_swapped_state_refuses_to_train(name):
         METHODS[name].update(params, swapped, params, exchange=True)
 
 
+@pytest.mark.slow
 def test_of_a_center_and_its_average_either_is_served(tmp_path):
     params, opt_state = trained("averaged center")
     state = {"params": params, "opt_state": opt_state}
@@ -186,6 +186,7 @@ def test_containers(make, params, tmp_path):
     assert bits(checkpoint.restore(tmp_path / "c", state)) == bits(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_manager_serves_the_center_of_one_tree_and_of_items(asynchronous, tmp_path):
     params, opt_state = trained("diloco")
@@ -228,6 +229,7 @@ def test_v1_writes_and_reads_the_center(tmp_path):
     assert bits(checkpoint.restore(tmp_path / "c", state)) == bits(state)
 
 
+@pytest.mark.slow
 def test_a_process_without_emaopt_serves_the_center(tmp_path):
     params, opt_state = trained("diloco")
     checkpoint.save(tmp_path / "c", {"params": params, "opt_state": opt_state})

@@ -54,7 +54,6 @@ def by_hand(array):
     return str(array.dtype), sum((2 * i + 1) * w for i, w in enumerate(words)) % 2**32
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_checksum_is_the_definition_however_an_array_is_placed(kind):
     array = noise(kind)
@@ -125,6 +124,7 @@ def edit(file, i):
     file.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_every_leaf_is_checked(tmp_path):
     state = mixed()
     checkpoint.save(tmp_path / "c", state, checksums=True)
@@ -227,7 +227,6 @@ def damaged(tmp_path):
     raise AssertionError("no flip that goes unnoticed")
 
 
-@pytest.mark.quick(2)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_of_ours_checks(reader, damaged, tmp_path):

@@ -186,7 +186,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.quick(9)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize(
     "make", [make for make, _ in CONTAINERS.values()], ids=CONTAINERS
@@ -216,7 +215,6 @@ def is_number(leaf):
     return isinstance(leaf, jax.Array) and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("metrics_of", ["raw", "averaged", None])
 def test_max_to_keep_and_best_fn_with_a_record_of_the_weights_measured(
     metrics_of, tmp_path
@@ -571,7 +569,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.quick(2)
 # Orbax drops the reads that were under way when the first one failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("managed", [False, True])

@@ -145,7 +145,7 @@ def test_an_average_is_synthesized_as_if_it_had_been_recorded(recorded, tmp_path
     assert said.removesuffix(f" Written: {tmp_path / 'out'}") in told
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, name",
     [
@@ -161,7 +161,6 @@ def test_of_recorded_averages_the_last_is_given_back(recorded, options, name, tm
     np.testing.assert_allclose(plain(tmp_path / "out")["params"]["w"], real, rtol=1e-6)
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -189,6 +188,7 @@ def test_a_profile_that_is_far_off_is_reported(recorded, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_several_averages_are_told_apart_by_the_commands_own_option(recorded, tmp_path):
     arguments = "--weights", "average", "--out", tmp_path / "out"
     result = emaopt_command("average", recorded[0], *arguments)
@@ -708,7 +708,6 @@ def test_a_step_in_the_making_is_left_out_with_a_word(run, tmp_path):
     assert len(checkpoint.describe(tmp_path / "out").record["coefficients"]) == 4
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("what", ["average", "export"])
 def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):

@@ -113,7 +113,6 @@ def defined(iterates, decay, way, **options):
     ]
 
 
-@pytest.mark.quick(12)
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("way", WAYS)
 def test_average_is_its_definition_in_every_container(way, container):
@@ -127,7 +126,6 @@ def test_average_is_its_definition_in_every_container(way, container):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.quick(12)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
@@ -144,7 +142,6 @@ def test_average_is_its_definition_with_every_option(way, options, decay):
         np.testing.assert_allclose(actual, value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.quick(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_average_is_of_the_values_that_the_parameters_had(way, dtype):
@@ -156,7 +153,6 @@ def test_average_is_of_the_values_that_the_parameters_had(way, dtype):
         np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
 def test_second_call_compiles_nothing_and_the_state_keeps_its_types(way, options):
@@ -177,7 +173,6 @@ def test_second_call_compiles_nothing_and_the_state_keeps_its_types(way, options
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == types
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
 def test_scan_and_donation_give_the_bits_of_the_loop(way, options):
@@ -199,7 +194,6 @@ def test_scan_and_donation_give_the_bits_of_the_loop(way, options):
     chex.assert_trees_all_equal(scanned, (iterates[-1], state))
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
 def test_vmap_gives_the_averages_one_by_one(way, options):
@@ -292,7 +286,7 @@ def test_average_is_sharded_as_the_parameters_and_adds_no_collective(kind, optio
         assert new["w"].sharding.is_equivalent_to(sharding, 2)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 def test_derivatives_go_through_the_updates(every):
     def trained(rate, decay):
@@ -315,7 +309,6 @@ def test_derivatives_go_through_the_updates(every):
             np.testing.assert_allclose(derivative, (high - low) / 0.02, rtol=2e-2)
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("kind", ["eager", "jit", "vmap", "grad"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
@@ -335,7 +328,6 @@ def test_debugging_of_nans_finds_none_in_an_average(way, options, kind):
             (jax.grad(trained) if kind == "grad" else trained)(params)
 
 
-@pytest.mark.quick(10)
 @pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)
 @pytest.mark.parametrize("decay", ["constant", "warmup"])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -353,7 +345,6 @@ NEW_XLA = jax.__version_info__ > (0, 9)
 AVERAGE = 8  # bytes per parameter to read and write a float32 average
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "way, options, own, reads",
@@ -405,6 +396,7 @@ def test_compiled_step_makes_one_pass_over_the_average_and_no_copy(
     assert not re.search(r"\w\[256,512\]\S* copy\(", program.as_text())
 
 
+@pytest.mark.slow
 def test_compiling_an_average_adds_one_small_kernel_to_each_leaf():
     # What is scalar is computed once, and not again in each of them.
     def lines(tx, leaves):

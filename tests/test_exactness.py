@@ -246,7 +246,6 @@ def test_average_is_exact_in_every_wrapper(wrapper, optimizer):
     assert_exact(around(joined(OPTIMIZERS[optimizer]())), jnp.float32, {})
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("wrapper", ["chain", "overwrite_every", "apply_if_finite"])
 def test_average_is_exact_in_every_kind_of_step(wrapper, step):
@@ -255,7 +254,6 @@ def test_average_is_exact_in_every_kind_of_step(wrapper, step):
     assert_exact(tx, jnp.float32, {}, step=STEPS[step])
 
 
-@pytest.mark.quick(5)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("wrapper", ["chain", "apply_if_finite", "MultiSteps"])
 def test_average_is_exact_after_every_optimizer(wrapper, optimizer):
@@ -271,7 +269,6 @@ def takes(wrapper, dtype):
     return True
 
 
-@pytest.mark.quick(10)
 @pytest.mark.parametrize(
     "wrapper, dtype", [(w, d) for w in WRAPPERS for d in DTYPES if takes(w, d)]
 )
@@ -280,7 +277,6 @@ def test_average_is_exact_in_every_dtype(wrapper, dtype):
     assert_exact(around(joined(OPTIMIZERS["momentum"]())), dtype, {})
 
 
-@pytest.mark.quick(10)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_average_is_exact_with_every_option(wrapper, options):
@@ -289,7 +285,6 @@ def test_average_is_exact_with_every_option(wrapper, options):
     assert_exact(tx, jnp.float32, options)
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_with_an_average_has_the_bits_of_training_without(optimizer):
     inner = OPTIMIZERS[optimizer]

@@ -7,6 +7,8 @@ import pytest
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1000)  # all of them are
+
 SGD = optax.sgd(0.1)
 UPDATES = {"inner": SGD, "outer": SGD, "period": 2}
 

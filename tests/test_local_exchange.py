@@ -60,7 +60,6 @@ def bound(commits, reduce, dtype):
     return 1.1 * share * roundings * ROUNDING[dtype] * np.abs(commits).sum(axis=0)
 
 
-@pytest.mark.quick(5)
 @pytest.mark.parametrize("dtype", [*ROUNDING, *STEPS])
 @pytest.mark.parametrize("reduce", REDUCE)
 def test_narrow_exchange_is_exact_up_to_its_rounding(reduce, dtype):
@@ -124,7 +123,6 @@ def test_narrow_exchange_keeps_both_parts_of_a_complex_leaf(dtype, reduce):
 BEYOND = {jnp.float16: 6e4, jnp.float8_e4m3fn: 4e2, jnp.float8_e5m2: 5e4}  # if doubled
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("commits", [[2.0, 0.01], [1.0, 1.0]], ids=["one", "sum"])
 @pytest.mark.parametrize("reduce", REDUCE)
 @pytest.mark.parametrize("dtype", BEYOND)
@@ -156,7 +154,6 @@ LOST = {
 }
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "dtype, reduce",
     [
@@ -245,7 +242,6 @@ def fragmented(inner, num_fragments, period, steps, **options):
     return start, centers, rows, exchanges
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("num_fragments, period", [(2, 4), (3, 3), (4, 9)])
 def test_fragments_of_like_sizes_take_turns(num_fragments, period):
     *_, exchanges = fragmented(optax.sgd(0.1), num_fragments, period, 2 * period)
@@ -260,7 +256,6 @@ def test_fragments_of_like_sizes_take_turns(num_fragments, period):
     assert at_step.max() <= max(1.1 * share, max(SIZES.values()))
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -155,7 +155,6 @@ FORMS = [
 ]
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("form, case", FORMS)
 def test_mapped_form_is_the_stacked_one(form, case):
     rows, state = run(*MAPS[form](method(case, axis_name="workers")))
@@ -169,7 +168,7 @@ def test_workers_may_be_on_several_mapped_axes(case):
     assert_close(case, rows, the_same(emaopt.get_center(state)))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["elastic, sequential", "fragments"])
 def test_mapped_spread_and_end_are_the_stacked_ones(case):
     def end(params, state, axis_name=None):
@@ -199,7 +198,6 @@ def test_mapped_spread_and_end_are_the_stacked_ones(case):
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "kind, set_mesh, case",
     [
@@ -252,7 +250,6 @@ def test_stacked_parameters_may_be_sharded_over_a_second_axis(case):
     assert_close(case, rows, center)
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("setting", CAREFUL.values(), ids=CAREFUL)
 @pytest.mark.parametrize("case", CASES)
 def test_what_jax_can_be_told_to_refuse_is_not_done(case, setting):

@@ -30,7 +30,6 @@ def every_second(step, since):
 # Dtypes
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("commit", COMMITS)
 @pytest.mark.parametrize(
     "dtype, center",

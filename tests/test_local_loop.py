@@ -106,7 +106,6 @@ def rounds(options, dtype):
     return params, state, jnp.concatenate([first, second])
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_rounds_are_the_same_steps_with_one_exchange_after_the_last(options):
     start = begin(method(options))
@@ -152,7 +151,7 @@ def test_round_without_a_number_of_steps(batches):
 # Programs and swaps
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["delta", "sequential"])
 def test_scan_and_donation_give_the_numbers_of_the_loop(options):
     tx = method(options, period=3)

@@ -96,7 +96,6 @@ METHODS = {
 }
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("method, definition", METHODS.values(), ids=METHODS)
 def test_method_is_its_definition(method, definition):
     inner, outer, options = definition
@@ -239,7 +238,6 @@ RECORDS = [
 ]
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("case", RECORDS)
 def test_sequential_agn_is_the_recorded_cluster(case):
     record = load(case)

@@ -140,7 +140,6 @@ def compiled(form, name, **extra):
     return program, program.as_text(), donated
 
 
-@pytest.mark.quick(3)
 @BOTH
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_collectives_stand_in_branches_of_conditionals_alone(name, form):
@@ -158,7 +157,6 @@ def test_exchange_is_one_all_reduce_of_the_parameters_and_a_count(name, form):
     assert collectives(text.splitlines()) == [("all-reduce", 4 * COUNT + 4)]
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "name, operation, large, count",
     [
@@ -176,6 +174,7 @@ def test_small_leaves_share_a_collective_before_xla_combines_any(
     assert text.count(f"stablehlo.{operation}") == count
 
 
+@pytest.mark.slow
 @BOTH
 def test_each_fragment_is_one_all_reduce_of_its_own(form):
     _, text, _ = compiled(form, "fragments")
@@ -223,7 +222,6 @@ def test_exchange_keeps_few_large_leaves_at_once(name, form):
     assert len(collectives(program.as_text().splitlines())) == 1 + len(shapes)
 
 
-@pytest.mark.quick(1)
 @BOTH
 @pytest.mark.parametrize("exchange, expected", [(False, []), (True, ["all-reduce"])])
 def test_exchange_as_a_python_value_compiles_to_no_conditional(exchange, expected, form):
@@ -232,7 +230,6 @@ def test_exchange_as_a_python_value_compiles_to_no_conditional(exchange, expecte
     assert [name for name, _ in collectives(text.splitlines())] == expected
 
 
-@pytest.mark.quick(1)
 @BOTH
 def test_local_round_is_one_collective_outside_of_its_loop(form):
     tx = method(form, "delta")
@@ -253,7 +250,6 @@ def test_local_round_is_one_collective_outside_of_its_loop(form):
     assert len(collectives(parts[entry])) == 1 and " conditional(" not in text
 
 
-@pytest.mark.quick(1)
 @BOTH
 @pytest.mark.parametrize("name", ["delta", "sequential"])
 def test_second_call_compiles_nothing_and_the_state_stays_where_it_is(name, form):

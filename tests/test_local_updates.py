@@ -54,7 +54,6 @@ def of_each_leaf(optimizers, labels):
     return optax.partition({k: tx for k, (tx, _) in optimizers.items()}, labels)
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("reduce", ["mean", "sum", "sequential"])
 @pytest.mark.parametrize("commit", COMMITS)
 def test_workers_and_center_are_the_simulated_ones(commit, reduce):

@@ -56,7 +56,6 @@ INNER = {
 }
 
 
-@pytest.mark.quick(3)
 @pytest.mark.parametrize("inner", INNER)
 def test_between_exchanges_each_worker_runs_its_optimizer(inner):
     inner = INNER[inner]
@@ -117,7 +116,6 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_center_and_spread_are_read_through_any_wrapper(wrapper):
     tx = WRAPPERS[wrapper]
@@ -217,7 +215,6 @@ def test_averaged_local_updates_average_each_worker():
     np.testing.assert_allclose(emaopt.get_average(state), expected, rtol=1e-5)
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_worker_spread_is_the_distance_of_each_row_from_the_center(dtype):
     random = np.random.default_rng(0)

@@ -52,7 +52,6 @@ def replay(tx, record, slots=()):
 NARROW_POWERS = "base_optimizer/traj_adam_float64"
 
 
-@pytest.mark.quick(6)
 @pytest.mark.parametrize("case", TRAJECTORIES)
 def test_steps_and_slots_are_tensorflows(case):
     record = load(case)

@@ -10,6 +10,8 @@ from tensorflow_records import facts
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1000)  # all of them are
+
 SGD = optax.sgd(0.1)
 V = {"v": jnp.float32(1.0)}
 AB = {"a": jnp.array([1.0, 2.0]), "b": jnp.ones(2)}

@@ -191,7 +191,6 @@ UNCONNECTED = {
 }
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", UNCONNECTED)
 def test_gradient_is_none_where_none_flows(case, compiled):

@@ -57,7 +57,6 @@ def replay(name, touched):
     return with_start(start, later), {key: record.arrays[key] for key in later}
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("name, touched", CASES)
 def test_sparse_steps_are_tensorflows(name, touched):
     ours, theirs = replay(name, touched)
@@ -109,7 +108,6 @@ def table_of(tree):
     return [x for path, x in flat if "table" in [getattr(k, "key", "") for k in path]]
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_touched_rows_move_as_if_dense_and_the_others_stay(name):
     tx = OPTIMIZERS[name]
@@ -124,7 +122,6 @@ def test_touched_rows_move_as_if_dense_and_the_others_stay(name):
     chex.assert_trees_all_close(sparse[0]["bias"], dense[0]["bias"], rtol=1e-6)
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("touched", [False, True])
 @pytest.mark.parametrize(
     "indices",

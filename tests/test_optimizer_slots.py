@@ -147,7 +147,6 @@ def of_a(params):
     return jnp.sum((params["a"] - 2) ** 2)
 
 
-@pytest.mark.quick(12)
 @pytest.mark.parametrize("name", TRACED)
 def test_every_optimizer_minimizes_and_leaves_alone_what_has_no_gradient(name):
     tx = made(name)
@@ -210,6 +209,7 @@ def of_nnx(tx):
     return nnx.state(model, nnx.Param), optimizer
 
 
+@pytest.mark.slow
 def test_slots_of_an_nnx_optimizer_are_like_the_models_state():
     params, optimizer = of_nnx(emaopt.averaged(optax.adam(0.1), 0.9))
     opt_state = optimizer.opt_state

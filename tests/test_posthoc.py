@@ -153,7 +153,6 @@ PROFILES = {
 }
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("target, bound", PROFILES.values(), ids=PROFILES)
 def test_profiles_are_as_near_as_promised(target, bound):
     solution = solve_recorded(recorded(10_000, 64), target)
@@ -187,7 +186,6 @@ def test_a_run_of_many_steps_needs_no_matrix():
     assert solution.residual < 0.003
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "error, widths", [(0.1, 0.2), (0.01, [0.05, 0.15]), (0.003, 0.07)]
 )

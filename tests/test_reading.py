@@ -179,7 +179,6 @@ def by_definition(start, iterates):
     return average
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("tx", LOSS_WRAPPERS.values(), ids=LOSS_WRAPPERS)
 def test_average_is_of_what_these_transformations_return(tx):
     iterates, state = train_on_a_loss(tx, PARAMS, 6)

@@ -166,6 +166,7 @@ def python_blocks():
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_readme_example_runs_and_has_ten_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example, *others = python_blocks()

@@ -93,7 +93,6 @@ def is_sharded(tree, mesh, specs):
     return all(x.sharding.is_equivalent_to(places[k], x.ndim) for k, x in tree.items())
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("along", ALONG)
 @pytest.mark.parametrize("way", WAYS)
@@ -150,6 +149,7 @@ def test_constants_in_shard_map_are_split_too():
     chex.assert_trees_all_equal(jax.device_get(jax.jit(init)()), jax.device_get(params))
 
 
+@pytest.mark.slow
 def test_eager_training_is_as_compiled_one():
     mesh = make_mesh((4, 2))
     memory = {"memory_kind": "pinned_host"} if HAS_HOST else {}
@@ -168,7 +168,6 @@ def test_eager_training_is_as_compiled_one():
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(compiled))
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_split_average_has_the_bits_of_a_whole_one_with_every_option(options):
     mesh = make_mesh((8,))
@@ -180,7 +179,6 @@ def test_split_average_has_the_bits_of_a_whole_one_with_every_option(options):
     chex.assert_trees_all_equal(split, whole)
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("along", ALONG)
@@ -258,7 +256,6 @@ def test_a_sharding_brings_its_mesh_along():
     assert is_sharded(average_of(state), mesh, {"w": P("data"), "b": P("data")})
 
 
-@pytest.mark.quick(3)
 @ON_HOST
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sharding", ["like_params", "data"])
@@ -363,6 +360,7 @@ def test_reset_average_keeps_the_place(trained):
     train(tx, params, 2, state)
 
 
+@pytest.mark.slow
 def test_checkpoint_keeps_the_place_and_serves_the_average(trained, tmp_path):
     tx, params, state = trained
     run = {"params": params, "opt_state": state}
@@ -394,7 +392,6 @@ def test_checkpoint_is_restored_into_shapes_that_explicit_axes_give(tmp_path):
 # The shardings of a state
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(
     "memory_kind", [None, pytest.param("pinned_host", marks=ON_HOST)]

@@ -13,6 +13,8 @@ from meshes import KINDS, ON_HOST, make_mesh, start
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1000)  # all of them are
+
 ADAM = optax.adam(0.05)
 MESH = make_mesh((8,))
 

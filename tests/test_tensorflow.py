@@ -125,7 +125,6 @@ def replayed(record, decay=None):
         return follow(averager, initial, trees, num_updates)
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("case", [c for c in SHADOWS if c not in TENSORFLOW_BUGS])
 def test_average_is_tensorflows(case):
     record = load(case)
@@ -248,7 +247,6 @@ def as_wrapper(inner, hparams):
     return emaopt.averaged(inner, decay, sequential=hparams["sequential_update"])
 
 
-@pytest.mark.quick(8)
 @pytest.mark.parametrize("case", TRAINED + WRAPPED)
 def test_training_and_its_average_are_tensorflows(case):
     record = load(case)
