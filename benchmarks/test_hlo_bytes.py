@@ -3,6 +3,8 @@
 `PYTHONPATH=tests pytest -p conftest benchmarks`: with the eight devices of the tests.
 """
 
+from typing import Any
+
 import hlo_bytes
 import jax.numpy as jnp
 import local_programs
@@ -174,7 +176,7 @@ COUNT = 3008
 @pytest.mark.parametrize("form", ["stacked", "mapped"])
 @pytest.mark.parametrize("period", [1, 5, 50])
 def test_a_compiled_step_communicates_the_parameters_once_in_a_period(period, form):
-    kind = {"num_workers": 4} if form == "stacked" else {"axis_name": "workers"}
+    kind: Any = {"num_workers": 4} if form == "stacked" else {"axis_name": "workers"}
     tx = emaopt.diloco(optax.adam(1e-3), period=period, **kind)
     step = local_programs.local(tx, SHAPES, local_programs.make_mesh(4), form)
     text = step.lower().compile().as_text()
