@@ -98,6 +98,7 @@ def test_until_start_the_average_is_a_copy_bit_for_bit():
     assert averages[:7].tobytes() == np.asarray(iterates[1:8]).tobytes()
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 @pytest.mark.parametrize(
     "options, then",
@@ -127,6 +128,7 @@ def test_num_updates_replaces_t():
     np.testing.assert_allclose(state.average, 1 - 0.91, rtol=1e-6)
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("every, debias", [(1, False), (1, True), (3, False), (3, True)])
 def test_num_updates_replaces_t_and_nothing_else(every, debias):
     # Until when the average is a copy and when it moves are told by s, as ever.
@@ -506,6 +508,7 @@ def test_skip_nonfinite_leaves_the_average_and_counts(bad, every, start):
     assert state.num_updates == 3 * every
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("bad", ["a", "b", "c", "left out"])
 def test_skip_nonfinite_looks_at_all_averaged_leaves_and_at_no_other(bad):
     names = ["a", "b", "c", "left out"]

@@ -40,6 +40,7 @@ DECAYS = {
 }
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("decay, formula", DECAYS.values(), ids=DECAYS)
 def test_decay_is_its_formula(decay, formula):
     steps = np.arange(1, 200)
@@ -47,6 +48,7 @@ def test_decay_is_its_formula(decay, formula):
     np.testing.assert_allclose(actual, [formula(t) for t in steps], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("decay, formula", DECAYS.values(), ids=DECAYS)
 def test_one_minus_decay_is_exact_in_float32_and_numpy_at_a_million_steps(decay, formula):
     steps = [1, 2, 3, 10, 1000, 10**6]
