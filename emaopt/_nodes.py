@@ -1,6 +1,6 @@
 """The averages and centers in any tree: what holds one, under which name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -141,17 +141,18 @@ def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
         )
 
 
-def refuse_crossed_swap(function: str, state: Any, node: Any) -> None:
-    """Raises if something else in the state is swapped than the given node.
+def refuse_crossed_swap(function: str, state: Any, nodes: Iterable[Any]) -> None:
+    """Raises if something else in the state is swapped than the given nodes.
 
     The parameters would go from one slot to another, and be lost.
     """
+    nodes = list(nodes)
     for names, other in swapped_nodes(state).items():
-        if other is not node:
+        if not any(other is node for node in nodes):
             raise ValueError(
                 f"{function}: the {field_of(other)} at {'/'.join(names)} is swapped: it "
                 "stands in the parameters' place. Swap it back first, with "
-                f"name={names[-1]!r}."
+                f"name={'/'.join(names)!r}."
             )
 
 

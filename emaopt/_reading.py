@@ -116,7 +116,7 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
     if not nodes:
         refuse_unknown_name("swap", opt_state, name)
     node = only_node("swap", nodes, "average", _NO_AVERAGE)
-    refuse_crossed_swap("swap", opt_state, node)
+    refuse_crossed_swap("swap", opt_state, [node])
     content = as_state(node)[-1]
     averages, raw = _paired("swap", content, params, bool(center_nodes(opt_state)))
     swapped = _map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)

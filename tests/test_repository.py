@@ -54,7 +54,8 @@ LAYERS = {
         "_recursion",
         "_workers",
     },
-    "_swapping": {"_names", "_nodes"},
+    "_places": {"_names", "_nodes"},
+    "_swapping": {"_names", "_nodes", "_places"},
     "_constraint": {"_recursion", "_rounding"},
     "_gates": set(),
     "_slots": {"_names", "_nodes"},
@@ -62,6 +63,7 @@ LAYERS = {
     "_optimizer": {"_checks", "_gates", "_names", "_recursion", "_rows", "_slots"},
     "batch_stats": {"_averaging", "_decays"},
     "checkpoint.__init__": {
+        "_places",
         "_swapping",
         "checkpoint",
         "checkpoint._describing",
@@ -71,9 +73,15 @@ LAYERS = {
     },
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._checksums": {"_names"},
-    "checkpoint._files": {"_names", "_nodes", "_swapping", "checkpoint", "orbax"},
-    "checkpoint._handlers": {"_swapping", "checkpoint", "checkpoint._files", "orbax"},
-    "checkpoint._matching": {"_nodes", "_recursion", "_swapping", "checkpoint._files"},
+    "checkpoint._files": {"_names", "_nodes", "_places", "checkpoint", "orbax"},
+    "checkpoint._handlers": {
+        "_places",
+        "_swapping",
+        "checkpoint",
+        "checkpoint._files",
+        "orbax",
+    },
+    "checkpoint._matching": {"_nodes", "_places", "_recursion", "checkpoint._files"},
     "checkpoint._merging": {
         "_combining",
         "checkpoint",
@@ -82,6 +90,7 @@ LAYERS = {
     },
     "checkpoint._restoring": {
         "_nodes",
+        "_places",
         "_swapping",
         "checkpoint",
         "checkpoint._files",
@@ -89,8 +98,8 @@ LAYERS = {
     },
     "checkpoint._selecting": {
         "_nodes",
+        "_places",
         "_profiles",
-        "_swapping",
         "checkpoint",
         "checkpoint._files",
     },
@@ -104,6 +113,7 @@ LAYERS = {
     },
     "checkpoint._trees": {
         "_nodes",
+        "_places",
         "_swapping",
         "checkpoint",
         "checkpoint._files",

@@ -12,6 +12,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from emaopt._places import Choice
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees
 from emaopt.checkpoint._describing import Description as Description
@@ -27,7 +28,9 @@ def save(
     path: str | os.PathLike,
     state: Any,
     *,
-    name: str | None = None,
+    name: Choice = None,
+    params: Choice = None,
+    optional: bool = False,
     force: bool = False,
     custom_metadata: dict[str, Any] | None = None,
     checksums: bool = False,
@@ -44,8 +47,15 @@ def save(
         tuple (params, opt_state), a Flax TrainState, an NNX model and its `nnx.Optimizer`
         or the `nnx.state` of them. A center without an average of it stands under the
         names in its own shapes, without the axis of workers.
-      name: Which average, if the state holds several: a key on the way to it, "center"
-        for that of local updates.
+      name: Which average, if the state holds several: a key on the way to it, or all of
+        them joined with "/"; "center" for that of local updates. A tuple of names serves
+        several averages of different parameters: ("actor", "critic").
+      params: Where the parameters stand, as keys joined with "/": "model/params", "0" in
+        a tuple; one for each name, or one for all. None: the one tree outside of the
+        optimizer state that has the average's names and shapes; if there are several,
+        the one called "params" beside the optimizer state, else an error that lists them.
+      optional: Save a state that holds no average as it is, in place of an error: for
+        programs whose configuration may switch it off.
       force: Replace what stands at `path`, whatever it is. It is removed when the new
         checkpoint is complete beside it, as `path`.replacement. A kill at any moment
         leaves one of the two complete, and an error of `restore` says where.
@@ -74,13 +84,15 @@ def save(
             f"save: custom_metadata[{_files.KEY!r}] is where emaopt keeps its own "
             "record; take another key."
         )
-    state, where = _trees.served("save", state, name)
-    marker, state = _trees.marker(state, where), _trees.without_empty(state)
+    state, places = _trees.served("save", state, name, params, optional)
+    marker = {}
+    if places:
+        marker, state = _trees.marker(state, places), _trees.without_empty(state)
     place = _files.absolute(path)
     if place.exists() and not force:
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
     written = _files.replacement(place) if force else place
-    if checksums:
+    if checksums and places:
         marker[_files.KEY]["checksums"] = _checksums.checksums(state)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
@@ -98,6 +110,7 @@ def restore(
     path: str | os.PathLike,
     target: Any,
     *,
+    params: Choice = None,
     keep_missing: bool = False,
     ignore_extra: bool = False,
     report: Callable[[str], Any] = _restoring.log_warning,
@@ -116,6 +129,8 @@ def restore(
       target: A state like the saved one: arrays, or `jax.ShapeDtypeStruct`. Arrays are
         restored to the target's dtypes and shardings, to the default device where it has
         none. Shapes must agree.
+      params: Where the parameters of a new average stand in the target, as for `save`,
+        if it is not clear.
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
         must then be arrays. To start training from a file of parameters alone.
       ignore_extra: Leave out what the target has no place for. With {"params": params}
@@ -144,6 +159,7 @@ def restore(
     return _restoring.restored(
         files,
         target,
+        params=params,
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
         report=report,
@@ -294,7 +310,7 @@ def average_names(
     return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in own.items()}
 
 
-def metadata(state: Any, *, name: str | None = None) -> dict[str, Any]:
+def metadata(state: Any, *, name: Choice = None, params: Choice = None) -> dict[str, Any]:
     """Returns the record to save with `swap_state(state)`, as Orbax's custom_metadata.
 
     For writing by other means than `save`, such as Orbax's experimental v1 API:
@@ -306,7 +322,7 @@ def metadata(state: Any, *, name: str | None = None) -> dict[str, Any]:
 
     Args:
       state: The training state, swapped or not.
-      name: Which average, if it holds several.
+      name, params: As for `save`.
 
     Returns:
       A JSON-serializable dict with the one key "emaopt".
@@ -321,4 +337,4 @@ def metadata(state: Any, *, name: str | None = None) -> dict[str, Any]:
       >>> print(metadata((params, tx.init(params)))["emaopt"]["average"])
       ['1', 'averaging']
     """
-    return _trees.marker(*_trees.served("metadata", state, name))
+    return _trees.marker(*_trees.served("metadata", state, name, params))

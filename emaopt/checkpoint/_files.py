@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,22 +19,32 @@ from jax.experimental import multihost_utils
 
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import counter_of, swapped_nodes
-from emaopt._swapping import Names, locate
+from emaopt._places import Names, Place, located_at
 from emaopt.checkpoint import _checksums
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # there, too, of what `combine` writes
-VERSION = 1
+VERSION = 2  # 2: several averages, in "more"
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
+
+
+class Served(NamedTuple):
+    """What stands under which parameters' names."""
+
+    params: Names  # names that lead to the parameters
+    average: Names  # names that lead to the state that held it
+    field: str  # the field of that state where the raw parameters are: average, center
+
+    @property
+    def inside(self) -> Names:
+        return (*self.average, self.field)
 
 
 class Marker(NamedTuple):
     """The record that the averages stand under the parameters' names, and where."""
 
-    params: Names  # names that lead to the parameters
-    average: Names  # names that lead to the state that held it
-    field: str  # the field of that state where the raw parameters are: average, center
+    served: tuple[Served, ...]  # at least one
     empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
 
 
@@ -49,19 +59,18 @@ class Files(NamedTuple):
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
 
 
-def write_marker(
-    params: Names, average: Names, field: str, empty: list
-) -> dict[str, Any]:
+def write_marker(places: Sequence[Place], empty: list) -> dict[str, Any]:
     """The marker as custom_metadata."""
-    return {
-        KEY: {
-            "version": VERSION,
-            "params": list(params),
-            "average": list(average),
-            "field": field,
-            "empty": empty,
+    first, *more = (
+        {
+            "params": list(place.params),
+            "average": list(place.average),
+            "field": place.field,
         }
-    }
+        for place in places
+    )
+    record = {"version": 2 if more else 1, **first, "empty": empty}
+    return {KEY: record | {"more": more} if more else record}
 
 
 def absolute(path: str | os.PathLike) -> Any:
@@ -131,9 +140,28 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
     marker = _read_marker(function, path, custom.pop(KEY, None))
     files = Files(path, items, saved, marker, custom, checksums)
-    if files.marker and () in items and _is_item(path, files.marker):
+    if files.marker is None:
+        return files._replace(marker=_lost_marker(function, files))
+    if () in items and _is_item(path, files.marker):
         return open_files(function, path.parent)
-    return files if files.marker else files._replace(marker=_lost_marker(function, files))
+    _check_marker(function, files)
+    return files
+
+
+def _check_marker(function: str, files: Files) -> None:
+    """Raises unless the swapped states stand where the marker says."""
+    found = swapped_nodes(whole_tree(files))
+    for served in files.marker.served if files.marker else ():
+        if served.average in found or not found:
+            continue
+        there = ", ".join("/".join(names) for names in found)
+        raise ValueError(
+            f"{function}: by its record in custom_metadata[{KEY!r}], {files.path} has a "
+            f"swapped average at {'/'.join(served.average)}, but it has one at {there}. "
+            "The record is of another tree than the one that was saved: give to "
+            "emaopt.checkpoint.metadata the whole that is saved, with the names of its "
+            "items, such as metadata({'state': state})."
+        )
 
 
 def _recorded(prefix: Names, custom: dict) -> dict[Names, _checksums.Checksum]:
@@ -145,7 +173,7 @@ def _recorded(prefix: Names, custom: dict) -> dict[Names, _checksums.Checksum]:
 
 def _is_item(path: Any, marker: Marker) -> bool:
     """Whether the directory is one item of a step, and the marker speaks of the step."""
-    ways = {marker.params[:1], marker.average[:1]}
+    ways = {way[:1] for one in marker.served for way in (one.params, one.average)}
     return (path.name,) in ways and (path.parent / "_CHECKPOINT_METADATA").exists()
 
 
@@ -159,10 +187,10 @@ def whole_tree(files: Files) -> Any:
 
 def _lost_marker(function: str, files: Files) -> Marker | None:
     """The marker again, if it is lost: a swapped state says itself what it is."""
-    for names in swapped_nodes(whole_tree(files)):
-        where = locate(function, whole_tree(files), None, names)
-        return Marker(where.params, where.average, where.field, {})
-    return None
+    tree = whole_tree(files)
+    places = [located_at(function, tree, names) for names in swapped_nodes(tree)]
+    served = tuple(Served(p.params, p.average, p.field) for p in places)
+    return Marker(served, {}) if served else None
 
 
 def is_checkpoint(path: Any) -> bool:
@@ -213,9 +241,12 @@ def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
             f"{marker['version']}, this one reads up to {VERSION}). Upgrade emaopt."
         )
     return Marker(
-        params=tuple(marker["params"]),
-        average=tuple(marker["average"]),
-        field=marker.get("field", "average"),
+        served=tuple(
+            Served(
+                tuple(one["params"]), tuple(one["average"]), one.get("field", "average")
+            )
+            for one in (marker, *marker.get("more", ()))
+        ),
         empty={
             tuple(names): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
             for names, shape, dtype in marker["empty"]
@@ -238,13 +269,15 @@ def all_leaves(files: Files) -> dict[Names, Any]:
 
 def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
     """The name in the state of what stands at `names`: the swap, undone by name."""
-    inside = (*marker.average, marker.field)
-    if names == (*marker.average, counter_of(marker.field, swapped=True)):
-        return (*marker.average, counter_of(marker.field, swapped=False))
-    for here, there in ((inside, marker.params), (marker.params, inside)):
-        if names[: len(here)] == here:
-            other = there + names[len(here) :]
-            return other if other in present else names
+    for one in marker.served:
+        if names == (*one.average, counter_of(one.field, swapped=True)):
+            return (*one.average, counter_of(one.field, swapped=False))
+        inside, params = one.inside, one.params
+        for here, there in ((inside, params), (params, inside)):
+            if names[: len(here)] == here:
+                other = there + names[len(here) :]
+                if other in present:
+                    return other
     return names
 
 

@@ -1,17 +1,23 @@
 """CheckpointManager: the swap on the way to disk and back, in Orbax's stock handler."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
 
+from emaopt._places import Choice
+from emaopt._swapping import exchange
 from emaopt.checkpoint import _checksums, _files, _restoring, _trees
 from emaopt.checkpoint._files import Names
 
 
 def handler_registry(
     *,
-    name: str | None = None,
+    name: Choice = None,
+    params: Choice = None,
+    optional: bool = False,
     items: Iterable[str] = (),
     metrics_of: Literal["raw", "averaged"] | None = None,
     report: Callable[[str], Any] | None = None,
@@ -23,18 +29,28 @@ def handler_registry(
         manager.save(step, args=ocp.args.StandardSave(state))
         state = manager.restore(step, args=ocp.args.StandardRestore(state))
 
-    also with Composite(params=StandardSave(...), opt_state=StandardSave(...)), where the
-    swap goes across the items, and whatever options the manager has: asynchronous saves,
-    max_to_keep, best_fn, preemption. The files are those of Orbax's stock handler: a
-    manager without the registry restores the averages under the parameters' names.
+    also with PyTreeSave, and with Composite(params=StandardSave(...),
+    train_state=PyTreeSave(...)), where the swap goes across the items, and whatever
+    options the manager has: asynchronous saves, max_to_keep, best_fn, preemption. The
+    files are those of Orbax's stock handlers: a manager without the registry restores the
+    averages under the parameters' names. PyTreeSave's save_args and PyTreeRestore's
+    restore_args hold for the leaves that they are given for; transforms are refused.
 
-    What to watch: one registry for one manager; StandardSave and StandardRestore only;
-    an error in saving comes from `manager.save`, or from `wait_until_finished` and the
-    next save if saves are asynchronous. A run that has dropped its average needs no
-    registry.
+    A manager with item_handlers of its own takes no registry. Swap before and after it:
+
+        swapped = swap_state({"params": params, "train_state": train_state})
+        args = {item: ocp.args.PyTreeSave(tree) for item, tree in swapped.items()}
+        manager.save(
+            step, args=ocp.args.Composite(**args), custom_metadata=metadata(swapped)
+        )
+
+    What to watch: one registry for one manager; an error in saving comes from
+    `manager.save`, or from `wait_until_finished` and the next save if saves are
+    asynchronous. A run that has dropped its average needs no registry.
 
     Args:
-      name: Which average, if the state holds several.
+      name, params: As for `save`. The names of items are a part of the way.
+      optional: Save a state without an average as it is, in place of an error.
       items: Names of items, besides "default", that `manager.restore(step)` without
         arguments shall return as they were saved, not as they are on disk.
       metrics_of: Which weights the metrics given to `manager.save` were measured on; goes
@@ -70,18 +86,23 @@ def handler_registry(
             "handler_registry: metrics_of must be 'raw', 'averaged' or None, got "
             f"{metrics_of!r}."
         )
-    # An instance of the stock handler with two methods replaced, not a subclass: Orbax
-    # writes a handler's type on disk and looks its arguments up by it, and a type of ours
-    # would keep readers without emaopt out.
+    swapping = _Swapping(
+        name, params, optional, metrics_of, report or _restoring.log_warning, checksums
+    )
+    # One for all arguments, for Orbax writes down one handler for an item. An instance of
+    # a stock one with two methods replaced, not a subclass: it looks handlers up by their
+    # types, and a type of ours would keep readers without emaopt out.
     handler = ocp.StandardCheckpointHandler()
-    report = report or _restoring.log_warning
-    swapping = _Swapping(handler, name, metrics_of, report, checksums)
+    swapping.saves = {
+        ocp.args.StandardSave: handler.async_save,
+        ocp.args.PyTreeSave: ocp.PyTreeCheckpointHandler().async_save,
+    }
     for method in ("async_save", "restore"):
         setattr(handler, method, getattr(swapping, method))
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in (None, "default", *items):
-        registry.add(item, ocp.args.StandardSave, handler)
-        registry.add(item, ocp.args.StandardRestore, handler)
+        for args in (*swapping.saves, ocp.args.StandardRestore, ocp.args.PyTreeRestore):
+            registry.add(item, args, handler)
     return registry
 
 
@@ -89,11 +110,18 @@ class _Swapping:
     """The methods that stand in for the stock handler's."""
 
     def __init__(
-        self, handler: Any, name: Any, metrics_of: Any, report: Any, checksums: bool
+        self,
+        name: Choice,
+        params: Choice,
+        optional: bool,
+        metrics_of: Any,
+        report: Any,
+        checksums: bool,
     ):
-        self._save = handler.async_save
-        self._name, self._metrics_of, self._report = name, metrics_of, report
+        self._name, self._params, self._optional = name, params, optional
+        self._metrics_of, self._report = metrics_of, report
         self._checksums = checksums
+        self.saves: dict[type, Callable[..., Any]] = {}  # by the arguments that they take
         self._steps: dict[str, dict[str, Any]] = {}  # directory of step -> item -> args
 
     def async_save(
@@ -113,47 +141,86 @@ class _Swapping:
     async def _save_item(self, directory: Any, key: str, step: dict[str, Any]) -> Any:
         self._steps.pop(str(directory.parent), None)
         try:
-            item, marker = self._swapped_item(key, step)
+            args = self._swapped(key, step)
         except ValueError as error:
             # Raised here, it would leave a thread of Orbax waiting for minutes.
             return [_Failed(error)]
-        custom_metadata = {**(step[key].custom_metadata or {}), **marker}
-        args = ocp.args.StandardSave(item, step[key].save_args, custom_metadata)
-        return await self._save(directory, args=args)
+        return await self.saves[type(args)](directory, args=args)
 
-    def _swapped_item(self, key: str, step: dict[str, Any]) -> tuple[Any, dict]:
-        """The item as it goes to disk, and the marker."""
+    def _swapped(self, key: str, step: dict[str, Any]) -> Any:
+        """What to save of an item: averages under the names, with the marker."""
+        args = step[key]
         state, prefix = _as_one({k: _trees.plain(args.item) for k, args in step.items()})
-        state, where = _trees.served("CheckpointManager.save", state, self._name)
-        marker = _trees.marker(state, where)
+        state, places = _trees.served(
+            "CheckpointManager.save", state, self._name, self._params, self._optional
+        )
+        if not places:
+            return args  # no average: as it is
+        marker = _trees.marker(state, places)
         if self._metrics_of is not None:
             marker[_files.KEY]["metrics_of"] = self._metrics_of
         item = _trees.without_empty(state[key] if prefix else state)
         if self._checksums:
             marker[_files.KEY]["checksums"] = _checksums.checksums(item)
-        return item, marker
+        each = args.save_args
+        if each is not None:
+            each = _exchanged_args(each, key if prefix else None, step, places)
+            each = jax.tree.map(lambda _, one: one, item, each)  # without the empty
+        return dataclasses.replace(
+            args,
+            item=item,
+            save_args=each,
+            custom_metadata={**(args.custom_metadata or {}), **marker},
+        )
 
-    def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+    def restore(
+        self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
+    ) -> Any:
         target = item if args is None else args.item
         whole = directory.name in _files.WHOLE
         files = _files.open_files(
             "CheckpointManager.restore", directory if whole else directory.parent
         )
         scope: Names = () if whole else (directory.name,)
+        if getattr(args, "transforms", None) or getattr(
+            args, "legacy_transform_fn", None
+        ):
+            raise ValueError(
+                f"CheckpointManager.restore: {directory}: PyTreeRestore(transforms=...) "
+                "would act on the averages. Give the target as item, and "
+                "partial_restore=True to leave out what it lacks."
+            )
+        restore_args = getattr(args, "restore_args", restore_args)
         if target is None:
-            return _restoring.as_saved(files, scope)
+            if restore_args is None:
+                return _restoring.as_saved(files, scope)
+            target = _restoring.with_other_items(files)
+            target = target[directory.name] if scope else target
+        if restore_args is not None:
+            target = jax.tree.map(_trees.as_told, target, restore_args)
         state = target
         if not whole:
             state = _restoring.with_other_items(files, directory.name, target)
-        fallback = getattr(args, "fallback_sharding", None)
         state = _restoring.restored(
             files,
             state,
+            ignore_extra=getattr(args, "partial_restore", False),
             report=self._report,
             scope=scope,
-            fallback=fallback,
+            fallback=getattr(args, "fallback_sharding", None),
+            params=self._params,
         )
         return state if whole else state[directory.name]
+
+
+def _exchanged_args(
+    each: Any, key: str | None, step: dict[str, Any], places: list[Any]
+) -> Any:
+    """How to save each leaf, where it stands after the exchange."""
+    if key is None:
+        return exchange(each, places)
+    trees = {k: jax.tree.map(lambda _: ocp.SaveArgs(), a.item) for k, a in step.items()}
+    return exchange(trees | {key: each}, places)[key]
 
 
 class _Failed:

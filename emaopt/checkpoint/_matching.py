@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from emaopt._nodes import as_state, average_nodes, center_nodes
+from emaopt._places import Choice, located_at, shape_of
 from emaopt._recursion import AverageState
-from emaopt._swapping import locate, shape_of
 from emaopt.checkpoint._files import Names, listed, names_of
 
 # The names that Optax's and our wrappers put on the way to an optimizer's own slots.
@@ -40,6 +40,7 @@ def match(
     scope: Names = (),
     keep_missing: bool = False,
     ignore_extra: bool = False,
+    params: Choice = None,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
 
@@ -66,7 +67,8 @@ def match(
                 f"renamed {len(renamed)} leaves of the optimizer state: "
                 + ", ".join(f"{old} to {new}" for new, old in moves)
             )
-    seeds = _seeds(function, target, wanted.keys() - sources.keys(), everything)
+    left = wanted.keys() - sources.keys()
+    seeds = _seeds(function, target, left, everything, params)
     if seeds:
         report.append(
             f"started the average anew from the parameters: {len(seeds)} leaves, "
@@ -170,7 +172,7 @@ def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
 
 
 def _seeds(
-    function: str, target: Any, missing: Any, saved: dict
+    function: str, target: Any, missing: Any, saved: dict, told: Choice
 ) -> dict[Names, Names | None]:
     """What a new average starts from: its parameters, its counters from zero."""
     seeds: dict[Names, Names | None] = {}
@@ -179,7 +181,7 @@ def _seeds(
         whole = {average + names for names in names_of(as_state(node))}
         if not ours or ours != whole:
             continue  # a part of it is there: a damaged or a foreign one
-        params = _origin(function, target, average)
+        params = _origin(function, target, average, told)
         for names in ours:
             rest = names[len(average) :]
             if rest[0] != "average":
@@ -189,12 +191,12 @@ def _seeds(
     return seeds
 
 
-def _origin(function: str, target: Any, average: Names) -> Names:
+def _origin(function: str, target: Any, average: Names, told: Choice) -> Names:
     """The names of what a new average starts from: its parameters or its center."""
     for center in center_nodes(target):
         if (*center, "outer_state") == average[: len(center) + 1]:
             return (*center, "center")
-    return locate(function, target, None, average).params
+    return located_at(function, target, average, told).params
 
 
 def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:

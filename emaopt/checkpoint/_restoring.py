@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._nodes import refuse_unknown_name, served_nodes
-from emaopt._swapping import exchange, locate
+from emaopt._places import Choice, located, placed
+from emaopt._swapping import exchange
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._matching import check_fit, match
@@ -26,13 +27,14 @@ def restored(
     report: Callable[[str], Any],
     scope: Names = (),
     fallback: Any = None,
+    params: Choice = None,
 ) -> Any:
     """Fills the target with the saved training state, raw parameters and average apart.
 
     With a scope, only the leaves below it are read; the others may be metadata. Leaves
     without a sharding go to `fallback`, or the default device.
     """
-    plain, swapped_at = _trees.raw(_trees.plain(target))
+    plain, swapped = _trees.raw(_trees.plain(target), params)
     logical, present = _files.logical_names(files), _files.all_leaves(files)
     saved = {name: present[there] for name, there in logical.items()}
     targets = names_of(plain)
@@ -44,6 +46,7 @@ def restored(
         scope=scope,
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
+        params=params,
     )
     seeded = {source: source for source in found.seeds.values() if source is not None}
     wanted = {
@@ -70,8 +73,7 @@ def restored(
     for sentence in found.report:
         report(f"restore: {files.path}: {sentence}.")
     state = _trees.fill(plain, values)
-    if swapped_at is not None:
-        state = exchange(state, locate("restore", state, None, swapped_at))
+    state = exchange(state, [placed(state, *names) for names in swapped])
     return _trees.fill(target, names_of(state))
 
 
@@ -85,7 +87,7 @@ def as_saved(files: _files.Files, scope: Names) -> Any:
 def with_other_items(files: _files.Files, item: str = "", target: Any = None) -> Any:
     """The saved state as metadata, raw parameters in their places, one item replaced."""
     physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
-    state, _ = _trees.raw(physical)
+    state = _trees.raw_by(physical, files.marker)
     return state | {item: target} if item else state
 
 
@@ -93,11 +95,11 @@ def averages(
     files: _files.Files, target: Any, sharding: Any, dtype: Any, name: str | None
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    params, inside, there = averages_on_disk("load_averaged", files, name)
+    params, _, averaged, there = averages_on_disk("load_averaged", files, name)
     present = _files.all_leaves(files)
     if target is not None:
         # A model's other variables, which no average is of, may be left out.
-        names = names_of(target).keys() | {n for n in there if inside + n in present}
+        names = names_of(target).keys() | averaged
         there = {n: place for n, place in there.items() if n in names}
     saved = {n: present[place] for n, place in there.items()}
     wanted = _wanted(files.path, saved, target, sharding, dtype)
@@ -117,19 +119,30 @@ def averages(
 
 def averages_on_disk(
     function: str, files: _files.Files, name: str | None
-) -> tuple[Names, Names, dict[Names, Names]]:
-    """The names that lead to parameters and average, and where each average stands."""
+) -> tuple[Names, str, set[Names], dict[Names, Names]]:
+    """The averages: what they are of, and where each stands.
+
+    Returns the names that lead to the parameters, those of the averages' states in words,
+    the names below of what is averaged, and where on disk each parameter's is.
+    """
     present = _files.all_leaves(files)
-    if files.marker is not None and _is_asked_for(files, name):
-        if not (params := files.marker.params):
+    served = _asked_for(function, files, name)
+    if served:
+        params = served[0].params
+        if not params and not any(
+            n[: len(s.inside)] == s.inside for s in served for n in present
+        ):
             raise ValueError(
-                f"load_averaged: {files.path} holds an average of no parameters."
+                f"{function}: {files.path} holds an average of no parameters."
             )
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
-        return params, (*files.marker.average, files.marker.field), there
+        averaged = {n for n in there for one in served if one.inside + n in present}
+        said = ", ".join("/".join(one.average) or "the state" for one in served)
+        return params, said, averaged, there
     if name is None and _files.RECORD in files.custom:
         params = tuple(files.custom[_files.RECORD]["params"])
-        return params, params, {n[len(params) :]: n for n in present}
+        there = {n[len(params) :]: n for n in present}
+        return params, _files.RECORD, set(there), there
     tree = _files.whole_tree(files)
     if not served_nodes(tree, name):
         refuse_unknown_name(function, tree, name)
@@ -137,26 +150,37 @@ def averages_on_disk(
             f"{function}: {files.path} holds no average: its parameters are raw. Load "
             "them with orbax.checkpoint.StandardCheckpointer."
         )
-    if files.marker is not None:
-        # Not the one that stands under the names: look for it as if none did.
-        tree, _ = _trees.raw(jax.tree.map(_trees.as_array, tree))
-    where = locate(function, tree, name)
-    inside = (*where.average, where.field)
-    there = {}
+    # Not the one that stands under the names, if one does: look for it as if none did.
+    tree = _trees.raw_by(jax.tree.map(_trees.as_array, tree), files.marker)
+    (where,) = located(function, tree, name, None, together=False)
+    inside, there, averaged = (*where.average, where.field), {}, set()
     for logical, place in _files.logical_names(files).items():
         if logical[: len(where.params)] == where.params:
             rest = logical[len(where.params) :]
-            there[rest] = inside + rest if inside + rest in present else place
-    return where.params, inside, there
+            there[rest] = place
+            if inside + rest in present:
+                there[rest] = inside + rest
+                averaged.add(rest)
+    return where.params, "/".join(where.average) or "the state", averaged, there
 
 
-def _is_asked_for(files: _files.Files, name: str | None) -> bool:
-    """Whether the average under the parameters' names is the one of that name."""
-    marker = files.marker
-    return name is None or (
-        marker is not None
-        and marker.average in served_nodes(_files.whole_tree(files), name)
-    )
+def _asked_for(
+    function: str, files: _files.Files, name: str | None
+) -> list[_files.Served]:
+    """The averages of that name that stand under the parameters' names."""
+    served = list(files.marker.served) if files.marker else []
+    if name is not None:
+        nodes = served_nodes(_files.whole_tree(files), name)
+        served = [one for one in served if one.average in nodes]
+    if len({one.params for one in served}) > 1:
+        there = ", ".join(
+            f"{'/'.join(s.average)} of {'/'.join(s.params)}" for s in served
+        )
+        raise ValueError(
+            f"{function}: {files.path} serves several averages: {there}. Say with name= "
+            "which."
+        )
+    return served
 
 
 def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:

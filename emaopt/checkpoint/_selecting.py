@@ -14,8 +14,8 @@ from emaopt._nodes import (
     is_swapped,
     served_nodes,
 )
+from emaopt._places import located_at
 from emaopt._profiles import says_decay
-from emaopt._swapping import locate
 from emaopt.checkpoint import _files, _restoring, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
@@ -45,10 +45,9 @@ def select(
     logical = _files.logical_names(files)
     if which not in (None, "raw"):
         name = None if which == "average" else which
-        prefix, inside, places = _restoring.averages_on_disk(function, files, name)
-        kept = frozenset(n for n in places if inside + n not in present)
-        said = f"the averages of {'/'.join(inside[:-1]) or 'the state'}"
-        return Weights(files, prefix, places, kept, said)
+        prefix, of, averaged, places = _restoring.averages_on_disk(function, files, name)
+        kept = frozenset(places.keys() - averaged)
+        return Weights(files, prefix, places, kept, f"the averages of {of}")
     prefix = tuple(at.split("/")) if at else _parameters(function, files)
     names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]
     if not present:
@@ -64,9 +63,11 @@ def select(
         return Weights(files, prefix, places, frozenset(), "the raw parameters")
     places = {n: prefix + n for n in names}
     said = f"the arrays at {'/'.join(prefix)}" if prefix else "all arrays"
-    if files.marker is not None and files.marker.params == prefix:
-        what = "center" if files.marker.field == "center" else "averages"
-        said = f"the {what} of {'/'.join(files.marker.average) or 'the state'}"
+    served = files.marker.served if files.marker else ()
+    if found := [one for one in served if one.params == prefix]:
+        what = "center" if found[0].field == "center" else "averages"
+        of = ", ".join("/".join(one.average) or "the state" for one in found)
+        said = f"the {what} of {of}"
     elif _files.RECORD in files.custom:
         said = f"a combination of {files.custom[_files.RECORD]['weights']}"
     elif served_nodes(_files.whole_tree(files)):
@@ -93,18 +94,25 @@ def select_alike(
 def _served(weights: Weights) -> str | None:
     """Which averages stand under the parameters' names."""
     marker = weights.files.marker
-    return weights.said if marker and marker.params == weights.prefix else None
+    ways = [one.params for one in marker.served] if marker else []
+    return weights.said if weights.prefix in ways else None
 
 
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
     if files.marker is not None:
-        return files.marker.params
+        ways = sorted({one.params for one in files.marker.served})
+        if len(ways) > 1:
+            raise ValueError(
+                f"{function}: {files.path} serves averages of {listed(ways)}. Say with "
+                "at= which are meant."
+            )
+        return ways[0]
     if _files.RECORD in files.custom:
         return tuple(files.custom[_files.RECORD]["params"])
     tree = _files.whole_tree(files)
     for names in served_nodes(tree):
-        return locate(function, tree, None, names).params
+        return located_at(function, tree, names).params
     return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
 
 

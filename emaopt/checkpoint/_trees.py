@@ -8,16 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt._nodes import swapped_nodes
-from emaopt._swapping import Where, exchange, locate, shape_of
+from emaopt._nodes import served_nodes, swapped_nodes
+from emaopt._places import Choice, Place, located, located_at, placed, shape_of
+from emaopt._swapping import exchange
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import Names, names_of
 
 
-def served(function: str, state: Any, name: str | None) -> tuple[Any, Where]:
-    """The state as it goes to disk, and where the average stands in it."""
+def served(
+    function: str, state: Any, name: Choice, params: Choice, optional: bool = False
+) -> tuple[Any, list[Place]]:
+    """The state as it goes to disk, and where the averages stand in it.
+
+    With `optional`, a state that holds none comes back as it is.
+    """
     state = plain(state)
-    where = locate(function, state, name)
+    if optional and not served_nodes(state):
+        return state, []
+    places = located(function, state, name, params)
     taken: dict[str, Names] = {}
     for names in names_of(state):
         if (other := taken.setdefault(".".join(names), names)) != names:
@@ -25,23 +33,29 @@ def served(function: str, state: Any, name: str | None) -> tuple[Any, Where]:
                 f"{function}: Orbax would write {'/'.join(other)} and {'/'.join(names)} "
                 "to one file, because it joins names with dots. Rename one of them."
             )
-    return (state if where.swapped else exchange(state, where)), where
+    return (state if places[0].swapped else exchange(state, places)), places
 
 
-def raw(state: Any) -> tuple[Any, Names | None]:
-    """The state with its raw parameters, and the average that they were swapped with."""
-    for names in swapped_nodes(state):
-        return exchange(state, locate("restore", state, None, names)), names
-    return state, None
+def raw(state: Any, params: Choice) -> tuple[Any, list[tuple[Names, Names]]]:
+    """The state with its raw parameters, and (average, parameters) that were swapped."""
+    found = list(swapped_nodes(state))
+    places = [located_at("restore", state, names, params) for names in found]
+    return exchange(state, places), [(p.average, p.params) for p in places]
 
 
-def marker(state: Any, where: Where) -> dict[str, Any]:
+def raw_by(state: Any, marker: _files.Marker | None) -> Any:
+    """What stands on disk with its raw parameters, by its record."""
+    served = marker.served if marker else ()
+    return exchange(state, [placed(state, one.average, one.params) for one in served])
+
+
+def marker(state: Any, places: list[Place]) -> dict[str, Any]:
     empty = [
         [list(names), list(leaf.shape), str(leaf.dtype)]
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
-    return _files.write_marker(where.params, where.average, where.field, empty)
+    return _files.write_marker(places, empty)
 
 
 def without_empty(state: Any) -> Any:
@@ -85,6 +99,21 @@ def as_plan(leaf: Any, fallback: Any = None) -> Any:
         sharding = sharding or fallback or default_sharding()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+
+
+def as_told(leaf: Any, told: Any) -> Any:
+    """A leaf of a target with what Orbax's RestoreArgs say of it."""
+    if told is None or not hasattr(leaf, "shape"):
+        return leaf
+    dtype = getattr(told, "dtype", None) or leaf.dtype
+    if told.restore_type is np.ndarray:
+        return np.empty(leaf.shape, dtype)
+    sharding = getattr(told, "sharding", None) or getattr(leaf, "sharding", None)
+    if from_file := getattr(sharding, "to_jax_sharding", None):
+        sharding = from_file()
+    if (mesh := getattr(told, "mesh", None)) is not None:
+        sharding = jax.sharding.NamedSharding(mesh, told.mesh_axes)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
 def as_array(leaf: Any) -> Any:

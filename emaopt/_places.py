@@ -1,0 +1,371 @@
+"""Where in a training state the parameters of an average stand: told, or unambiguous.
+
+Nothing is guessed. `params=` says where; without it, the parameters are the one tree
+outside of the optimizer state that has the average's names and shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from emaopt._names import leaves_with_keys
+from emaopt._nodes import (
+    as_state,
+    average_nodes,
+    center_nodes,
+    field_of,
+    fits,
+    is_swapped,
+    refuse_crossed_swap,
+    refuse_unknown_name,
+    served_nodes,
+)
+
+Names = tuple[str, ...]
+Choice = str | Sequence[str] | None
+
+
+class Place(NamedTuple):
+    """Where in a state an average stands, and the parameters that it is of."""
+
+    params: Names  # names that lead to the parameters
+    average: Names  # names that lead to the state that holds it
+    field: str  # the field of that state: "average", or "center" of local updates
+    swapped: bool
+    pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
+
+
+def located(
+    function: str, state: Any, name: Choice, params: Choice, *, together: bool = True
+) -> list[Place]:
+    """The averages of these names (or the only one), with the parameters of each.
+
+    Errors speak of several names if the function takes them `together`.
+    """
+    chosen = _chosen(function, state, name, together)
+    given = _given(function, params, len(chosen))
+    refuse_crossed_swap(function, state, chosen.values())
+    tree = _Tree(state)
+    places = [
+        _place(function, tree, average, where)
+        for average, where in zip(chosen, given, strict=True)
+    ]
+    if len({place.swapped for place in places}) > 1:
+        now = ", ".join("/".join(p.average) for p in places if p.swapped)
+        raise ValueError(
+            f"{function}: of these averages {now} alone stands in the parameters' place. "
+            "Swap it back first."
+        )
+    taken: dict[int, Place] = {}
+    for place in places:
+        for i, _ in place.pairs:
+            if (other := taken.setdefault(i, place)) is not place:
+                raise ValueError(
+                    f"{function}: the averages at {'/'.join(other.average)} and "
+                    f"{'/'.join(place.average)} are both of "
+                    f"{'/'.join(tree.leaves[i][0])}; only one can stand in its place. "
+                    "Say with name= which."
+                )
+    return places
+
+
+def placed(state: Any, average: Names, params: Names) -> Place:
+    """The average at these names, of the parameters at those, as a record tells."""
+    tree = _Tree(state)
+    return _place("emaopt", tree, average, params)
+
+
+def located_at(function: str, state: Any, average: Names, params: Choice = None) -> Place:
+    """The parameters of the average at these names."""
+    (given,) = _given(function, params, 1)
+    return _place(function, _Tree(state), average, given)
+
+
+def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
+    """The nodes of these names, one for each."""
+    names: list[str | None] = [name] if name is None or isinstance(name, str) else [*name]
+    if not names:
+        raise ValueError(f"{function}: name=() names no average.")
+    chosen: dict[Names, Any] = {}
+    for one in names:
+        found = served_nodes(state, one)
+        if not found:
+            refuse_unknown_name(function, state, one)
+            raise ValueError(
+                f"{function}: no average in this state. Train with "
+                "emaopt.average_params or emaopt.averaged and pass the parameters and "
+                "the optimizer state together, as {'params': params, 'opt_state': "
+                "opt_state}; a state that may have none: optional=True."
+            )
+        if len(found) > 1:
+            under = f" under the name {one!r}" if one else ""
+            all_names = tuple(map("/".join, found))
+            raise ValueError(
+                f"{function}: several averages in this state{under}, at "
+                f"{', '.join(all_names)}. Say with name= (of handler_registry, if a "
+                "CheckpointManager saves) which one goes under the parameters' names."
+                + f" If they are of different parameters, all may: name={all_names}."
+                * together
+            )
+        if found.keys() <= chosen.keys():
+            raise ValueError(f"{function}: name={name!r} names one average twice.")
+        chosen |= found
+    return chosen
+
+
+def _given(function: str, params: Choice, count: int) -> list[Names | None]:
+    """Where the parameters of each average are said to be."""
+    told: list[str | None] = [None] * count
+    if params is not None:
+        told = [params] * count if isinstance(params, str) else [*params]
+    ways = [None if way is None else tuple(filter(None, way.split("/"))) for way in told]
+    if len(ways) != count:
+        raise ValueError(
+            f"{function}: params={tuple(told)} says of {len(ways)} trees where they "
+            f"stand, for {count} averages: give one for all, or one for each name."
+        )
+    return ways
+
+
+class _Tree:
+    """A state, with its leaves by name."""
+
+    def __init__(self, state: Any):
+        self.state = state
+        self.leaves = leaves_with_keys(state)
+        self.position = {names: i for i, (names, _) in enumerate(self.leaves)}
+        self.stacked = bool(center_nodes(state))
+        self.averages = average_nodes(state) | center_nodes(state)
+
+    def within(self, inside: Names) -> dict[Names, int]:
+        """The positions of the leaves below a name, by the rest of their names."""
+        length = len(inside)
+        return {
+            names[length:]: i
+            for names, i in self.position.items()
+            if names[:length] == inside
+        }
+
+    def node(self, names: Names) -> Any:
+        """What stands at a name, None where the containers cannot be walked."""
+        node = self.state
+        for name in names:
+            if isinstance(node, Mapping):
+                node = {str(key): child for key, child in node.items()}.get(name)
+            elif isinstance(node, (list, tuple)) and name.isdigit():
+                node = node[int(name)] if int(name) < len(node) else None
+            else:
+                node = getattr(node, name, None)
+        return node
+
+    def misfit(self, averaged: dict[Names, int], params: Names) -> str | None:
+        """What keeps a tree from being that of the averaged leaves, in words."""
+        for rest, j in averaged.items():
+            i = self.position.get(params + rest)
+            name = "/".join(params + rest) or "the root"
+            if i is None:
+                return f"there is no {name}"
+            content, param = self.leaves[j][1], self.leaves[i][1]
+            shapes = shape_of(content), shape_of(param)
+            alike = shapes[0] == shapes[1]
+            if self.stacked and None not in shapes:
+                alike = fits(*shapes)
+            if not alike:
+                return f"{name} has shape {shapes[1]}, its average {shapes[0]}"
+            if _kind(content) != _kind(param):
+                return f"{name} is {_kind(param)}, its average {_kind(content)}"
+        return None
+
+
+def _place(function: str, tree: _Tree, average: Names, given: Names | None) -> Place:
+    node = tree.averages[average]
+    swapped, field = is_swapped(node), field_of(node)
+    averaged = tree.within((*average, field))
+    if not averaged:
+        return Place(given or (), average, field, swapped, [])
+    if given is None:
+        params = _only_tree(function, tree, average, averaged)
+    elif misfit := tree.misfit(averaged, given):
+        raise ValueError(
+            f"{function}: params={'/'.join(given)!r}, but the average at "
+            f"{'/'.join(average) or 'the root'} is not of that: {misfit}."
+        )
+    else:
+        params = given
+    pairs = [(tree.position[params + rest], j) for rest, j in averaged.items()]
+    return Place(params, average, field, swapped, pairs)
+
+
+def _only_tree(
+    function: str, tree: _Tree, average: Names, averaged: dict[Names, int]
+) -> Names:
+    """The one tree that the average can be of.
+
+    It is outside of the optimizer state. Of several it is the one called "params" beside
+    what leads to the optimizer state, if no other branches off further along the way.
+    """
+    alike = _alike(tree, average, averaged)
+    root = _optimizer_root(tree, average)
+    outside = [p for p in alike if not _is_slot(tree, p, average, root)]
+    if len(outside) > 1:
+        near = max(_common(p, average) for p in outside)
+        beside = [p for p in outside if p == (*average[:near], "params")]
+        outside = beside or outside
+    elif outside and outside[0][-1:] != ("params",):
+        # Alone, it may still be a slot where nothing tells the optimizer state.
+        told = root < len(average) or _is_optimizer_state(tree, average)
+        if not (told and _is_shown(tree, outside[0], average)):
+            outside = []
+    if len(outside) == 1:
+        return outside[0]
+    where = "/".join(average) or "the root"
+    if outside:
+        raise ValueError(
+            f"{function}: the average at {where} could be of any of {_listed(outside)}. "
+            f"Say with params= which, as params={_path(outside[0])!r}."
+        )
+    slots = (
+        f" What has them is taken for the optimizer's own: {_listed(alike)}; say with "
+        f"params= if it is not, as params={_path(alike[0])!r}."
+        if alike
+        else ""
+    )
+    raise ValueError(
+        f"{function}: the state holds the average at {where}, but no parameters with its "
+        "names and shapes. Pass the parameters and the optimizer state together, as "
+        "{'params': params, 'opt_state': opt_state}." + slots
+    )
+
+
+def _is_shown(tree: _Tree, params: Names, average: Names) -> bool:
+    """Whether a tree is a member of what holds the optimizer state, if that is a tuple.
+
+    Deeper in it, it may as well be a slot: ({"mu": momentum}, AveragedState) is the state
+    of a chain, and (params, AveragedState) a training state.
+    """
+    common = _common(params, average)
+    return len(params) == common + 1 or not _is_sequence(tree.node(params[:common]))
+
+
+def _alike(tree: _Tree, average: Names, averaged: dict[Names, int]) -> list[Names]:
+    """The names that lead to trees with the average's names and shapes.
+
+    In the average's own containers, if any of them is.
+    """
+    first = next(iter(averaged))
+    found = []
+    for names in tree.position:
+        params = names[: len(names) - len(first)]
+        if names[len(params) :] != first:
+            continue
+        if any(params[: len(a)] == a for a in tree.averages):
+            continue  # an average's own
+        if params == average[: len(params)]:
+            continue  # what holds it
+        if tree.misfit(averaged, params) is None:
+            found.append(params)
+    own = _containers(tree, (*average, field_of(tree.averages[average])), averaged)
+    same = [p for p in found if _containers(tree, p, averaged) == own]
+    return same or found
+
+
+def _containers(tree: _Tree, inside: Names, averaged: dict[Names, int]) -> list[Any]:
+    """The kinds of the containers on the way to the averaged leaves; mappings are one."""
+    ways = sorted({rest[:i] for rest in averaged for i in range(len(rest))})
+    nodes = [tree.node(inside + way) for way in ways]
+    return [Mapping if isinstance(node, Mapping) else type(node) for node in nodes]
+
+
+def _optimizer_root(tree: _Tree, average: Names) -> int:
+    """How many names lead to the optimizer state that holds the average.
+
+    All of them, if nothing on the way shows that it belongs to an optimizer.
+    """
+    for i in range(len(average)):
+        key, node = average[i - 1] if i else "", tree.node(average[:i])
+        if "opt_state" in key or _is_optimizers(node) or _is_chain(node, average[i]):
+            return i
+    return len(average)
+
+
+def _is_optimizer_state(tree: _Tree, average: Names) -> bool:
+    """Whether what holds the average is by itself all of an optimizer's state."""
+    is_center = field_of(tree.averages[average]) == "center"
+    return is_center or "opt_state" in "".join(average[-1:])
+
+
+def _is_optimizers(node: Any) -> bool:
+    """Whether a node is a state of Optax's or ours, by its type or its fields."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node).__module__.split(".")[0] in ("optax", "emaopt")
+    if isinstance(node, Mapping):  # `nnx.state`, or a restore without a target
+        return {"inner_state", "averaging"} == set(node) or as_state(node) is not None
+    return False
+
+
+def _is_chain(node: Any, towards: str) -> bool:
+    """Whether a node is the state of a chain: of states only, or a tuple of an average's.
+
+    `average_params` has no use but as a member of a chain.
+    """
+    if _is_sequence(node) and as_state(node[int(towards)]) is not None:
+        return True
+    return _is_state(node)
+
+
+def _is_sequence(node: Any) -> bool:
+    return isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+
+
+def _is_state(node: Any) -> bool:
+    if _is_optimizers(node):
+        return True
+    if _is_sequence(node):
+        return all(map(_is_state, node))
+    return type(node) is dict and bool(node) and all(map(_is_state, node.values()))
+
+
+def _is_slot(tree: _Tree, params: Names, average: Names, root: int) -> bool:
+    """Whether a tree belongs to this or another optimizer's state."""
+    common = _common(params, average)
+    if common >= root:
+        return True
+    for i in range(common, len(params)):
+        node = tree.node(params[:i])
+        if i > common and (_is_optimizers(node) or "opt_state" in params[i - 1]):
+            return True
+        if i > common and _is_sequence(node) and any(map(_is_optimizers, node)):
+            return True
+    return "opt_state" in params[-1] if len(params) > common else False
+
+
+def _common(a: Names, b: Names) -> int:
+    """How many names two ways have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+
+
+def _listed(ways: list[Names]) -> str:
+    return ", ".join(map(_path, ways))
+
+
+def _path(names: Names) -> str:
+    return "/".join(names)
+
+
+def shape_of(leaf: Any) -> Any:
+    """The shape of an array or number; None for what has none, such as a sharding."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return ()
+    return getattr(leaf, "shape", None)
+
+
+def _kind(leaf: Any) -> str | None:
+    """What kind of numbers a leaf holds; None for what holds none."""
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(type(leaf))
+    if dtype is None:
+        return None
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
+    return next((k.__name__ for k in kinds if jnp.issubdtype(dtype, k)), "key")

@@ -1,0 +1,240 @@
+"""Every door of Orbax that a state goes through serves the average, or refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from orbax.checkpoint import v1
+from test_places import same
+
+import emaopt
+from emaopt import checkpoint
+
+A = ocp.args
+TREES = {
+    "Standard": (A.StandardSave, A.StandardRestore),
+    "PyTree": (A.PyTreeSave, A.PyTreeRestore),
+}
+TX = emaopt.averaged(optax.adam(0.1), 0.5)
+
+
+def trained(tx=TX):
+    params = {"dense": {"w": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def manager(directory, **options):
+    registry = checkpoint.handler_registry(**options)
+    return ocp.CheckpointManager(directory, handler_registry=registry)
+
+
+def split(params, opt_state):
+    """As openpi's items are."""
+    return {"params": {"params": params}, "train_state": {"opt_state": opt_state}}
+
+
+# What is saved as which items; None: one tree.
+LAYOUTS = {
+    "one tree": lambda p, o: {None: {"params": p, "opt_state": o}},
+    "one item": lambda p, o: {"train": {"params": p, "opt_state": o}},
+    "split": lambda p, o: split(p, o),
+    "pair": lambda p, o: {"model": p, "optimizer": o},
+}
+PLACES = {
+    "one tree": lambda items: items[None]["params"],
+    "one item": lambda items: items["train"]["params"],
+    "split": lambda items: items["params"]["params"],
+    "pair": lambda items: items["model"],
+}
+
+
+def args_of(kind, items):
+    """Arguments for all items; of several the first by the other kind of tree."""
+    if None in items:
+        return kind(items[None])
+    made = {name: kind(tree) for name, tree in items.items()}
+    return A.Composite(**made, meta=A.JsonSave({"epoch": 3}))
+
+
+@pytest.mark.quick(8)
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("door", TREES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_manager_serves_the_average_and_resumes(layout, door, asynchronous, tmp_path):
+    Save, Restore = TREES[door]
+    params, opt_state = trained()
+    items = LAYOUTS[layout](params, opt_state)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
+    registry = checkpoint.handler_registry()
+    with ocp.CheckpointManager(
+        tmp_path, options=options, handler_registry=registry
+    ) as ours:
+        ours.save(1, args=args_of(Save, items))
+        ours.wait_until_finished()
+        if None in items:
+            back = {None: ours.restore(1, args=Restore(items[None]))}
+        else:
+            wanted = {name: Restore(tree) for name, tree in items.items()}
+            back = ours.restore(1, args=A.Composite(**wanted, meta=A.JsonRestore()))
+            assert back["meta"] == {"epoch": 3}
+        same({name: back[name] for name in items}, items)
+    with ocp.CheckpointManager(tmp_path) as plain:
+        if None in items:
+            served = {None: plain.restore(1, args=A.StandardRestore())}
+        else:
+            wanted = {name: A.StandardRestore() for name in items}
+            served = plain.restore(1, args=A.Composite(**wanted))
+    average = emaopt.get_average(opt_state)
+    same(PLACES[layout](served), average)
+    same(checkpoint.load_averaged(tmp_path / "1"), average)
+
+
+def test_items_may_go_through_different_handlers(tmp_path):
+    params, opt_state = trained()
+    items = split(params, opt_state)
+    with manager(tmp_path) as ours:
+        ours.save(
+            1,
+            args=A.Composite(
+                params=A.StandardSave(items["params"]),
+                train_state=A.PyTreeSave(items["train_state"]),
+            ),
+        )
+        ours.wait_until_finished()
+        back = ours.restore(
+            1,
+            args=A.Composite(
+                params=A.PyTreeRestore(items["params"]),
+                train_state=A.StandardRestore(items["train_state"]),
+            ),
+        )
+        same(dict(back), items)
+    same(
+        ocp.StandardCheckpointer().restore(tmp_path / "1" / "params"),
+        {"params": emaopt.get_average(opt_state)},
+    )
+
+
+def test_save_args_and_restore_args_follow_their_leaves(tmp_path):
+    params, opt_state = trained()
+    state = {"params": params, "opt_state": opt_state}
+    narrow = ocp.SaveArgs(dtype=jnp.dtype(jnp.bfloat16))
+    each = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    each["params"]["b"] = narrow  # the raw one, wherever it stands
+    with manager(tmp_path) as ours:
+        ours.save(1, args=A.PyTreeSave(state, save_args=each))
+        ours.wait_until_finished()
+        told = ocp.checkpoint_utils.construct_restore_args(state)
+        back = ours.restore(1, args=A.PyTreeRestore(state, restore_args=told))
+        told = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), state)
+        as_numpy = ours.restore(1, args=A.PyTreeRestore(state, restore_args=told))
+    rounded = params["b"].astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.any(rounded != params["b"])
+    state["params"]["b"] = rounded
+    same(back, state)
+    assert {type(x) for x in jax.tree.leaves(as_numpy)} == {np.ndarray}
+    same(jax.tree.map(jnp.asarray, as_numpy), state)
+    with ocp.CheckpointManager(tmp_path) as plain:
+        served = plain.restore(1, args=A.StandardRestore())["params"]
+    same(served, emaopt.get_average(opt_state))
+
+
+def test_partial_restores_give_the_raw_parameters_and_transforms_are_refused(tmp_path):
+    params, opt_state = trained()
+    with manager(tmp_path, report=lambda _: None) as ours:
+        ours.save(1, args=A.PyTreeSave({"params": params, "opt_state": opt_state}))
+        ours.wait_until_finished()
+        part = A.PyTreeRestore({"params": params}, partial_restore=True)
+        same(ours.restore(1, args=part), {"params": params})
+        moved = A.PyTreeRestore(
+            {"model": params}, transforms={"model": ocp.Transform(original_key="params")}
+        )
+        with pytest.raises(ValueError, match=r"transforms=.*would act on the averages"):
+            ours.restore(1, args=moved)
+
+
+def restore_of(tree):
+    told = ocp.checkpoint_utils.construct_restore_args(tree)
+    return A.PyTreeRestore(tree, restore_args=told)
+
+
+def test_handlers_of_the_users_own_take_a_swapped_state(tmp_path):
+    params, opt_state = trained()
+    items = split(params, opt_state)
+
+    def handled():
+        handlers = {name: ocp.PyTreeCheckpointHandler() for name in items}
+        return ocp.CheckpointManager(tmp_path, item_handlers=handlers)
+
+    swapped = checkpoint.swap_state(items)
+    with handled() as theirs:
+        args = {name: A.PyTreeSave(tree) for name, tree in swapped.items()}
+        record = checkpoint.metadata(swapped)
+        theirs.save(1, args=A.Composite(**args), custom_metadata=record)
+        theirs.wait_until_finished()
+        args = {name: restore_of(tree) for name, tree in swapped.items()}
+        back = dict(theirs.restore(1, args=A.Composite(**args)))
+    same(checkpoint.swap_state(back), items)
+    same(checkpoint.restore(tmp_path / "1", items), items)
+    average = emaopt.get_average(opt_state)
+    same(checkpoint.load_averaged(tmp_path / "1"), average)
+    with ocp.StandardCheckpointer() as plain:
+        same(plain.restore(tmp_path / "1" / "params")["params"], average)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ocp.PyTreeCheckpointer,
+        lambda: ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()),
+    ],
+)
+def test_a_checkpointer_takes_a_swapped_state(make, tmp_path):
+    params, opt_state = trained()
+    state = {"params": params, "opt_state": opt_state}
+    swapped = checkpoint.swap_state(state)
+    with make() as theirs:
+        record = checkpoint.metadata(swapped)
+        theirs.save(tmp_path / "c", args=A.PyTreeSave(swapped, custom_metadata=record))
+        getattr(theirs, "wait_until_finished", lambda: None)()
+        back = theirs.restore(tmp_path / "c", args=restore_of(swapped))
+    same(checkpoint.swap_state(back), state)
+    same(checkpoint.restore(tmp_path / "c", state), state)
+    same(checkpoint.load_averaged(tmp_path / "c"), emaopt.get_average(opt_state))
+
+
+def test_of_v1s_items_the_record_is_that_of_the_whole(tmp_path):
+    params, opt_state = trained()
+    items = {"state": {"params": params, "opt_state": opt_state}, "meta": {"epoch": 1}}
+
+    def saved(name, record):
+        swapped = checkpoint.swap_state(items)
+        v1.save_checkpointables(tmp_path / name, swapped, custom_metadata=record)
+        return tmp_path / name
+
+    right = saved("right", checkpoint.metadata(items))
+    same(checkpoint.load_averaged(right), emaopt.get_average(opt_state))
+    wrong = saved("wrong", checkpoint.metadata(items["state"]))
+    for read in (checkpoint.load_averaged, checkpoint.describe):
+        with pytest.raises(ValueError, match=r"metadata.*names of its items"):
+            read(wrong)
+
+
+def test_a_state_that_may_have_no_average_is_saved_as_it_is(tmp_path):
+    params, opt_state = trained(optax.adam(0.1))
+    state = {"params": params, "opt_state": opt_state}
+    with pytest.raises(ValueError, match=r"no average in this state.*optional=True"):
+        checkpoint.save(tmp_path / "c", state)
+    checkpoint.save(tmp_path / "c", state, optional=True, checksums=True)
+    same(checkpoint.restore(tmp_path / "c", state), state)
+    for number, (Save, Restore) in enumerate(TREES.values()):
+        with manager(tmp_path / str(number), optional=True) as ours:
+            ours.save(1, args=Save(state))
+            ours.wait_until_finished()
+            same(ours.restore(1, args=Restore(state)), state)
