@@ -70,9 +70,15 @@ def every_other(tx):
     return optax.GradientTransformation(init, update)
 
 
+def every_other_compiled(tx):
+    """The same around an update that is compiled by itself."""
+    return every_other(optax.GradientTransformation(tx.init, jax.jit(tx.update)))
+
+
 def one_of_three(tx):
     def update(updates, state, params=None):
-        return lax.switch(1, [tx.update] * 3, updates, state, params)
+        which = jnp.isfinite(updates[0][0, 0]).astype(jnp.int32)  # 1, at run time
+        return lax.switch(which, [tx.update] * 3, updates, state, params)
 
     return optax.GradientTransformation(tx.init, update)
 
@@ -124,6 +130,7 @@ WRAPPERS = {
         lambda tx: optax.conditionally_transform(tx, at_even_steps),
     ),
     "a conditional": (chained, every_other),
+    "a conditional around jit": (chained, every_other_compiled),
     "a switch": (chained, one_of_three),
 }
 
@@ -238,7 +245,7 @@ def assert_exact(tx, dtype, options, **how):
             np.testing.assert_array_equal(np.asarray(actual), expected)
 
 
-@pytest.mark.quick(19)
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_average_is_exact_in_every_wrapper(wrapper, optimizer):

@@ -265,9 +265,11 @@ REFUSED = {
         ],
         "taken for the optimizer's own: 0; say with params=",
     ),
-    "in a chain about an average": (
-        lambda: start(optax.chain(heavy_ball("dict"), emaopt.averaged(TX, 0.5)))[1],
-        "several averages|params=",
+    "slots in a dict in a chain alone": (
+        lambda: start(
+            optax.chain(heavy_ball("dict"), emaopt.averaged(optax.sgd(0.1), 0.5))
+        )[1],
+        "taken for the optimizer's own: 0/mu; say with params=",
     ),
     "an average in a dict of nothing that tells": (
         lambda: {"model": start()[0], "ema": start()[1][1]},
