@@ -54,8 +54,8 @@ def located(
     if len({place.swapped for place in places}) > 1:
         now = ", ".join("/".join(p.average) for p in places if p.swapped)
         raise ValueError(
-            f"{function}: of these averages {now} alone stands in the parameters' place. "
-            "Swap it back first."
+            f"{function}: of these averages some stand in the parameters' place, and the "
+            f"others do not: {now}. Swap them back first, by their names alone."
         )
     taken: dict[int, Place] = {}
     for place in places:
@@ -77,9 +77,20 @@ def placed(state: Any, average: Names, params: Names) -> Place:
 
 
 def located_at(function: str, state: Any, average: Names, params: Choice = None) -> Place:
-    """The parameters of the average at these names."""
-    (given,) = _given(function, params, 1)
-    return _place(function, _Tree(state), average, given)
+    """The parameters of the average at these names; of several ways the one that fits."""
+    tree = _Tree(state)
+    if params is None or isinstance(params, str):
+        (given,) = _given(function, params, 1)
+        return _place(function, tree, average, given)
+    ways = _given(function, params, len(params))
+    averaged = tree.within((*average, field_of(tree.averages[average])))
+    fitting = [way for way in ways if way and tree.misfit(averaged, way) is None]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{function}: the average at {'/'.join(average)} is of {len(fitting)} of "
+            f"params={tuple(params)}; it must be of one."
+        )
+    return _place(function, tree, average, fitting[0])
 
 
 def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
@@ -186,6 +197,11 @@ def _place(function: str, tree: _Tree, average: Names, given: Names | None) -> P
         return Place(given or (), average, field, swapped, [])
     if given is None:
         params = _only_tree(function, tree, average, averaged)
+    elif not given:
+        raise ValueError(
+            f"{function}: params='' is the whole state. Put the parameters under a key "
+            "of their own, as {'params': params, 'opt_state': opt_state}."
+        )
     elif misfit := tree.misfit(averaged, given):
         raise ValueError(
             f"{function}: params={'/'.join(given)!r}, but the average at "

@@ -133,6 +133,11 @@ def test_save_args_and_restore_args_follow_their_leaves(tmp_path):
         told = ocp.checkpoint_utils.construct_restore_args(state)
         back = ours.restore(1, args=A.PyTreeRestore(state, restore_args=told))
         told = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), state)
+        swapped = checkpoint.swap_state(state)
+        each = jax.tree.map(lambda _: ocp.SaveArgs(), swapped)
+        ours.save(2, args=A.PyTreeSave(swapped, save_args=each))
+        ours.wait_until_finished()
+        same(ours.restore(2, args=A.StandardRestore(state)), state)
         as_numpy = ours.restore(1, args=A.PyTreeRestore(state, restore_args=told))
     rounded = params["b"].astype(jnp.bfloat16).astype(jnp.float32)
     assert np.any(rounded != params["b"])
@@ -221,6 +226,12 @@ def test_of_v1s_items_the_record_is_that_of_the_whole(tmp_path):
     right = saved("right", checkpoint.metadata(items))
     same(checkpoint.load_averaged(right), emaopt.get_average(opt_state))
     wrong = saved("wrong", checkpoint.metadata(items["state"]))
+    v1.save_checkpointables(
+        tmp_path / "raw", items, custom_metadata=checkpoint.metadata(items)
+    )
+    for read in (checkpoint.load_averaged, lambda p: checkpoint.restore(p, items)):
+        with pytest.raises(ValueError, match="swap_state had not swapped"):
+            read(tmp_path / "raw")
     for read in (checkpoint.load_averaged, checkpoint.describe):
         with pytest.raises(ValueError, match=r"metadata.*names of its items"):
             read(wrong)

@@ -303,6 +303,7 @@ def test_params_says_which():
         checkpoint.swap_state(state, params="train/teacher")["train"]["teacher"], average
     )
     for wrong, message in (
+        ("", "params='' is the whole state"),
         ("no/such", "params='no/such', but.*there is no no/such/"),
         ("train", "there is no train/"),
         (("model", "train/teacher"), "says of 2 trees where they stand, for 1 average"),
@@ -344,6 +345,26 @@ def test_averages_of_several_networks_are_served_together(tmp_path):
         checkpoint.swap_state(state, name=("actor", "actor/opt_state/1"))
 
 
+def test_new_averages_of_several_networks_are_told_their_parameters(tmp_path):
+    nets = {"a": {"w": W}, "b": {"w": B}}
+    tx = optax.chain(optax.sgd(0.1), emaopt.average_params(0.5))
+    old = {k: optax.sgd(0.1).init(p) for k, p in nets.items()}
+    new = {k: tx.init(p) for k, p in nets.items()}
+    copies = {k: jax.tree.map(lambda x: x + 1, p) for k, p in nets.items()}
+    saved = {"nets": nets, "copies": copies, "opt_state": old}
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(tmp_path / "c", saved)
+    target = saved | {"opt_state": new}
+    with pytest.raises(ValueError, match="copies/a, nets/a"):
+        checkpoint.restore(tmp_path / "c", target)
+    ways = ("nets/a", "nets/b")
+    got = checkpoint.restore(tmp_path / "c", target, params=ways, report=lambda _: None)
+    for name, p in nets.items():
+        same(emaopt.get_average(got["opt_state"][name]), p)
+    with pytest.raises(ValueError, match=r"is of 0 of params=\('nets/b', 'copies/b'\)"):
+        checkpoint.restore(tmp_path / "c", target, params=("nets/b", "copies/b"))
+
+
 def test_groups_with_different_decays_are_served_together(tmp_path):
     params = {"w": W, "b": B}
     groups = {
@@ -361,6 +382,8 @@ def test_groups_with_different_decays_are_served_together(tmp_path):
     assert np.any(expected["w"] != params["w"]) and np.any(expected["b"] != params["b"])
     same(ocp.StandardCheckpointer().restore(tmp_path / "c")["params"], expected)
     same(checkpoint.load_averaged(tmp_path / "c"), expected)
+    one = checkpoint.load_averaged(tmp_path / "c", name="a")
+    same(one, {"w": expected["w"], "b": params["b"]})
     same(checkpoint.restore(tmp_path / "c", state), state)
 
 

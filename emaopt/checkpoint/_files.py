@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emaopt._names import leaves_with_keys
-from emaopt._nodes import counter_of, swapped_nodes
+from emaopt._nodes import average_nodes, center_nodes, counter_of, swapped_nodes
 from emaopt._places import Names, Place, located_at
 from emaopt.checkpoint import _checksums
 
@@ -150,10 +150,21 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
 
 def _check_marker(function: str, files: Files) -> None:
     """Raises unless the swapped states stand where the marker says."""
-    found = swapped_nodes(whole_tree(files))
+    tree = whole_tree(files)
+    found, nodes = swapped_nodes(tree), average_nodes(tree) | center_nodes(tree)
     for served in files.marker.served if files.marker else ():
-        if served.average in found or not found:
+        if served.average in found:
             continue
+        if served.average in nodes:
+            raise ValueError(
+                f"{function}: by its record in custom_metadata[{KEY!r}], {files.path} "
+                "has its averages under the parameters' names, but the one at "
+                f"{'/'.join(served.average)} was saved in its own place: the record went "
+                "with a state that emaopt.checkpoint.swap_state had not swapped. Its "
+                "parameters are raw."
+            )
+        if not found:
+            continue  # not even a part of it is left
         there = ", ".join("/".join(names) for names in found)
         raise ValueError(
             f"{function}: by its record in custom_metadata[{KEY!r}], {files.path} has a "

@@ -163,8 +163,9 @@ class _Swapping:
         if self._checksums:
             marker[_files.KEY]["checksums"] = _checksums.checksums(item)
         each = args.save_args
-        if each is not None:
+        if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)
+        if each is not None:
             each = jax.tree.map(lambda _, one: one, item, each)  # without the empty
         return dataclasses.replace(
             args,
@@ -219,7 +220,8 @@ def _exchanged_args(
     """How to save each leaf, where it stands after the exchange."""
     if key is None:
         return exchange(each, places)
-    trees = {k: jax.tree.map(lambda _: ocp.SaveArgs(), a.item) for k, a in step.items()}
+    items = {k: _trees.plain(args.item) for k, args in step.items()}
+    trees = jax.tree.map(lambda _: ocp.SaveArgs(), items)
     return exchange(trees | {key: each}, places)[key]
 
 

@@ -137,6 +137,12 @@ def averages_on_disk(
             )
         there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
         averaged = {n for n in there for one in served if one.inside + n in present}
+        if name is not None:  # the other names may hold other averages
+            logical = _files.logical_names(files)
+            raw = {n: logical[params + n] for n in there if params + n in logical}
+            there = {
+                n: there[n] if n in averaged else raw.get(n, there[n]) for n in there
+            }
         said = ", ".join("/".join(one.average) or "the state" for one in served)
         return params, said, averaged, there
     if name is None and _files.RECORD in files.custom:
