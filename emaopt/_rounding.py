@@ -74,7 +74,7 @@ def settled(updates: Any, *, selected: bool = False) -> Any:
     it sees beside it (FMA). In one program with `optax.apply_updates` all see the same
     sum, and the updates are left as they are. But those that a wrapper computes in a
     conditional are rounded on the way out, where `optax.apply_updates` takes them; so are
-    those of which some are `selected` (for CPUs, XLA hoists that choice; elsewhere it need
+    those of which some are `selected` (XLA hoists that choice on CPUs; elsewhere it may
     not). These are rounded here, before any sum.
     """
     if not (selected or any(map(inside_conditional, jax.tree.leaves(updates)))):
