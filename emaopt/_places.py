@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
-    as_state,
-    average_nodes,
-    center_nodes,
     field_of,
     fits,
     is_swapped,
@@ -21,9 +17,17 @@ from emaopt._nodes import (
     refuse_unknown_name,
     served_nodes,
 )
+from emaopt._optimizer_states import (
+    Names,
+    Tree,
+    is_optimizer_state,
+    is_optimizers,
+    is_sequence,
+    optimizer_root,
+)
 
-Names = tuple[str, ...]
 Choice = str | Sequence[str] | None
+Ways = str | Sequence[str] | Mapping[str, str] | None
 
 
 class Place(NamedTuple):
@@ -37,16 +41,16 @@ class Place(NamedTuple):
 
 
 def located(
-    function: str, state: Any, name: Choice, params: Choice, *, together: bool = True
+    function: str, state: Any, name: Choice, params: Ways, *, together: bool = True
 ) -> list[Place]:
     """The averages of these names (or the only one), with the parameters of each.
 
     Errors speak of several names if the function takes them `together`.
     """
     chosen = _chosen(function, state, name, together)
-    given = _given(function, params, len(chosen))
+    given = _given(function, params, [*chosen])
     refuse_crossed_swap(function, state, chosen.values())
-    tree = _Tree(state)
+    tree = Tree(state)
     places = [
         _place(function, tree, average, where)
         for average, where in zip(chosen, given, strict=True)
@@ -72,23 +76,24 @@ def located(
 
 def placed(state: Any, average: Names, params: Names) -> Place:
     """The average at these names, of the parameters at those, as a record tells."""
-    tree = _Tree(state)
+    tree = Tree(state)
     return _place("emaopt", tree, average, params)
 
 
-def located_at(function: str, state: Any, average: Names, params: Choice = None) -> Place:
+def located_at(function: str, state: Any, average: Names, params: Ways = None) -> Place:
     """The parameters of the average at these names; of several ways the one that fits."""
-    tree = _Tree(state)
-    if params is None or isinstance(params, str):
-        (given,) = _given(function, params, 1)
+    tree = Tree(state)
+    if params is None or isinstance(params, (str, Mapping)):
+        (given,) = _given(function, params, [average])
         return _place(function, tree, average, given)
-    ways = _given(function, params, len(params))
+    ways = [_names(way) for way in params]
     averaged = tree.within((*average, field_of(tree.averages[average])))
-    fitting = [way for way in ways if way and tree.misfit(averaged, way) is None]
+    fitting = [way for way in ways if way and _misfit(tree, averaged, way) is None]
     if len(fitting) != 1:
         raise ValueError(
             f"{function}: the average at {'/'.join(average)} is of {len(fitting)} of "
-            f"params={tuple(params)}; it must be of one."
+            f"params={tuple(params)}; it must be of one. Say which, as params="
+            f"{{{_path(average)!r}: {_path((fitting or ways)[0])!r}}}."
         )
     return _place(function, tree, average, fitting[0])
 
@@ -125,71 +130,32 @@ def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Nam
     return chosen
 
 
-def _given(function: str, params: Choice, count: int) -> list[Names | None]:
+def _given(function: str, params: Ways, averages: list[Names]) -> list[Names | None]:
     """Where the parameters of each average are said to be."""
-    told: list[str | None] = [None] * count
-    if params is not None:
-        told = [params] * count if isinstance(params, str) else [*params]
-    ways = [None if way is None else tuple(filter(None, way.split("/"))) for way in told]
-    if len(ways) != count:
+    if params is None or isinstance(params, str):
+        return [None if params is None else _names(params)] * len(averages)
+    if isinstance(params, Mapping):
+        told = {_names(name): _names(way) for name, way in params.items()}
+        return [
+            next(
+                (way for name, way in told.items() if average[: len(name)] == name), None
+            )
+            for average in averages
+        ]
+    if len(params) != len(averages):
         raise ValueError(
-            f"{function}: params={tuple(told)} says of {len(ways)} trees where they "
-            f"stand, for {count} averages: give one for all, or one for each name."
+            f"{function}: params={tuple(params)} says of {len(params)} trees where they "
+            f"stand, for {len(averages)} averages: give one for all, or one for each "
+            "name."
         )
-    return ways
+    return [_names(way) for way in params]
 
 
-class _Tree:
-    """A state, with its leaves by name."""
-
-    def __init__(self, state: Any):
-        self.state = state
-        self.leaves = leaves_with_keys(state)
-        self.position = {names: i for i, (names, _) in enumerate(self.leaves)}
-        self.stacked = bool(center_nodes(state))
-        self.averages = average_nodes(state) | center_nodes(state)
-
-    def within(self, inside: Names) -> dict[Names, int]:
-        """The positions of the leaves below a name, by the rest of their names."""
-        length = len(inside)
-        return {
-            names[length:]: i
-            for names, i in self.position.items()
-            if names[:length] == inside
-        }
-
-    def node(self, names: Names) -> Any:
-        """What stands at a name, None where the containers cannot be walked."""
-        node = self.state
-        for name in names:
-            if isinstance(node, Mapping):
-                node = {str(key): child for key, child in node.items()}.get(name)
-            elif isinstance(node, (list, tuple)) and name.isdigit():
-                node = node[int(name)] if int(name) < len(node) else None
-            else:
-                node = getattr(node, name, None)
-        return node
-
-    def misfit(self, averaged: dict[Names, int], params: Names) -> str | None:
-        """What keeps a tree from being that of the averaged leaves, in words."""
-        for rest, j in averaged.items():
-            i = self.position.get(params + rest)
-            name = "/".join(params + rest) or "the root"
-            if i is None:
-                return f"there is no {name}"
-            content, param = self.leaves[j][1], self.leaves[i][1]
-            shapes = shape_of(content), shape_of(param)
-            alike = shapes[0] == shapes[1]
-            if self.stacked and None not in shapes:
-                alike = fits(*shapes)
-            if not alike:
-                return f"{name} has shape {shapes[1]}, its average {shapes[0]}"
-            if _kind(content) != _kind(param):
-                return f"{name} is {_kind(param)}, its average {_kind(content)}"
-        return None
+def _names(way: str) -> Names:
+    return tuple(filter(None, way.split("/")))
 
 
-def _place(function: str, tree: _Tree, average: Names, given: Names | None) -> Place:
+def _place(function: str, tree: Tree, average: Names, given: Names | None) -> Place:
     node = tree.averages[average]
     swapped, field = is_swapped(node), field_of(node)
     averaged = tree.within((*average, field))
@@ -202,7 +168,7 @@ def _place(function: str, tree: _Tree, average: Names, given: Names | None) -> P
             f"{function}: params='' is the whole state. Put the parameters under a key "
             "of their own, as {'params': params, 'opt_state': opt_state}."
         )
-    elif misfit := tree.misfit(averaged, given):
+    elif misfit := _misfit(tree, averaged, given):
         raise ValueError(
             f"{function}: params={'/'.join(given)!r}, but the average at "
             f"{'/'.join(average) or 'the root'} is not of that: {misfit}."
@@ -214,7 +180,7 @@ def _place(function: str, tree: _Tree, average: Names, given: Names | None) -> P
 
 
 def _only_tree(
-    function: str, tree: _Tree, average: Names, averaged: dict[Names, int]
+    function: str, tree: Tree, average: Names, averaged: dict[Names, int]
 ) -> Names:
     """The one tree that the average can be of.
 
@@ -222,7 +188,7 @@ def _only_tree(
     what leads to the optimizer state, if no other branches off further along the way.
     """
     alike = _alike(tree, average, averaged)
-    root = _optimizer_root(tree, average)
+    root = optimizer_root(tree, average)
     outside = [p for p in alike if not _is_slot(tree, p, average, root)]
     if len(outside) > 1:
         near = max(_common(p, average) for p in outside)
@@ -230,7 +196,7 @@ def _only_tree(
         outside = beside or outside
     elif outside and outside[0][-1:] != ("params",):
         # Alone, it may still be a slot where nothing tells the optimizer state.
-        told = root < len(average) or _is_optimizer_state(tree, average)
+        told = root < len(average) or is_optimizer_state(tree, average)
         if not (told and _is_shown(tree, outside[0], average)):
             outside = []
     if len(outside) == 1:
@@ -254,17 +220,17 @@ def _only_tree(
     )
 
 
-def _is_shown(tree: _Tree, params: Names, average: Names) -> bool:
+def _is_shown(tree: Tree, params: Names, average: Names) -> bool:
     """Whether a tree is a member of what holds the optimizer state, if that is a tuple.
 
     Deeper in it, it may as well be a slot: ({"mu": momentum}, AveragedState) is the state
     of a chain, and (params, AveragedState) a training state.
     """
     common = _common(params, average)
-    return len(params) == common + 1 or not _is_sequence(tree.node(params[:common]))
+    return len(params) == common + 1 or not is_sequence(tree.node(params[:common]))
 
 
-def _alike(tree: _Tree, average: Names, averaged: dict[Names, int]) -> list[Names]:
+def _alike(tree: Tree, average: Names, averaged: dict[Names, int]) -> list[Names]:
     """The names that lead to trees with the average's names and shapes.
 
     In the average's own containers, if any of them is.
@@ -279,79 +245,49 @@ def _alike(tree: _Tree, average: Names, averaged: dict[Names, int]) -> list[Name
             continue  # an average's own
         if params == average[: len(params)]:
             continue  # what holds it
-        if tree.misfit(averaged, params) is None:
+        if _misfit(tree, averaged, params) is None:
             found.append(params)
     own = _containers(tree, (*average, field_of(tree.averages[average])), averaged)
     same = [p for p in found if _containers(tree, p, averaged) == own]
     return same or found
 
 
-def _containers(tree: _Tree, inside: Names, averaged: dict[Names, int]) -> list[Any]:
+def _misfit(tree: Tree, averaged: dict[Names, int], params: Names) -> str | None:
+    """What keeps a tree from being that of the averaged leaves, in words."""
+    for rest, j in averaged.items():
+        i = tree.position.get(params + rest)
+        name = "/".join(params + rest) or "the root"
+        if i is None:
+            return f"there is no {name}"
+        content, param = tree.leaves[j][1], tree.leaves[i][1]
+        shapes = shape_of(content), shape_of(param)
+        alike = shapes[0] == shapes[1]
+        if tree.stacked and None not in shapes:
+            alike = fits(*shapes)
+        if not alike:
+            return f"{name} has shape {shapes[1]}, its average {shapes[0]}"
+        if kind_of(content) != kind_of(param):
+            return f"{name} is {kind_of(param)}, its average {kind_of(content)}"
+    return None
+
+
+def _containers(tree: Tree, inside: Names, averaged: dict[Names, int]) -> list[Any]:
     """The kinds of the containers on the way to the averaged leaves; mappings are one."""
     ways = sorted({rest[:i] for rest in averaged for i in range(len(rest))})
     nodes = [tree.node(inside + way) for way in ways]
     return [Mapping if isinstance(node, Mapping) else type(node) for node in nodes]
 
 
-def _optimizer_root(tree: _Tree, average: Names) -> int:
-    """How many names lead to the optimizer state that holds the average.
-
-    All of them, if nothing on the way shows that it belongs to an optimizer.
-    """
-    for i in range(len(average)):
-        key, node = average[i - 1] if i else "", tree.node(average[:i])
-        if "opt_state" in key or _is_optimizers(node) or _is_chain(node, average[i]):
-            return i
-    return len(average)
-
-
-def _is_optimizer_state(tree: _Tree, average: Names) -> bool:
-    """Whether what holds the average is by itself all of an optimizer's state."""
-    is_center = field_of(tree.averages[average]) == "center"
-    return is_center or "opt_state" in "".join(average[-1:])
-
-
-def _is_optimizers(node: Any) -> bool:
-    """Whether a node is a state of Optax's or ours, by its type or its fields."""
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return type(node).__module__.split(".")[0] in ("optax", "emaopt")
-    if isinstance(node, Mapping):  # `nnx.state`, or a restore without a target
-        return {"inner_state", "averaging"} == set(node) or as_state(node) is not None
-    return False
-
-
-def _is_chain(node: Any, towards: str) -> bool:
-    """Whether a node is the state of a chain: of states only, or a tuple of an average's.
-
-    `average_params` has no use but as a member of a chain.
-    """
-    if _is_sequence(node) and as_state(node[int(towards)]) is not None:
-        return True
-    return _is_state(node)
-
-
-def _is_sequence(node: Any) -> bool:
-    return isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
-
-
-def _is_state(node: Any) -> bool:
-    if _is_optimizers(node):
-        return True
-    if _is_sequence(node):
-        return all(map(_is_state, node))
-    return type(node) is dict and bool(node) and all(map(_is_state, node.values()))
-
-
-def _is_slot(tree: _Tree, params: Names, average: Names, root: int) -> bool:
+def _is_slot(tree: Tree, params: Names, average: Names, root: int) -> bool:
     """Whether a tree belongs to this or another optimizer's state."""
     common = _common(params, average)
     if common >= root:
         return True
     for i in range(common, len(params)):
         node = tree.node(params[:i])
-        if i > common and (_is_optimizers(node) or "opt_state" in params[i - 1]):
+        if i > common and (is_optimizers(node) or "opt_state" in params[i - 1]):
             return True
-        if i > common and _is_sequence(node) and any(map(_is_optimizers, node)):
+        if i > common and is_sequence(node) and any(map(is_optimizers, node)):
             return True
     return "opt_state" in params[-1] if len(params) > common else False
 
@@ -376,7 +312,7 @@ def shape_of(leaf: Any) -> Any:
     return getattr(leaf, "shape", None)
 
 
-def _kind(leaf: Any) -> str | None:
+def kind_of(leaf: Any) -> str | None:
     """What kind of numbers a leaf holds; None for what holds none."""
     dtype = getattr(leaf, "dtype", None)
     if isinstance(leaf, (bool, int, float, complex)):

@@ -6,10 +6,10 @@ import jax
 
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import as_state, exchanged, is_average_node, is_center_node
-from emaopt._places import Choice, Place, located
+from emaopt._places import Choice, Place, Ways, located
 
 
-def swap_state(state: Any, *, name: Choice = None, params: Choice = None) -> Any:
+def swap_state(state: Any, *, name: Choice = None, params: Ways = None) -> Any:
     """Exchanges the parameters and their average inside of a training state.
 
     What `save` does before it writes, for any other way of writing: the tree keeps its

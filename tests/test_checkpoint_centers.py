@@ -271,3 +271,136 @@ def test_plain_orbax_cannot_take_the_center_for_the_workers(tmp_path):
     with ocp.StandardCheckpointer() as plain:
         with pytest.raises(ValueError, match="swapped_at"):
             plain.restore(tmp_path / "c", state)
+
+
+# Other numbers of workers
+
+
+def state_of(tx, workers, steps=0, dtype=jnp.bfloat16, empty=True):
+    params = one_worker()
+    if not empty:  # which plain Orbax does not store
+        del params["empty"]
+    params["dense"]["kernel"] = params["dense"]["kernel"].astype(dtype)
+    if workers:
+        params = emaopt.stack_workers(params, workers)
+    params, opt_state = train(tx, params, tx.init(params), steps=steps)
+    return {"params": params, "opt_state": opt_state}
+
+
+def local(workers, inner=INNER, outer=None, **options):
+    outer = outer or optax.sgd(0.7, momentum=0.9, nesterov=True)
+    return emaopt.diloco(inner, outer, period=3, num_workers=workers, **options)
+
+
+def center_of(state):
+    """The center in the parameters' dtypes, as a pull gives it."""
+    return jax.tree.map(
+        lambda c, p: c.astype(p.dtype),
+        emaopt.get_center(state["opt_state"]),
+        state["params"],
+    )
+
+
+def dealt(tree, workers):
+    """Row w of the result is row w % W."""
+    return jax.tree.map(lambda x: x[np.arange(workers) % len(x)], tree)
+
+
+LOCAL = {
+    "diloco": {},
+    "fragments": {"num_fragments": 2},
+    "int8": {"exchange_dtype": jnp.int8, "error_feedback": True},
+    "momentum as the outer one": {"inner": optax.sgd(0.1, momentum=0.9)},
+    "averaged center": {"outer": AVERAGED},
+    "schedule": {"inner": optax.adam(optax.linear_schedule(0.1, 0.0, 10))},
+}
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("new", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", LOCAL)
+def test_workers_of_another_number_start_from_the_center(kind, new, tmp_path):
+    old = state_of(local(4, **LOCAL[kind]), 4, steps=7)  # one step after an exchange
+    name = "center" if kind == "averaged center" else None
+    checkpoint.save(tmp_path / "c", old, name=name)
+    target = state_of(local(new, **LOCAL[kind]), new)
+    said = []
+    restored = checkpoint.restore(tmp_path / "c", target, report=said.append)
+    before, after = old["opt_state"], restored["opt_state"]
+    if new == 4:
+        assert bits(restored) == bits(old) and not said
+        return
+    assert f"started {new} workers from the center of 4" in said[0]
+    assert bits(restored["params"]) == bits(emaopt.stack_workers(center_of(old), new))
+    assert bits(after.center) == bits(before.center)
+    assert bits(after.outer_state) == bits(before.outer_state)
+    assert bits(after.inner_state) == bits(dealt(before.inner_state, new))
+    assert int(after.num_steps) == 7 and not any(map(int, after.since_exchange))
+    for fresh in (after.accumulated, after.residual):
+        assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(fresh))
+    _, opt_state = train(local(new, **LOCAL[kind]), restored["params"], after, 7, 3)
+    assert bits(emaopt.get_center({"o": opt_state})) != bits(before.center)
+
+
+@pytest.mark.parametrize("kind", ["agn", "in turns"])
+def test_what_workers_added_up_or_pulled_starts_anew(kind, tmp_path):
+    old = dict(zip(("params", "opt_state"), trained(kind), strict=True))
+    checkpoint.save(tmp_path / "c", old)
+    tx = emaopt.agn(INNER, 3, num_workers=2)
+    if kind == "in turns":
+        tx = emaopt.agn(INNER, 3, variant="paper", reduce="sequential", num_workers=2)
+    restored = checkpoint.restore(tmp_path / "c", state_of(tx, 2), report=len)
+    after = restored["opt_state"]
+    rows = bits(emaopt.stack_workers(center_of(old), 2))
+    assert bits(restored["params"]) == rows
+    if after.pulled is not None:
+        pulled = emaopt.stack_workers(emaopt.get_center(old["opt_state"]), 2)
+        assert bits(after.pulled) == bits(pulled)
+    if after.accumulated is not None:
+        sums = jax.tree.leaves(after.accumulated)
+        assert not any(np.any(np.asarray(x)) for x in sums)
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_becomes_one_of_local_updates_and_back(averaged, dtype, tmp_path):
+    alone = emaopt.averaged(INNER, 0.5) if averaged else INNER
+    outer = AVERAGED if averaged else None
+    old = state_of(alone, None, 4, dtype, empty=averaged)
+    if averaged:
+        checkpoint.save(tmp_path / "1", old)
+    else:
+        with ocp.StandardCheckpointer() as plain:
+            plain.save(tmp_path / "1", old)
+    tx = local(3, outer=outer)
+    blank = state_of(tx, 3, dtype=dtype, empty=averaged)
+    said = []
+    there = checkpoint.restore(tmp_path / "1", blank, report=said.append)
+    assert any("started 3 workers from the parameters" in one for one in said)
+    after = there["opt_state"]
+    assert bits(there["params"]) == bits(emaopt.stack_workers(old["params"], 3))
+    assert bits(emaopt.get_center(after)) == bits(
+        jax.tree.map(lambda p: p.astype(jnp.float32), old["params"])
+    )
+    if averaged:
+        assert bits(emaopt.get_average(after)) == bits(
+            emaopt.get_average(old["opt_state"])
+        )
+    counts = jax.tree.leaves(after.inner_state)[0]
+    assert counts.shape == (3,) and set(counts.tolist()) == {4}
+    assert int(after.num_steps) == 0
+    params, opt_state = train(tx, there["params"], there["opt_state"], 4, 5)
+    there = {"params": params, "opt_state": opt_state}
+    checkpoint.save(tmp_path / "2", there)
+    back = checkpoint.restore(tmp_path / "2", old, report=said.append)
+    assert any("took the center at opt_state" in one for one in said)
+    assert bits(back["params"]) == bits(center_of(there))
+    first = jax.tree.map(lambda x: x[0], there["opt_state"].inner_state)
+    if not averaged:
+        assert bits(back["opt_state"]) == bits(first)
+        return
+    assert bits(back["opt_state"].inner_state) == bits(first)
+    assert bits(emaopt.get_average(back["opt_state"])) == bits(
+        emaopt.get_average(there["opt_state"])
+    )

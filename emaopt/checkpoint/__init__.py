@@ -7,12 +7,12 @@ average's own slot the raw parameters. Any reader of the parameters serves the a
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from emaopt._places import Choice
+from emaopt._places import Choice, Ways
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees
 from emaopt.checkpoint._describing import Description as Description
@@ -29,7 +29,7 @@ def save(
     state: Any,
     *,
     name: Choice = None,
-    params: Choice = None,
+    params: Ways = None,
     optional: bool = False,
     force: bool = False,
     custom_metadata: dict[str, Any] | None = None,
@@ -51,9 +51,10 @@ def save(
         them joined with "/"; "center" for that of local updates. A tuple of names serves
         several averages of different parameters: ("actor", "critic").
       params: Where the parameters stand, as keys joined with "/": "model/params", "0" in
-        a tuple; one for each name, or one for all. None: the one tree outside of the
-        optimizer state that has the average's names and shapes; if there are several,
-        the one called "params" beside the optimizer state, else an error that lists them.
+        a tuple; one for each name, one for all, or a dict {way to an average: way to its
+        parameters}. None: the one tree outside of the optimizer state that has the
+        average's names and shapes; if there are several, the one called "params" beside
+        the optimizer state, else an error that lists them.
       optional: Save a state that holds no average as it is, in place of an error: for
         programs whose configuration may switch it off.
       force: Replace what stands at `path`, whatever it is. It is removed when the new
@@ -110,7 +111,8 @@ def restore(
     path: str | os.PathLike,
     target: Any,
     *,
-    params: Choice = None,
+    params: Ways = None,
+    rename: Mapping[str, str] | None = None,
     keep_missing: bool = False,
     ignore_extra: bool = False,
     report: Callable[[str], Any] = _restoring.log_warning,
@@ -120,8 +122,14 @@ def restore(
     A checkpoint that never had an average restores into a target that has one: the
     average starts anew from the restored parameters. A target without an average takes
     the raw parameters of a checkpoint that has one. Optimizer slots that stand elsewhere
-    because the chain got or lost members are found by name. What was done of this is
-    reported.
+    because the chain got or lost members or wrappers are found by what they are; where
+    several are alike, by their names in an `optax.named_chain` or by their places, if
+    these tell, else it is an error. What was done of this is reported.
+
+    Local updates restore with another number of workers, or in a run without any, and a
+    run without any restores into local updates: all workers start from the center, which
+    is the parameters of a run without. Their own slots are dealt out by number: worker w
+    takes those of worker w % W. What was added up since the last exchange is left out.
 
     Args:
       path: A checkpoint that emaopt wrote, or any that Orbax did: raw parameters come
@@ -131,6 +139,8 @@ def restore(
         none. Shapes must agree.
       params: Where the parameters of a new average stand in the target, as for `save`,
         if it is not clear.
+      rename: Where a part of the saved state belongs in the target, if its place does not
+        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/".
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
         must then be arrays. To start training from a file of parameters alone.
       ignore_extra: Leave out what the target has no place for. With {"params": params}
@@ -143,8 +153,10 @@ def restore(
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
-      ValueError: If the target has other names or shapes (the message lists them), or
-        the files are damaged. Nothing is half-restored.
+      ValueError: If the target has other names, shapes or kinds of numbers (complex,
+        float, integer, bool; integers may be wider, not narrower); the message lists
+        them. If two averages or slots could be each other's. If the files are damaged.
+        Nothing is half-restored.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -160,6 +172,7 @@ def restore(
         files,
         target,
         params=params,
+        rename=rename,
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
         report=report,
@@ -310,7 +323,7 @@ def average_names(
     return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in own.items()}
 
 
-def metadata(state: Any, *, name: Choice = None, params: Choice = None) -> dict[str, Any]:
+def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[str, Any]:
     """Returns the record to save with `swap_state(state)`, as Orbax's custom_metadata.
 
     For writing by other means than `save`, such as Orbax's experimental v1 API:

@@ -1,13 +1,13 @@
 """CheckpointManager: the swap on the way to disk and back, in Orbax's stock handler."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
-from emaopt._places import Choice
+from emaopt._places import Choice, Ways
 from emaopt._swapping import exchange
 from emaopt.checkpoint import _checksums, _files, _restoring, _trees
 from emaopt.checkpoint._files import Names
@@ -16,8 +16,9 @@ from emaopt.checkpoint._files import Names
 def handler_registry(
     *,
     name: Choice = None,
-    params: Choice = None,
+    params: Ways = None,
     optional: bool = False,
+    rename: Mapping[str, str] | None = None,
     items: Iterable[str] = (),
     metrics_of: Literal["raw", "averaged"] | None = None,
     report: Callable[[str], Any] | None = None,
@@ -51,6 +52,7 @@ def handler_registry(
     Args:
       name, params: As for `save`. The names of items are a part of the way.
       optional: Save a state without an average as it is, in place of an error.
+      rename: As for `restore`.
       items: Names of items, besides "default", that `manager.restore(step)` without
         arguments shall return as they were saved, not as they are on disk.
       metrics_of: Which weights the metrics given to `manager.save` were measured on; goes
@@ -87,7 +89,13 @@ def handler_registry(
             f"{metrics_of!r}."
         )
     swapping = _Swapping(
-        name, params, optional, metrics_of, report or _restoring.log_warning, checksums
+        name,
+        params,
+        optional,
+        metrics_of,
+        report or _restoring.log_warning,
+        checksums,
+        rename,
     )
     # One for all arguments, for Orbax writes down one handler for an item. An instance of
     # a stock one with two methods replaced, not a subclass: it looks handlers up by their
@@ -112,13 +120,15 @@ class _Swapping:
     def __init__(
         self,
         name: Choice,
-        params: Choice,
+        params: Ways,
         optional: bool,
         metrics_of: Any,
         report: Any,
         checksums: bool,
+        rename: Mapping[str, str] | None,
     ):
         self._name, self._params, self._optional = name, params, optional
+        self._rename = rename
         self._metrics_of, self._report = metrics_of, report
         self._checksums = checksums
         self.saves: dict[type, Callable[..., Any]] = {}  # by the arguments that they take
@@ -210,6 +220,7 @@ class _Swapping:
             scope=scope,
             fallback=getattr(args, "fallback_sharding", None),
             params=self._params,
+            rename=self._rename,
         )
         return state if whole else state[directory.name]
 

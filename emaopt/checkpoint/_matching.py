@@ -1,25 +1,20 @@
 """Which leaf of a checkpoint goes where in the target, and what has to be made up."""
 
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from emaopt._nodes import as_state, average_nodes, center_nodes
-from emaopt._places import Choice, located_at, shape_of
+from emaopt._optimizer_states import optimizer_roots
+from emaopt._places import Ways, kind_of, located_at, shape_of
 from emaopt._recursion import AverageState
 from emaopt.checkpoint._files import Names, listed, names_of
+from emaopt.checkpoint._units import Unclear, paired, units
+from emaopt.checkpoint._worker_rows import fit_workers
 
-# The names that Optax's and our wrappers put on the way to an optimizer's own slots.
-_WRAPPERS = {
-    "averaging",
-    "inner_opt_state",
-    "inner_state",
-    "inner_states",
-    "opt_state",
-    "outer_state",
-}
+Rename = Mapping[str, str] | None
 
 
 class Match(NamedTuple):
@@ -27,7 +22,7 @@ class Match(NamedTuple):
 
     sources: dict[Names, Names]  # name in the target -> name in the saved state
     seeds: dict[Names, Names | None]  # leaf of a new average -> parameter; None: zero
-    kept: set[Names]  # leaves that keep the target's values
+    rows: set[Names]  # leaves with another number of workers than their sources
     report: list[str]  # what was renamed, seeded, kept and left out, in words
 
 
@@ -36,11 +31,13 @@ def match(
     path: Any,
     target: Any,
     saved: dict[Names, Any],
+    disk: Any,
     *,
     scope: Names = (),
     keep_missing: bool = False,
     ignore_extra: bool = False,
-    params: Choice = None,
+    params: Ways = None,
+    rename: Rename = None,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
 
@@ -49,40 +46,40 @@ def match(
       path: For messages.
       target: The state to fill, not swapped.
       saved: Metadata by name in the saved state.
+      disk: The saved state, not swapped, as a tree of what its leaves are.
       scope: Only the leaves whose names begin with this are wanted; a new average's
         parameters may stand outside.
       keep_missing: Whether leaves that are not there may keep the target's values.
       ignore_extra: Whether leaves that the target has no place for may be left out.
+      params: Where the parameters of a new average stand in the target.
+      rename: Where what stands at some name now belongs.
     """
-    everything = saved
-    wanted, saved = _within(scope, names_of(target)), _within(scope, saved)
-    sources = {names: names for names in wanted.keys() & saved.keys()}
+    wanted, there = _within(scope, names_of(target)), _within(scope, saved)
+    sources = _sources(function, path, target, disk, {*wanted}, {*there}, rename)
     report = []
-    if missing := wanted.keys() - sources.keys():
-        renamed = _renamed(missing, saved.keys() - sources.values(), wanted, saved)
-        sources |= renamed
-        if renamed:
-            moves = sorted({_move(new, old) for new, old in renamed.items()})
-            report.append(
-                f"renamed {len(renamed)} leaves of the optimizer state: "
-                + ", ".join(f"{old} to {new}" for new, old in moves)
-            )
-    left = wanted.keys() - sources.keys()
-    seeds = _seeds(function, target, left, everything, params)
+    if renamed := {new: old for new, old in sources.items() if new != old}:
+        moves = sorted({_move(new, old) for new, old in renamed.items()})
+        report.append(
+            f"renamed {len(renamed)} leaves of the state: "
+            + ", ".join(f"{old} to {new}" for new, old in moves)
+        )
+    rows = fit_workers(function, target, disk, saved, sources, params)
+    sources = rows.sources
+    report += rows.report
+    left = wanted.keys() - sources.keys() - rows.fresh
+    seeds = _seeds(function, target, left, saved, params)
     if seeds:
         report.append(
             f"started the average anew from the parameters: {len(seeds)} leaves, "
             f"{listed(seeds)}, are not in the checkpoint"
         )
-    kept = set()
-    if keep_missing:
-        kept = wanted.keys() - sources.keys() - seeds.keys()
-        kept = {n for n in kept if not isinstance(wanted[n], jax.ShapeDtypeStruct)}
-        if kept:
-            report.append(f"kept the target's values of {listed(kept)}")
-    extra = saved.keys() - sources.values()
+    kept = left - seeds.keys() if keep_missing else left & rows.kept
+    kept = {n for n in kept if not isinstance(wanted[n], jax.ShapeDtypeStruct)}
+    if kept:
+        report.append(f"kept the target's values of {listed(kept)}")
+    extra = there.keys() - sources.values() - rows.left
     dropped = {
-        names for names in extra if _belongs_to_dropped_average(names, saved, extra)
+        names for names in extra if _belongs_to_dropped_average(names, there, extra)
     }
     if dropped:
         report.append(f"left out an average, the target has none: {listed(dropped)}")
@@ -92,79 +89,122 @@ def match(
     _complain(
         function,
         path,
-        missing=wanted.keys() - sources.keys() - seeds.keys() - kept,
+        missing=left - seeds.keys() - kept,
         extra=extra - dropped,
-        shapes=_shapes(sources, wanted, saved),
+        misfits=_misfits(sources, wanted, saved, rows.rows),
     )
-    return Match(sources, seeds, kept, report)
+    return Match(sources, seeds | dict.fromkeys(rows.fresh), rows.rows, report)
 
 
 def check_fit(function: str, path: Any, wanted: dict, saved: dict) -> None:
-    """Raises unless names and shapes agree."""
+    """Raises unless names, shapes and kinds of numbers agree."""
     both = {names: names for names in wanted.keys() & saved.keys()}
     missing, extra = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
-    _complain(function, path, missing, extra, _shapes(both, wanted, saved))
+    _complain(function, path, missing, extra, _misfits(both, wanted, saved, set()))
 
 
-def _complain(function: str, path: Any, missing: Any, extra: Any, shapes: list) -> None:
+def _complain(function: str, path: Any, missing: Any, extra: Any, misfits: list) -> None:
     complaints = []
     if missing:
         complaints.append(f"it lacks {listed(missing)}")
     if extra:
         complaints.append(f"it also holds {listed(extra)}")
-    if complaints := complaints + shapes:
+    if complaints := complaints + misfits:
         raise ValueError(
             f"{function}: {path} does not fit the target: {'; '.join(complaints)}. Give "
-            "a target with the names and shapes that were saved."
+            "a target with the names, shapes and kinds of numbers that were saved."
         )
 
 
-def _renamed(missing: Any, spare: Any, wanted: dict, saved: dict) -> dict[Names, Names]:
-    """Pairs slots whose way through chains and wrappers has changed.
-
-    Adding a member to a chain moves `opt_state/mu/...` to `opt_state/0/mu/...`. Without
-    positions and wrappers the names agree; where several do (two counters), they pair in
-    order if there are as many.
-    """
-    pairs: dict[Names, Names] = {}
-    # A named_chain puts a name of the user's before the slot: dropped in a second try.
-    for short_here, short_there in (
-        (_slot, _slot),
-        (_slot_below, _slot),
-        (_slot, _slot_below),
-    ):
-        here, there = defaultdict(list), defaultdict(list)
-        for names in sorted(missing - pairs.keys()):
-            here[short_here(names)].append(names)
-        for names in sorted(spare - set(pairs.values())):
-            there[short_there(names)].append(names)
-        for slot, news in here.items():
-            olds = there[slot]
-            if slot and len(olds) == len(news):
-                both = list(zip(news, olds, strict=True))
-                if all(_same_shape(wanted[new], saved[old]) for new, old in both):
-                    pairs |= dict(both)
-    return pairs
-
-
-def _slot(names: Names) -> Names:
-    """The name from the slot's own field on, without what leads there."""
-    for i, name in enumerate(names):
-        if not (name.isdigit() or name in _WRAPPERS):
-            return names[i:]
-    return ()
+def _sources(
+    function: str,
+    path: Any,
+    target: Any,
+    disk: Any,
+    wanted: set[Names],
+    saved: set[Names],
+    rename: Rename,
+) -> dict[Names, Names]:
+    """Where each leaf of the target stands: under its name, or where its unit moved."""
+    told = _told(function, path, wanted, saved, rename or {})
+    wanted, saved = wanted - told.keys(), saved - {*told.values()}
+    sources = told | {names: names for names in wanted & saved}
+    if wanted == saved:
+        return sources
+    roots = _outermost(optimizer_roots(target), optimizer_roots(disk))
+    inside = {n for n in wanted | saved if any(n[: len(r)] == r for r in roots)}
+    sources = {new: old for new, old in sources.items() if new not in inside - {*told}}
+    outside = (names_of(target).keys() | names_of(disk).keys()) - inside
+    here, there = units(wanted, roots, outside), units(saved, roots, outside)
+    pairs, unclear = paired(here, there)
+    if unclear:
+        raise ValueError(_unclear(function, path, unclear[0]))
+    # One that has changed its fields, where it was.
+    new, old = ({pair[side].way for pair in pairs} for side in (0, 1))
+    by_way = {unit.way: unit for unit in there if unit.way not in old}
+    pairs += [(u, by_way[u.way]) for u in here if u.way in by_way and u.way not in new]
+    for unit, other in pairs:
+        both = unit.leaves & other.leaves
+        sources |= {unit.way + rest: other.way + rest for rest in both}
+    return sources
 
 
-def _slot_below(names: Names) -> Names:
-    """The same, with the first name of the user's left out too."""
-    slot = _slot(names)
-    return _slot(slot[1:])
+def _told(
+    function: str, path: Any, wanted: set[Names], saved: set[Names], rename: Any
+) -> dict[Names, Names]:
+    """The leaves that `rename` speaks of."""
+    told: dict[Names, Names] = {}
+    for old, new in rename.items():
+        before, after = (tuple(filter(None, way.split("/"))) for way in (old, new))
+        moved = {
+            after + names[len(before) :]: names
+            for names in saved
+            if names[: len(before)] == before
+        }
+        moved = {name: names for name, names in moved.items() if name in wanted}
+        if not moved or told.keys() & moved.keys():
+            raise ValueError(
+                f"{function}: rename={{{old!r}: {new!r}}}: {path} holds nothing at "
+                f"{old!r} that the target has at {new!r}, or another name is also moved "
+                "there."
+            )
+        told |= moved
+    return told
+
+
+def _outermost(some: list[Names], others: list[Names]) -> list[Names]:
+    """The ways of both, but for those of others that hold one of some, or are below."""
+    return some + [
+        way
+        for way in others
+        if not any(way[: len(one)] == one[: len(way)] for one in some)
+    ]
+
+
+def _unclear(function: str, path: Any, group: Unclear) -> str:
+    """What names and places do not tell, and the argument that does."""
+    here, there = ([_path(unit.way) for unit in side] for side in group)
+    fields = sorted(group[0][0].kind)
+    what = "averages" if fields == ["average"] else f"states of {', '.join(fields)}"
+    return (
+        f"{function}: {path} holds {what} at {', '.join(there)}, and the target at "
+        f"{', '.join(here)}; which is which, their places in chains of different length "
+        "do not tell. Say with rename=, as "
+        f"rename={{{there[0]!r}: {here[0]!r}}}; states in an optax.named_chain are told "
+        "by their names."
+    )
+
+
+def _path(names: Names) -> str:
+    return "/".join(names) or "the root"
 
 
 def _move(new: Names, old: Names) -> tuple[str, str]:
-    """The part of two names that differs, up to the slot's field."""
-    length = min(len(_slot(new)), len(_slot(old))) - 1
-    return "/".join(new[: len(new) - length]), "/".join(old[: len(old) - length])
+    """The parts of two names that differ, with what stands before them."""
+    same = 0
+    while same < min(len(new), len(old)) - 1 and new[-1 - same] == old[-1 - same]:
+        same += 1
+    return _path(new[: len(new) - same]), _path(old[: len(old) - same])
 
 
 def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
@@ -172,7 +212,7 @@ def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
 
 
 def _seeds(
-    function: str, target: Any, missing: Any, saved: dict, told: Choice
+    function: str, target: Any, missing: Any, saved: dict, told: Ways
 ) -> dict[Names, Names | None]:
     """What a new average starts from: its parameters, its counters from zero."""
     seeds: dict[Names, Names | None] = {}
@@ -191,7 +231,7 @@ def _seeds(
     return seeds
 
 
-def _origin(function: str, target: Any, average: Names, told: Choice) -> Names:
+def _origin(function: str, target: Any, average: Names, told: Ways) -> Names:
     """The names of what a new average starts from: its parameters or its center."""
     for center in center_nodes(target):
         if (*center, "outer_state") == average[: len(center) + 1]:
@@ -208,13 +248,36 @@ def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:
     return False
 
 
-def _shapes(sources: dict, wanted: dict, saved: dict) -> list[str]:
-    return [
-        f"{'/'.join(new)} has shape {tuple(shape_of(saved[old]))} there and "
-        f"{tuple(shape_of(wanted[new]))} in the target"
-        for new, old in sorted(sources.items())
-        if not _same_shape(wanted[new], saved[old])
-    ]
+def _misfits(sources: dict, wanted: dict, saved: dict, rows: Any) -> list[str]:
+    """Which shapes and kinds of numbers differ, in words; `rows` may have others."""
+    said = []
+    for new, old in sorted(sources.items()):
+        here, there, name = wanted[new], saved[old], _path(new)
+        if new not in rows and not _same_shape(here, there):
+            said.append(
+                f"{name} has shape {tuple(shape_of(there))} there and "
+                f"{tuple(shape_of(here))} in the target"
+            )
+        elif not _keeps_kind(here, there):
+            said.append(
+                f"{name} is {jnp.dtype(there.dtype).name} there and "
+                f"{jnp.result_type(here).name} in the target"
+            )
+    return said
+
+
+def _keeps_kind(here: Any, there: Any) -> bool:
+    """Whether numbers on disk can be had as the target's: of one kind, integers whole."""
+    kinds = kind_of(here), kind_of(there)
+    if None in kinds or "key" in kinds:
+        return True
+    if kinds[0] != kinds[1]:
+        return False
+    arrays = hasattr(here, "dtype") and getattr(there, "storage", None) is not None
+    if kinds[0] != "integer" or not arrays:
+        return True
+    wide, narrow = jnp.iinfo(here.dtype), jnp.iinfo(there.dtype)
+    return wide.min <= narrow.min and narrow.max <= wide.max
 
 
 def _same_shape(here: Any, there: Any) -> bool:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._nodes import refuse_unknown_name, served_nodes
-from emaopt._places import Choice, located, placed
+from emaopt._places import Ways, located, placed
 from emaopt._swapping import exchange
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
-from emaopt.checkpoint._matching import check_fit, match
+from emaopt.checkpoint._matching import Rename, check_fit, match
+from emaopt.checkpoint._worker_rows import refit
 
 log_warning = logging.getLogger("emaopt").warning
 
@@ -27,7 +28,8 @@ def restored(
     report: Callable[[str], Any],
     scope: Names = (),
     fallback: Any = None,
-    params: Choice = None,
+    params: Ways = None,
+    rename: Rename = None,
 ) -> Any:
     """Fills the target with the saved training state, raw parameters and average apart.
 
@@ -43,24 +45,33 @@ def restored(
         files.path,
         plain,
         saved,
+        with_other_items(files),
         scope=scope,
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
         params=params,
+        rename=rename,
     )
     seeded = {source: source for source in found.seeds.values() if source is not None}
     wanted = {
         logical[source]: _trees.as_plan(targets[name], fallback)
         for name, source in (seeded | found.sources).items()
-        if not _trees.is_empty(targets[name])
+        if not _trees.is_empty(targets[name]) and name not in found.rows
     }
+    for name in found.rows:  # whole, to be dealt out, if it is not read for another leaf
+        if not _trees.is_empty(targets[name]):
+            leaf = saved[found.sources[name]]
+            plan = _trees.as_plan(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fallback)
+            wanted.setdefault(logical[found.sources[name]], plan)
     read = _files.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
     for name, source in found.sources.items():
         leaf = targets[name]
         there = logical[source]
-        if there in read:
+        if name in found.rows and there in read:
+            values[name] = refit(read[there], leaf)
+        elif there in read:
             values[name] = _trees.as_target(read[there], leaf)
         else:  # of size 0
             values[name] = _trees.zeros(leaf)

@@ -9,14 +9,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emaopt._nodes import served_nodes, swapped_nodes
-from emaopt._places import Choice, Place, located, located_at, placed, shape_of
+from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swapping import exchange
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import Names, names_of
 
 
 def served(
-    function: str, state: Any, name: Choice, params: Choice, optional: bool = False
+    function: str, state: Any, name: Choice, params: Ways, optional: bool = False
 ) -> tuple[Any, list[Place]]:
     """The state as it goes to disk, and where the averages stand in it.
 
@@ -36,7 +36,7 @@ def served(
     return (state if places[0].swapped else exchange(state, places)), places
 
 
-def raw(state: Any, params: Choice) -> tuple[Any, list[tuple[Names, Names]]]:
+def raw(state: Any, params: Ways) -> tuple[Any, list[tuple[Names, Names]]]:
     """The state with its raw parameters, and (average, parameters) that were swapped."""
     found = list(swapped_nodes(state))
     places = [located_at("restore", state, names, params) for names in found]

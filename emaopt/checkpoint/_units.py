@@ -1,0 +1,225 @@
+"""What an optimizer's state is made of, told by the names of its leaves alone.
+
+On disk a state has lost its types. A unit is what one transformation keeps: the fields
+around which chains, wrappers and the user's names stand. Units keep their fields when a
+chain gets or loses members, or a wrapper; where they stand changes.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from emaopt._nodes import as_state, field_of
+from emaopt.checkpoint._files import Names
+
+# The names that Optax's and our wrappers put on the way to the states of others.
+WRAPPERS = {
+    "adv_state",
+    "averaging",
+    "base_optimizer_state",
+    "fast_state",
+    "inner_opt_state",
+    "inner_state",
+    "inner_states",
+    "opt_state",
+    "outer_state",
+}
+
+
+class Unit(NamedTuple):
+    """The state of one transformation, or a wrapper's own."""
+
+    way: Names  # names that lead to it
+    kind: frozenset[str]  # the names of its fields
+    labels: Names  # the user's names on the way
+    short: Names  # the way without wrappers: the user's names, and positions in chains
+    leaves: frozenset[Names]  # the names of its leaves below the way
+
+
+Pair = tuple[Unit, Unit]
+Unclear = tuple[list[Unit], list[Unit]]
+
+
+def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[Unit]:
+    """The units below the roots of optimizer states.
+
+    Args:
+      leaves: Names of all leaves of a state.
+      roots: The names that lead to optimizer states in it.
+      others: Names of leaves outside of optimizer states, the parameters among them.
+    """
+    parameters = _like_parameters(others)
+    found = []
+    for root in roots:
+        tree: Any = {}
+        for names in leaves:
+            if names[: len(root)] == root:
+                _put(tree, names[len(root) :])
+        for way, kind, below in _walk(tree, (), parameters):
+            named = [n for n in way if n not in WRAPPERS]
+            labels = (*root, *(n for n in named if not n.isdigit()))
+            short = (*root, *named)
+            found.append(Unit(root + way, kind, labels, short, frozenset(below)))
+    return found
+
+
+def _put(tree: dict, names: Names) -> None:
+    for name in names:
+        tree = tree.setdefault(name, {})
+    tree[None] = None  # a leaf
+
+
+def _is_leaf(tree: dict) -> bool:
+    return None in tree
+
+
+def _walk(
+    tree: dict, way: Names, parameters: Callable[[dict], bool]
+) -> Iterator[tuple[Names, frozenset[str], list[Names]]]:
+    passages = _passages(tree, parameters)
+    own = {name: child for name, child in tree.items() if name not in passages}
+    if own:
+        state = as_state(tree)
+        kind = {field_of(state)} if state else set(filter(None, tree))
+        yield way, frozenset(kind), list(_leaves(own))
+    for name in sorted(passages, key=lambda name: (len(name), name)):
+        yield from _walk(tree[name], (*way, name), parameters)
+
+
+def _passages(tree: dict, parameters: Callable[[dict], bool]) -> set[str]:
+    """The names in a node that lead to states of others."""
+    if _is_leaf(tree):
+        return set()
+    if all(name.isdigit() for name in tree):
+        return set(tree)  # a chain
+    if wrapped := WRAPPERS & set(tree):
+        return wrapped
+    averages = {name for name, child in tree.items() if as_state(child)}
+    if parameters(tree) or any(map(_is_leaf, tree.values())):
+        return averages
+    # What holds neither leaves nor trees like the parameters holds states by name.
+    named = averages or not any(map(parameters, tree.values()))
+    return set(tree) if named else set()
+
+
+def _like_parameters(others: Any) -> Callable[[dict], bool]:
+    """Tells whether a tree has the names of some other tree's leaves, or of a part."""
+    known = set(others)
+    ending = defaultdict(list)
+    for names in known:
+        ending[names[-1:]].append(names)
+
+    def like_parameters(tree: dict) -> bool:
+        below = list(_leaves(tree))
+        longest = max(below, key=len)
+        length = len(longest)
+        return any(
+            names[-length:] == longest
+            and all(names[:-length] + rest in known for rest in below)
+            for names in ending[longest[-1:]] * (length > 0)
+        )
+
+    return like_parameters
+
+
+def _leaves(tree: dict, names: Names = ()) -> Iterator[Names]:
+    for name, child in tree.items():
+        if name is None:
+            yield names
+        else:
+            yield from _leaves(child, (*names, name))
+
+
+def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Unclear]]:
+    """Finds which unit is which: by its kind, the user's names, and where it stands.
+
+    Returns:
+      The pairs, and groups of those that could be one another. What has no like on the
+      other side is in neither.
+    """
+    groups = defaultdict(lambda: ([], []))
+    for side, found in enumerate((here, there)):
+        for unit in found:
+            groups[unit.kind, unit.labels][side].append(unit)
+    alike, left = [], defaultdict(lambda: ([], []))
+    for (kind, _), (ours, theirs) in groups.items():
+        if ours and theirs:
+            alike.append((ours, theirs))
+        else:
+            left[kind][0].extend(ours)
+            left[kind][1].extend(theirs)
+    # A named_chain in the place of a chain puts a name of the user's on the way.
+    for ours, theirs in left.values():
+        alike += _related(ours, theirs)
+    pairs, unclear = [], []
+    for ours, theirs in alike:
+        found = _in_place(ours, theirs)
+        if found is None:
+            unclear.append((ours, theirs))
+        else:
+            pairs += found
+    return pairs, unclear
+
+
+def _related(ours: list[Unit], theirs: list[Unit]) -> list[Unclear]:
+    """Groups of units whose names are alike but for some that one side lacks."""
+    groups = []
+    ours, theirs = list(ours), list(theirs)
+    while ours:
+        some, others = [ours.pop()], []
+        grown = True
+        while grown:
+            more = [u for u in theirs if any(_nested(u.labels, s.labels) for s in some)]
+            theirs = [u for u in theirs if u not in more]
+            others += more
+            rivals = [u for u in ours if any(_nested(u.labels, s.labels) for s in others)]
+            ours = [u for u in ours if u not in rivals]
+            some += rivals
+            grown = bool(more or rivals)
+        if others:
+            groups.append((some, others))
+    return groups
+
+
+def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
+    """Pairs units of one kind, or None if their places do not tell which is which."""
+    if len(ours) != len(theirs):
+        return None
+    ours, theirs = sorted(ours, key=_position), sorted(theirs, key=_position)
+    pairs = list(zip(ours, theirs, strict=True))
+    if len(pairs) == 1 or _below_common(ours) == _below_common(theirs):
+        return pairs  # where they were, or moved together
+    # In another chain, or in a chain of their own, each way holds the old one: accepted
+    # if they can be paired in this way alone, and it keeps their order.
+    edges = {
+        i: {j for j, other in enumerate(theirs) if _nested(one.short, other.short)}
+        for i, one in enumerate(ours)
+    }
+    while edges:
+        i = next((i for i, ends in edges.items() if len(ends) == 1), None)
+        if i is None or edges.pop(i) != {i}:
+            return None
+        for ends in edges.values():
+            ends.discard(i)
+    return pairs
+
+
+def _below_common(group: list[Unit]) -> list[Names]:
+    """Where units stand below what leads to all of them."""
+    first, *_, last = sorted(unit.short for unit in group)
+    differs = (
+        i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1
+    )
+    common = next(differs, min(len(first), len(last)))
+    return [unit.short[common:] for unit in group]
+
+
+def _position(unit: Unit) -> list[tuple[bool, int, str]]:
+    return [(n.isdigit(), int(n) if n.isdigit() else 0, n) for n in unit.short]
+
+
+def _nested(a: Names, b: Names) -> bool:
+    """Whether one of two ways holds all names of the other, in their order."""
+    short, long = sorted((a, b), key=len)
+    rest = iter(long)
+    return all(name in rest for name in short)

@@ -1,0 +1,171 @@
+"""Local updates restored by another number of workers, or by a run of none, and back.
+
+What carries over is the center: workers start from it, as after an exchange, and a run
+without workers takes it for its parameters. Each worker's own slots go to the workers of
+the same number; if there are more than before, the slots are dealt out again from the
+first.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emaopt._nodes import as_state, center_nodes
+from emaopt._places import Ways, located_at, shape_of
+from emaopt.checkpoint._files import Names, names_of
+
+# What the exchange that all of a new set of workers start from leaves at zero.
+_SINCE_EXCHANGE = ("since_exchange", "accumulated", "residual")
+_COUNTS = ("num_steps", "num_left_out")
+
+
+class Rows(NamedTuple):
+    """What of a state changes with the number of its workers."""
+
+    sources: dict[Names, Names]  # name in the target -> name in the saved state
+    rows: set[Names]  # leaves of the target with other rows than their sources
+    fresh: set[Names]  # leaves of the target that start at zero
+    kept: set[Names]  # leaves that the saved state lacks: as a run begins
+    left: set[Names]  # leaves of the saved state that have no place any more
+    report: list[str]
+
+
+class _Local(NamedTuple):
+    """Local updates in a state."""
+
+    way: Names
+    params: Names
+    workers: int | None  # None: no axis of them
+
+    @property
+    def center(self) -> Names:
+        return (*self.way, "center")
+
+
+def fit_workers(
+    function: str,
+    target: Any,
+    disk: Any,
+    saved: Collection[Names],
+    sources: dict[Names, Names],
+    params: Ways,
+) -> Rows:
+    """The sources of a target's leaves, from a state with other workers."""
+    rows = Rows(dict(sources), set(), set(), set(), set(), [])
+    ours, theirs = _locals(function, target, params), _locals(function, disk, None)
+    wanted = names_of(target)
+    before = {one.center: one for one in theirs}
+    for local in ours:
+        centers = [n for n in wanted if _below(n, local.center)]
+        if not centers:
+            continue
+        there = sources.get(centers[0])
+        old = next((one for c, one in before.items() if there and _below(there, c)), None)
+        if old is not None:
+            del before[old.center]
+        if old is None or old.workers != local.workers:
+            _start_workers(rows, local, old, wanted, saved)
+    for old in before.values():
+        _end_workers(rows, old, saved)
+    return rows
+
+
+def _locals(function: str, state: Any, params: Ways) -> list[_Local]:
+    found = []
+    for way, node in center_nodes(state).items():
+        below = names_of(as_state(node).center)
+        if not below:
+            continue
+        place = located_at(function, state, way, params)
+        leaves = names_of(state)
+        rest, center = next(iter(below.items()))
+        shape: Any = shape_of(leaves[place.params + rest]) or ()
+        stacked = len(shape) > len(shape_of(center) or ())
+        found.append(_Local(way, place.params, shape[0] if stacked else None))
+    return found
+
+
+def _start_workers(
+    rows: Rows, local: _Local, old: _Local | None, wanted: dict, saved: Collection[Names]
+) -> None:
+    """Starts all workers from the center, or from the parameters of a run without any."""
+    for names in wanted:
+        if _below(names, local.center):
+            rest = names[len(local.center) :]
+            param = local.params + rest
+            source = rows.sources.get(param if old is None else names)
+            if source is None:
+                continue
+            for leaf in (param, (*local.way, "pulled", *rest)):
+                if leaf in wanted:
+                    rows.sources[leaf] = source
+                    rows.rows.add(leaf)
+            rows.sources[names] = source
+        elif _below(names, local.way):
+            field = names[len(local.way)]
+            if field in _SINCE_EXCHANGE or (field in _COUNTS and old is None):
+                rows.sources.pop(names, None)
+                rows.fresh.add(names)
+            elif field == "inner_state":
+                rows.rows.add(names)
+            elif field == "outer_state" and names not in rows.sources:
+                rows.kept.add(names)
+    if old is None:
+        rows.report.append(
+            f"started {local.workers or 'the'} workers from the parameters, at "
+            f"{_path(local.way)}"
+        )
+        return
+    rows.left.update(n for n in saved if _below(n, old.params) or _below(n, old.way))
+    rows.report.append(
+        f"started {local.workers} workers from the center of {old.workers}, at "
+        f"{_path(local.way)}; their optimizers' own slots are those of the workers of "
+        "the same numbers"
+    )
+
+
+def _end_workers(rows: Rows, old: _Local, saved: Collection[Names]) -> None:
+    """Gives the center to a run without workers, and the first worker's slots."""
+    ended = False
+    for names, source in list(rows.sources.items()):
+        center = old.center + source[len(old.params) :]
+        if _below(source, old.params) and center in saved:
+            rows.sources[names] = center
+            ended = True
+        elif _below(source, (*old.way, "inner_state")):
+            rows.rows.add(names)
+    if ended:
+        rows.left.update(n for n in saved if _below(n, old.params) or _below(n, old.way))
+        rows.report.append(
+            f"took the center at {_path(old.way)} for the parameters, and the first "
+            "worker's slots"
+        )
+
+
+def refit(value: Any, like: Any) -> Any:
+    """An array with the rows of another number of workers.
+
+    [...] to [W, ...]: W rows of it; [V, ...] to [W, ...]: row w is row w % V;
+    [W, ...] to [...]: the first row.
+    """
+    shape, there = tuple(np.shape(like)), tuple(np.shape(value))
+    value = jnp.asarray(value, like.dtype)
+    if len(shape) > len(there):
+        value = jnp.broadcast_to(value, shape)
+    elif len(shape) < len(there):
+        value = value[0]
+    elif shape != there:
+        value = value[np.arange(shape[0]) % there[0]]
+    sharding = getattr(like, "sharding", None)
+    return value if sharding is None else jax.device_put(value, sharding)
+
+
+def _below(names: Names, way: Names) -> bool:
+    return names[: len(way)] == way
+
+
+def _path(names: Names) -> str:
+    return "/".join(names) or "the root"
