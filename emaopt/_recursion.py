@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._conditional import once_if
 from emaopt._decays import DecayLike, one_minus
+from emaopt._names import is_function
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
 
@@ -306,7 +307,7 @@ def _chosen(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
     # Without leaves: an empty tree, or what optax.tree.map_params puts in its place.
     if mask is None or num_leaves == 0:
         return [True] * num_leaves
-    flags = mask(tree) if callable(mask) else mask
+    flags = mask(tree) if is_function(mask, tree) else mask
     try:
         flags = jax.tree.map(
             lambda flag, subtree: jax.tree.map(lambda _: flag, subtree), flags, tree

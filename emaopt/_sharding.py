@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
 from emaopt._conditional import varying
-from emaopt._names import leaves_with_keys
+from emaopt._names import is_function, leaves_with_keys
 
 LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
@@ -117,7 +117,7 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
             f"{function}: memory_kind={memory_kind!r} needs jax 0.10 or newer, this is "
             f"{jax.__version__}: older ones lose the memory of a result, or abort."
         )
-    if not callable(sharding) or isinstance(sharding, Mesh):  # which is callable, too
+    if not is_function(sharding):
         _check_entries(function, sharding)
 
 
@@ -144,9 +144,8 @@ def places(
     on_host = memory_kind is not None
     if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
         return [Place((), None, on_host)] * len(leaves)
-    entries = sharding
-    if callable(sharding):
-        entries = sharding(tree)
+    entries = sharding(tree) if is_function(sharding, tree) else sharding
+    if callable(sharding):  # what is not, was looked at when it was given
         _check_entries(function, entries)
     try:
         entries = jax.tree.map(

@@ -27,7 +27,14 @@ LAYERS = {
     "_conditional": set(),
     "_rounding": {"_conditional"},
     "_sharding": {"_checks", "_conditional", "_names"},
-    "_recursion": {"_checks", "_conditional", "_decays", "_rounding", "_sharding"},
+    "_recursion": {
+        "_checks",
+        "_conditional",
+        "_decays",
+        "_names",
+        "_rounding",
+        "_sharding",
+    },
     "_averaging": {"_checks", "_decays", "_recursion", "_rounding", "_sharding"},
     "_commits": {"_recursion", "_rounding"},
     "_asynchronous": {"_checks", "_commits", "_rounding"},
@@ -63,6 +70,7 @@ LAYERS = {
     "_optimizer": {"_checks", "_gates", "_names", "_recursion", "_rows", "_slots"},
     "batch_stats": {"_averaging", "_decays"},
     "checkpoint.__init__": {
+        "_names",
         "_places",
         "_swapping",
         "checkpoint",
