@@ -51,7 +51,8 @@ def average_tree(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if the
-        tree has another structure than at `init` or the state is swapped.
+        tree has another structure than at `init`, the mask another value, or the state
+        is swapped.
 
     Example:
       >>> averager = average_tree(0.5)
@@ -129,7 +130,9 @@ def average_params(
         from a global step. Default 0.
       mask: A tree of booleans like the parameters or a prefix of it, or a function from
         the parameters to one (`by_name`). False leaves are not averaged and cost
-        nothing. Default: all are averaged.
+        nothing. A model that can be called, with booleans for leaves, is a tree, as for
+        `optax.masked`. Must say the same at every update as at init: `change_mask` is
+        there to change it in mid-run. Default: all are averaged.
       accumulator_dtype: Real dtype of the average. Default: the parameter's own, and
         float32 for narrower ones; complex parameters take the complex dtype of that
         width. In bfloat16 a decay above 0.996 rounds every step away; a constant one is
@@ -168,7 +171,8 @@ def average_params(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing or the state is swapped.
+        `params` is missing, the mask is another one than at `init`, or the state is
+        swapped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -253,7 +257,8 @@ def averaged(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing or the state is swapped.
+        `params` is missing, the mask is another one than at `init`, or the state is
+        swapped.
 
     Example:
       >>> import jax.numpy as jnp

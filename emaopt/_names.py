@@ -3,11 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 
 def by_name(*regexes: str) -> Callable[[Any], Any]:
@@ -51,22 +49,6 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
         return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
     return mask
-
-
-def is_function(argument: Any, tree: Any = None) -> bool:
-    """Whether an argument is a function of a tree, in place of a tree like it.
-
-    A model that can be called, with a flag for each of its leaves, is a tree. As Optax
-    tells a mask, what can be called is a function if all of its leaves can. Where it has
-    none, or is a `jax.tree_util.Partial`, whose leaves are arguments, it is one unless
-    the tree is of that kind, too.
-    """
-    if not callable(argument) or isinstance(argument, Mesh):  # which decorates functions
-        return False
-    leaves = jax.tree.leaves(argument)
-    if leaves and not isinstance(argument, partial):
-        return all(map(callable, leaves))
-    return type(argument) is not type(tree) or jax.tree_util.all_leaves([argument])
 
 
 def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[tuple[str, ...], Any]]:

@@ -11,7 +11,8 @@ import optax
 
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
-from emaopt._names import is_function, leaves_with_keys
+from emaopt._masks import is_function
+from emaopt._names import leaves_with_keys
 from emaopt._recursion import is_array, is_averaged
 from emaopt._rows import densified, is_sparse, row_step
 from emaopt._slots import marked

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
 from emaopt._conditional import varying
-from emaopt._names import is_function, leaves_with_keys
+from emaopt._masks import is_function
+from emaopt._names import leaves_with_keys
 
 LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
@@ -144,7 +145,9 @@ def places(
     on_host = memory_kind is not None
     if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
         return [Place((), None, on_host)] * len(leaves)
-    entries = sharding(tree) if is_function(sharding, tree) else sharding
+    entries: Any = sharding
+    if is_function(entries, tree):
+        entries = entries(tree)
     if callable(sharding):  # what is not, was looked at when it was given
         _check_entries(function, entries)
     try:

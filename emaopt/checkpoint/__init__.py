@@ -12,7 +12,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from emaopt._names import is_function
+from emaopt._masks import is_function
 from emaopt._places import Choice
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees

@@ -1,0 +1,140 @@
+"""An average that starts anew, or goes on with other leaves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emaopt._checks import check_optimizer
+from emaopt._names import leaves_with_keys
+from emaopt._nodes import average_nodes, in_place_of, replace
+from emaopt._reading import find_average, is_masked, map_with_keys, paired
+from emaopt._recursion import Averager, AverageState, is_averaged
+from emaopt._sharding import near
+
+
+def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> Any:
+    """Starts the average anew: it becomes a copy of `params`, its counters 0.
+
+    For adopting an average in a run that had none, or after a change of the task.
+
+    Args:
+      opt_state: A state that holds one average, as for `get_average`.
+      params: The parameters to start from.
+      name: Which average, if there are several.
+
+    Returns:
+      The state with the average replaced, in the accumulator's dtypes; a de-biased
+      average forgets `params` as it would forget the initial parameters.
+
+    Raises:
+      ValueError: If there is no average, several, a swapped one, or it is of other
+        parameters.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> state = reset_average(tx.init(jnp.zeros(2)), jnp.ones(2))
+      >>> print(emaopt.get_average(state))
+      [1. 1.]
+    """
+    state = find_average("reset_average", opt_state, name)
+    (node,) = average_nodes(opt_state, name).values()
+    _, raw = paired("reset_average", state.average, params)
+
+    def restart(keys, leaf):
+        new = raw[keys]
+        if not hasattr(leaf, "dtype"):
+            return new
+        return near(jnp.array(new, dtype=leaf.dtype), leaf)
+
+    fresh = AverageState(
+        *jax.tree.map(jnp.zeros_like, state[:-1]),
+        average=map_with_keys(restart, state.average),
+    )
+    return replace(opt_state, node, in_place_of(node, fresh))
+
+
+def change_mask(
+    opt_state: Any,
+    params: Any,
+    optimizer: optax.GradientTransformation | Averager,
+    *,
+    name: str | None = None,
+) -> Any:
+    """Changes which leaves are averaged; the average of those that stay goes on.
+
+    A leaf that comes in is averaged as if it had stood still at its present value all the
+    time, which is what a frozen one did. Its average is a copy, with all the weight that
+    the other leaves' averages have, by any decay, with `every` and `debias` (not with
+    `zero_init` alone, whose averages weigh less).
+
+        optimizer = emaopt.averaged(optax.adam(1e-3), 0.999)  # without its mask
+        opt_state = emaopt.change_mask(opt_state, params, optimizer)
+
+    All but the average stays as it is, the optimizer's own slots too.
+
+    Args:
+      opt_state: A state that holds one average, as for `get_average`, made by an
+        optimizer like `optimizer` but for the mask.
+      params: The parameters.
+      optimizer: The optimizer to go on with, whose mask, `optax.masked` or
+        `optax.partition` chooses other leaves; or an `Averager`, for a state of its.
+      name: Which average, if there are several.
+
+    Returns:
+      The state, with an average of the leaves that `optimizer` averages. What comes in
+      is where `optimizer.init` puts it, in the accumulator's dtype.
+
+    Raises:
+      ValueError: If there is no average, several, or a swapped one, in the state or in
+        what `optimizer.init` returns; if it is of other parameters; if one of the two is
+        de-biased.
+      TypeError: If `optimizer` is none.
+
+    Example:
+      >>> import emaopt
+      >>> params = {"encoder": jnp.zeros(1), "head": jnp.zeros(1)}
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5, mask=emaopt.by_name("head"))
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> state = change_mask(state, params, emaopt.averaged(optax.sgd(1.0), 0.5))
+      >>> list(emaopt.get_average(state))
+      ['encoder', 'head']
+    """
+    if not isinstance(optimizer, Averager):
+        check_optimizer("change_mask", "optimizer", optimizer)
+    state = find_average("change_mask", opt_state, name)
+    (node,) = average_nodes(opt_state, name).values()
+    fresh = find_average("change_mask", optimizer.init(params), name)
+    if (state.weight is None) != (fresh.weight is None):
+        raise ValueError(
+            f"change_mask: the optimizer has debias={fresh.weight is not None}, but the "
+            f"state was made with debias={state.weight is not None}. It cannot change in "
+            "mid-run; reset_average starts a new average."
+        )
+    kept, _ = paired("change_mask", state.average, params)
+    _, raw = paired("change_mask", fresh.average, params)
+
+    def entry(keys, leaf):
+        if keys in kept and not is_masked(leaf):
+            return kept[keys]
+        return _copy(raw[keys], leaf) if is_averaged(leaf) else leaf
+
+    old, new = (
+        dict(leaves_with_keys(average, is_leaf=is_masked))
+        for average in (state.average, fresh.average)
+    )
+    # In the state's own containers, which `nnx.Optimizer` makes of others, where they can
+    # hold it: optax.masked leaves out whole parts of a tree.
+    like = state.average if old.keys() == new.keys() else fresh.average
+    average = jax.tree.unflatten(
+        jax.tree.structure(like, is_leaf=is_masked),
+        [entry(keys, new[keys]) for keys, _ in leaves_with_keys(like, is_leaf=is_masked)],
+    )
+    return replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+
+
+def _copy(new: Any, leaf: Any) -> Any:
+    """A copy in the dtype and the place of a leaf of an average."""
+    return near(jnp.array(new, dtype=leaf.dtype), leaf)
