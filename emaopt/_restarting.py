@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from emaopt._checks import check_optimizer
+from emaopt._checks import check_integer, check_optimizer
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
 from emaopt._reading import find_average, is_masked, map_with_keys, paired
@@ -14,15 +16,24 @@ from emaopt._recursion import Averager, AverageState, is_averaged
 from emaopt._sharding import near
 
 
-def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> Any:
+def reset_average(
+    opt_state: Any, params: Any, *, name: str | None = None, num_updates: Any = 0
+) -> Any:
     """Starts the average anew: it becomes a copy of `params`, its counters 0.
 
-    For adopting an average in a run that had none, or after a change of the task.
+    For adopting an average in a run that had none, or after a change of the task. With
+    `num_updates`, the average goes on as after so many updates: that of another program
+    is adopted with its count.
+
+        opt_state = reset_average(opt_state, their_average, num_updates=their_count)
 
     Args:
       opt_state: A state that holds one average, as for `get_average`.
-      params: The parameters to start from.
+      params: The parameters, or the average, to start from.
       name: Which average, if there are several.
+      num_updates: n: the next update is number s = n + 1, and t = n + 1 - start. A whole
+        number or an integer scalar, may be traced. With `every`, what the average left
+        out since it last moved is forgotten: take an n at which it moved. Default 0.
 
     Returns:
       The state with the average replaced, in the accumulator's dtypes; a de-biased
@@ -30,27 +41,38 @@ def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> An
 
     Raises:
       ValueError: If there is no average, several, a swapped one, or it is of other
-        parameters.
+        parameters; if `num_updates` is negative, or not 0 with `debias`: how much the
+        adopted average weighs, W = 1 - Πβ, is then needed, and the state knows no decay.
+      TypeError: If `num_updates` is no integer.
 
     Example:
       >>> import emaopt
-      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
-      >>> state = reset_average(tx.init(jnp.zeros(2)), jnp.ones(2))
+      >>> tx = emaopt.averaged(optax.sgd(1.0), emaopt.uniform_decay())
+      >>> mean_of_three = jnp.ones(2)
+      >>> state = reset_average(tx.init(jnp.zeros(2)), mean_of_three, num_updates=3)
+      >>> params = jnp.full(2, 6.0)
+      >>> _, state = tx.update(jnp.ones(2), state, params)  # to 5, the fourth
       >>> print(emaopt.get_average(state))
-      [1. 1.]
+      [2. 2.]
     """
     state = find_average("reset_average", opt_state, name)
     (node,) = average_nodes(opt_state, name).values()
     _, raw = paired("reset_average", state.average, params)
+    count = _checked_count(num_updates)
+    if state.weight is not None and not (isinstance(count, int) and count == 0):
+        raise ValueError(
+            f"reset_average: num_updates={num_updates} with debias=True: what an average "
+            "weighs after so many updates depends on the decay, which the state does not "
+            "hold. Adopt it without debias: it has no start that is to be forgotten."
+        )
 
     def restart(keys, leaf):
         new = raw[keys]
-        if not hasattr(leaf, "dtype"):
-            return new
-        return near(jnp.array(new, dtype=leaf.dtype), leaf)
+        return _copy(new, leaf) if hasattr(leaf, "dtype") else new
 
-    fresh = AverageState(
-        *jax.tree.map(jnp.zeros_like, state[:-1]),
+    counters = AverageState(*jax.tree.map(jnp.zeros_like, state[:-1]), average=None)
+    fresh = counters._replace(
+        num_updates=jax.tree.map(lambda s: s + count, counters.num_updates),
         average=map_with_keys(restart, state.average),
     )
     return replace(opt_state, node, in_place_of(node, fresh))
@@ -138,3 +160,20 @@ def change_mask(
 def _copy(new: Any, leaf: Any) -> Any:
     """A copy in the dtype and the place of a leaf of an average."""
     return near(jnp.array(new, dtype=leaf.dtype), leaf)
+
+
+def _checked_count(count: Any) -> Any:
+    """The number, an int where it is known, or an error."""
+    array = isinstance(count, (jax.Array, np.ndarray))
+    whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
+    if array and not count.shape:
+        whole = jnp.issubdtype(count.dtype, jnp.integer)
+    if not whole:
+        raise TypeError(
+            "reset_average: num_updates must be a whole number or an integer scalar, "
+            f"got {count!r}."
+        )
+    if isinstance(count, jax.core.Tracer):
+        return count.astype(jnp.int32)
+    check_integer("reset_average", "num_updates", int(count), 0)
+    return int(count)
