@@ -118,6 +118,16 @@ def average_params(
       optax.contrib.schedule_free: inside, the average is of its base iterates z, which
         nobody serves; outside, of y. `schedule_free_eval_params` is an average already.
       optax.lookahead: inside, of the fast weights before they synchronise.
+      optax.contrib.mechanize: inside, of iterates that nobody has: it scales what its
+        inner optimizer did in all. Outside, of the parameters.
+      optax.flatten, optax.contrib.split_real_and_imaginary: inside, of parameters in
+        another form, which cannot be read. Outside, of the parameters.
+      optax.inject_hyperparams: of `average_params`, it takes any function for a schedule
+        of its own count, which is 0 at the first update where t is 1: every decay would
+        come a step late, `start` is not subtracted, and a mask is called with the count.
+        Give static_args=("decay", "every", "start", "mask", "sharding"), less "decay" if
+        that is a number to be changed in mid-run, then with
+        hyperparam_dtype=jnp.float32. Or inject the optimizer alone, and chain.
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as

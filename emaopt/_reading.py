@@ -266,13 +266,14 @@ def paired(
     """
     averages, raw = dict(leaves_with_keys(average)), dict(leaves_with_keys(params))
     if missing := averages.keys() - raw.keys():
-        raise ValueError(_other_params(function, missing))
+        raise ValueError(_other_params(function, missing, averages, raw))
     for names, leaf in averages.items():
         shapes = np.shape(leaf), np.shape(raw[names])
         if not (fits(*shapes) if stacked else shapes[0] == shapes[1]):
             raise ValueError(
                 f"{function}: {'/'.join(names) or 'the leaf'} has shape "
                 f"{np.shape(raw[names])}, its average {np.shape(leaf)}."
+                f"{_in_another_form(averages, raw)}"
             )
     return averages, raw
 
@@ -282,9 +283,25 @@ def map_with_keys(f: Any, tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _other_params(function: str, missing: Any) -> str:
-    names = ", ".join(sorted("/".join(keys) for keys in missing))
+def _other_params(function: str, missing: Any, averages: dict, raw: dict) -> str:
+    names = ", ".join(sorted("/".join(keys) or "one array" for keys in missing))
     return (
         f"{function}: the average is of other parameters than the ones given: it holds "
-        f"{names}, which they lack."
+        f"{names}, which they lack.{_in_another_form(averages, raw)}"
+    )
+
+
+def _in_another_form(averages: dict, raw: dict) -> str:
+    """What to do about a wrapper that gave its inner transformation other parameters."""
+    wrapper = None
+    if list(averages) == [()] and np.ndim(averages[()]) == 1:
+        wrapper = "flatten"
+    elif any(n[-1:] in (("real",), ("imaginary",)) and n[:-1] in raw for n in averages):
+        wrapper = "contrib.split_real_and_imaginary"
+    if wrapper is None:
+        return ""
+    return (
+        f" Inside of optax.{wrapper} parameters have another form, in which nobody can "
+        "serve them. Average them outside of it: "
+        f"optax.chain(optax.{wrapper}(optimizer), emaopt.average_params(decay))."
     )

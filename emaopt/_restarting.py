@@ -15,6 +15,8 @@ from emaopt._reading import find_average, is_masked, map_with_keys, paired
 from emaopt._recursion import Averager, AverageState, is_averaged
 from emaopt._sharding import near
 
+_LEFT_OUT = object()  # a leaf
+
 
 def reset_average(
     opt_state: Any, params: Any, *, name: str | None = None, num_updates: Any = 0
@@ -138,23 +140,27 @@ def change_mask(
     kept, _ = paired("change_mask", state.average, params)
     _, raw = paired("change_mask", fresh.average, params)
 
-    def entry(keys, leaf):
-        if keys in kept and not is_masked(leaf):
+    def entry(keys, _):
+        leaf = new[keys]
+        if leaf is _LEFT_OUT:
+            return optax.MaskedNode()
+        if keys in kept:
             return kept[keys]
         return _copy(raw[keys], leaf) if is_averaged(leaf) else leaf
 
-    old, new = (
-        dict(leaves_with_keys(average, is_leaf=is_masked))
-        for average in (state.average, fresh.average)
-    )
+    had, has = _whole(state.average), _whole(fresh.average)
+    old, new = dict(leaves_with_keys(had)), dict(leaves_with_keys(has))
     # In the state's own containers, which `nnx.Optimizer` makes of others, where they can
     # hold it: optax.masked leaves out whole parts of a tree.
-    like = state.average if old.keys() == new.keys() else fresh.average
-    average = jax.tree.unflatten(
-        jax.tree.structure(like, is_leaf=is_masked),
-        [entry(keys, new[keys]) for keys, _ in leaves_with_keys(like, is_leaf=is_masked)],
-    )
+    average = map_with_keys(entry, had if old.keys() == new.keys() else has)
     return replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+
+
+def _whole(average: Any) -> Any:
+    """The average with a leaf in place of each that is not averaged."""
+    return jax.tree.map(
+        lambda node: _LEFT_OUT if is_masked(node) else node, average, is_leaf=is_masked
+    )
 
 
 def _copy(new: Any, leaf: Any) -> Any:
