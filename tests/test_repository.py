@@ -85,7 +85,7 @@ LAYERS = {
         "_rows",
         "_slots",
     },
-    "batch_stats": {"_averaging", "_decays"},
+    "batch_stats": {"_averaging", "_decays", "_names"},
     "checkpoint.__init__": {
         "_masks",
         "_places",
