@@ -4,7 +4,8 @@ Averages:     average_params, averaged, average_tree
 Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
               inverse_gamma_decay, half_life_decay, scale_decay
 Their weights: decay_weights, weight_summary
-Reading:      get_average, swap, reset_average, average_distance, by_name
+Reading:      get_average, swap, average_distance
+Changing:     reset_average, change_mask, by_name
 Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
               get_center, stack_workers, state_specs, worker_spread, local_round,
@@ -54,12 +55,13 @@ from emaopt._optimizer import minimize as minimize
 from emaopt._reading import average_distance as average_distance
 from emaopt._reading import get_average as get_average
 from emaopt._reading import get_center as get_center
-from emaopt._reading import reset_average as reset_average
 from emaopt._reading import swap as swap
 from emaopt._reading import worker_spread as worker_spread
 from emaopt._recursion import Averager as Averager
 from emaopt._recursion import AverageState as AverageState
 from emaopt._recursion import SwappedState as SwappedState
+from emaopt._restarting import change_mask as change_mask
+from emaopt._restarting import reset_average as reset_average
 from emaopt._sharding import state_shardings as state_shardings
 from emaopt._slots import get_slot as get_slot
 from emaopt._slots import get_slot_names as get_slot_names

@@ -51,7 +51,8 @@ def average_tree(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if the
-        tree has another structure than at `init` or the state is swapped.
+        tree has another structure than at `init`, the mask another value, or the state
+        is swapped.
 
     Example:
       >>> averager = average_tree(0.5)
@@ -117,6 +118,16 @@ def average_params(
       optax.contrib.schedule_free: inside, the average is of its base iterates z, which
         nobody serves; outside, of y. `schedule_free_eval_params` is an average already.
       optax.lookahead: inside, of the fast weights before they synchronise.
+      optax.contrib.mechanize: inside, of iterates that nobody has: it scales what its
+        inner optimizer did in all. Outside, of the parameters.
+      optax.flatten, optax.contrib.split_real_and_imaginary: inside, of parameters in
+        another form, which cannot be read. Outside, of the parameters.
+      optax.inject_hyperparams: of `average_params`, it takes any function for a schedule
+        of its own count, which is 0 at the first update where t is 1: every decay would
+        come a step late, `start` is not subtracted, and a mask is called with the count.
+        Give static_args=("decay", "every", "start", "mask", "sharding"), less "decay" if
+        that is a number to be changed in mid-run, then with
+        hyperparam_dtype=jnp.float32. Or inject the optimizer alone, and chain.
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as
@@ -129,7 +140,9 @@ def average_params(
         from a global step. Default 0.
       mask: A tree of booleans like the parameters or a prefix of it, or a function from
         the parameters to one (`by_name`). False leaves are not averaged and cost
-        nothing. Default: all are averaged.
+        nothing. A model that can be called, with booleans for leaves, is a tree, as for
+        `optax.masked`. Must say the same at every update as at init: `change_mask` is
+        there to change it in mid-run. Default: all are averaged.
       accumulator_dtype: Real dtype of the average. Default: the parameter's own, and
         float32 for narrower ones; complex parameters take the complex dtype of that
         width. In bfloat16 a decay above 0.996 rounds every step away; a constant one is
@@ -168,7 +181,8 @@ def average_params(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing or the state is swapped.
+        `params` is missing, the mask is another one than at `init`, or the state is
+        swapped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -253,7 +267,8 @@ def averaged(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing or the state is swapped.
+        `params` is missing, the mask is another one than at `init`, or the state is
+        swapped.
 
     Example:
       >>> import jax.numpy as jnp

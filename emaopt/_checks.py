@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,6 +17,12 @@ def check_decay(function: str, decay: Any) -> None:
     if isinstance(decay, jax.Array):
         if decay.ndim:
             raise ValueError(f"{function}: decay must be a scalar, got {decay!r}.")
+        if jnp.issubdtype(decay.dtype, jnp.inexact) and decay.dtype.itemsize < 4:
+            raise ValueError(
+                f"{function}: decay is an array of {decay.dtype}, in which 0.999 is "
+                f"{np.array(0.999, decay.dtype)}. Of optax.inject_hyperparams, which "
+                "takes the parameters' dtype, give hyperparam_dtype=jnp.float32."
+            )
         return
     if isinstance(decay, bool) or not isinstance(decay, (float, int, np.number)):
         raise TypeError(

@@ -41,9 +41,15 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
         names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
         for pattern in patterns:
             if names and not any(pattern.search(name) for name in names):
+                there = f"the leaves are {', '.join(names)}"
+                if names == [""]:
+                    there = (
+                        "the tree is one leaf, without a name. If it is the count of "
+                        "optax.inject_hyperparams, which takes functions for schedules, "
+                        "name the mask in its static_args"
+                    )
                 raise ValueError(
-                    f"by_name: {pattern.pattern!r} matches no leaf; the leaves are "
-                    f"{', '.join(names)}."
+                    f"by_name: {pattern.pattern!r} matches no leaf; {there}."
                 )
         chosen = [any(p.search(name) for p in patterns) for name in names]
         return jax.tree.unflatten(jax.tree.structure(tree), chosen)

@@ -11,6 +11,7 @@ import optax
 
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
+from emaopt._masks import is_function
 from emaopt._names import leaves_with_keys
 from emaopt._recursion import is_array, is_averaged
 from emaopt._rows import densified, is_sparse, row_step
@@ -268,7 +269,7 @@ def _chosen(params: Any, var_list: Any) -> list[int]:
     names = ["/".join(keys) for keys, _ in leaves]
     if var_list is None:
         return list(range(len(leaves)))
-    if callable(var_list):
+    if is_function(var_list, params):
         if _takes_two(var_list):
             flags = [
                 var_list(name, leaf)

@@ -15,7 +15,6 @@ from emaopt._nodes import (
     exchanged,
     field_of,
     fits,
-    in_place_of,
     is_swapped,
     only_node,
     refuse_crossed_swap,
@@ -68,14 +67,14 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
     """
     average = find_average("get_average", opt_state, name).average
     if params is None:
-        nodes = jax.tree.leaves(average, is_leaf=_is_masked)
-        if masked := sum(map(_is_masked, nodes)):
+        nodes = jax.tree.leaves(average, is_leaf=is_masked)
+        if masked := sum(map(is_masked, nodes)):
             raise ValueError(
                 f"get_average: {masked} of {len(nodes)} leaves are not averaged: call "
                 "get_average(opt_state, params) to take them from the parameters."
             )
         return average
-    averages, _ = _paired("get_average", average, params, bool(center_nodes(opt_state)))
+    averages, _ = paired("get_average", average, params, bool(center_nodes(opt_state)))
 
     def read(keys, leaf):
         value = averages.get(keys, leaf)
@@ -83,7 +82,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
             return value
         return near(value, leaf).astype(jnp.asarray(leaf).dtype)
 
-    return _map_with_keys(read, params)
+    return map_with_keys(read, params)
 
 
 def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, Any]:
@@ -118,52 +117,10 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
     node = only_node("swap", nodes, "average", _NO_AVERAGE)
     refuse_crossed_swap("swap", opt_state, [node])
     content = as_state(node)[-1]
-    averages, raw = _paired("swap", content, params, bool(center_nodes(opt_state)))
-    swapped = _map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)
-    kept = _map_with_keys(lambda keys, leaf: raw[keys], content)
+    averages, raw = paired("swap", content, params, bool(center_nodes(opt_state)))
+    swapped = map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)
+    kept = map_with_keys(lambda keys, leaf: raw[keys], content)
     return swapped, replace(opt_state, node, exchanged(node, kept))
-
-
-def reset_average(opt_state: Any, params: Any, *, name: str | None = None) -> Any:
-    """Starts the average anew: it becomes a copy of `params`, its counters 0.
-
-    For adopting an average in a run that had none, or after a change of the task.
-
-    Args:
-      opt_state: A state that holds one average, as for `get_average`.
-      params: The parameters to start from.
-      name: Which average, if there are several.
-
-    Returns:
-      The state with the average replaced, in the accumulator's dtypes; a de-biased
-      average forgets `params` as it would forget the initial parameters.
-
-    Raises:
-      ValueError: If there is no average, several, a swapped one, or it is of other
-        parameters.
-
-    Example:
-      >>> import emaopt
-      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
-      >>> state = reset_average(tx.init(jnp.zeros(2)), jnp.ones(2))
-      >>> print(get_average(state))
-      [1. 1.]
-    """
-    state = find_average("reset_average", opt_state, name)
-    (node,) = average_nodes(opt_state, name).values()
-    _, raw = _paired("reset_average", state.average, params)
-
-    def restart(keys, leaf):
-        new = raw[keys]
-        if not hasattr(leaf, "dtype"):
-            return new
-        return near(jnp.array(new, dtype=leaf.dtype), leaf)
-
-    fresh = AverageState(
-        *jax.tree.map(jnp.zeros_like, state[:-1]),
-        average=_map_with_keys(restart, state.average),
-    )
-    return replace(opt_state, node, in_place_of(node, fresh))
 
 
 def average_distance(
@@ -192,7 +149,7 @@ def average_distance(
       1.0
     """
     state = find_average("average_distance", opt_state, name)
-    averages, raw = _paired(
+    averages, raw = paired(
         "average_distance", state.average, params, bool(center_nodes(opt_state))
     )
     theta, difference = {}, {}
@@ -258,7 +215,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
       [0. 2.]
     """
     state = find_center("worker_spread", opt_state, name)
-    centers, rows = _paired("worker_spread", state.center, params, stacked=True)
+    centers, rows = paired("worker_spread", state.center, params, stacked=True)
     distance, size = jnp.float32(0), jnp.float32(0)
     for keys, center in centers.items():
         if is_averaged(center):
@@ -296,11 +253,11 @@ def _not_swapped(function: str, node: Any) -> Any:
     return as_state(node)
 
 
-def _is_masked(node: Any) -> bool:
+def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _paired(
+def paired(
     function: str, average: Any, params: Any, stacked: bool = False
 ) -> tuple[dict, dict]:
     """The leaves of the average and of the parameters by name, checked to belong.
@@ -309,25 +266,42 @@ def _paired(
     """
     averages, raw = dict(leaves_with_keys(average)), dict(leaves_with_keys(params))
     if missing := averages.keys() - raw.keys():
-        raise ValueError(_other_params(function, missing))
+        raise ValueError(_other_params(function, missing, averages, raw))
     for names, leaf in averages.items():
         shapes = np.shape(leaf), np.shape(raw[names])
         if not (fits(*shapes) if stacked else shapes[0] == shapes[1]):
             raise ValueError(
                 f"{function}: {'/'.join(names) or 'the leaf'} has shape "
                 f"{np.shape(raw[names])}, its average {np.shape(leaf)}."
+                f"{_in_another_form(averages, raw)}"
             )
     return averages, raw
 
 
-def _map_with_keys(f: Any, tree: Any) -> Any:
+def map_with_keys(f: Any, tree: Any) -> Any:
     leaves = [f(keys, leaf) for keys, leaf in leaves_with_keys(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _other_params(function: str, missing: Any) -> str:
-    names = ", ".join(sorted("/".join(keys) for keys in missing))
+def _other_params(function: str, missing: Any, averages: dict, raw: dict) -> str:
+    names = ", ".join(sorted("/".join(keys) or "one array" for keys in missing))
     return (
         f"{function}: the average is of other parameters than the ones given: it holds "
-        f"{names}, which they lack."
+        f"{names}, which they lack.{_in_another_form(averages, raw)}"
+    )
+
+
+def _in_another_form(averages: dict, raw: dict) -> str:
+    """What to do about a wrapper that gave its inner transformation other parameters."""
+    wrapper = None
+    if list(averages) == [()] and np.ndim(averages[()]) == 1:
+        wrapper = "flatten"
+    elif any(n[-1:] in (("real",), ("imaginary",)) and n[:-1] in raw for n in averages):
+        wrapper = "contrib.split_real_and_imaginary"
+    if wrapper is None:
+        return ""
+    return (
+        f" Inside of optax.{wrapper} parameters have another form, in which nobody can "
+        "serve them. Average them outside of it: "
+        f"optax.chain(optax.{wrapper}(optimizer), emaopt.average_params(decay))."
     )

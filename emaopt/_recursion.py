@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._conditional import once_if
 from emaopt._decays import DecayLike, one_minus
+from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
 
@@ -100,7 +101,7 @@ def make_averager(
 
     def init(tree):
         leaves, treedef = jax.tree.flatten(tree)
-        chosen = _chosen(function, mask, tree, len(leaves))
+        chosen = chosen_by(function, mask, tree, len(leaves))
         where = places(function, sharding, memory_kind, tree, leaves)
 
         def placed(leaf, place):
@@ -125,6 +126,8 @@ def make_averager(
         leaves, treedef = jax.tree.flatten(tree)
         where = places(function, sharding, memory_kind, tree, leaves)
         entries = _entries(function, leaves, treedef, state.average, where)
+        kept = [not isinstance(entry, optax.MaskedNode) for entry in entries]
+        check_mask(function, mask, tree, kept, [*map(is_averaged, leaves)])
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
         where = [where[i] for i in moving]
         old = [entries[i] for i in moving]
@@ -299,27 +302,6 @@ def replicated_beside(leaves: list[Any]) -> Callable[[Any], Any]:
                 everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
                 return lambda dtype: jnp.zeros((), dtype, device=everywhere)
     return lambda dtype: jnp.zeros((), dtype)
-
-
-def _chosen(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
-    """Whether each leaf is averaged, in flattening order."""
-    # Without leaves: an empty tree, or what optax.tree.map_params puts in its place.
-    if mask is None or num_leaves == 0:
-        return [True] * num_leaves
-    flags = mask(tree) if callable(mask) else mask
-    try:
-        flags = jax.tree.map(
-            lambda flag, subtree: jax.tree.map(lambda _: flag, subtree), flags, tree
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{function}: mask must be like the parameters or a prefix of them: {error}"
-        ) from None
-    flags = jax.tree.leaves(flags)
-    for flag in flags:
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
-    return [bool(flag) for flag in flags]
 
 
 def _check_state(function: str, state: Any, debias: bool) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emaopt._masks import rows_alone
 from emaopt._slots import marked
 
 
@@ -59,9 +60,10 @@ def row_step(
     few_params, few_state = jax.tree.map(
         lambda rows, leaf: rows.gather(leaf), moving, whole
     )
-    updates, few_state = tx.update(
-        jax.tree.unflatten(treedef, values), few_state, few_params, **extra_args
-    )
+    with rows_alone():
+        updates, few_state = tx.update(
+            jax.tree.unflatten(treedef, values), few_state, few_params, **extra_args
+        )
     new = (optax.apply_updates(few_params, updates), few_state)
     return jax.tree.map(lambda rows, old, new: rows.scatter(old, new), moving, whole, new)
 

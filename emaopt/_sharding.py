@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
 from emaopt._conditional import varying
+from emaopt._masks import is_function
 from emaopt._names import leaves_with_keys
 
 LIKE_PARAMS = "like_params"
@@ -117,7 +118,7 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
             f"{function}: memory_kind={memory_kind!r} needs jax 0.10 or newer, this is "
             f"{jax.__version__}: older ones lose the memory of a result, or abort."
         )
-    if not callable(sharding) or isinstance(sharding, Mesh):  # which is callable, too
+    if not is_function(sharding):
         _check_entries(function, sharding)
 
 
@@ -144,9 +145,10 @@ def places(
     on_host = memory_kind is not None
     if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
         return [Place((), None, on_host)] * len(leaves)
-    entries = sharding
-    if callable(sharding):
-        entries = sharding(tree)
+    entries: Any = sharding
+    if is_function(entries, tree):
+        entries = entries(tree)
+    if callable(sharding):  # what is not, was looked at when it was given
         _check_entries(function, entries)
     try:
         entries = jax.tree.map(

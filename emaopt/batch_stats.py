@@ -17,7 +17,7 @@ Running statistics of a momentum near the decay are such an average already: ave
 them again doubles their lag.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 
 from emaopt._averaging import average_tree
 from emaopt._decays import uniform_decay
+from emaopt._names import leaves_with_keys
 
 
 def recalibrate(
@@ -42,7 +43,9 @@ def recalibrate(
     old's growth that the result grows by.
 
     What to watch: the batches should be drawn as the training batches were, and be as
-    large: the variance of a small batch is not that of the data.
+    large: the variance of a small batch is not that of the data. Statistics that take
+    part in the forward pass are no means over batches, such as the vectors of a spectral
+    norm, which a few passes bring to the averaged weights: keep them apart, as below.
 
     Args:
       apply_fn: (params, batch_stats, batch) -> the statistics after one forward pass in
@@ -58,10 +61,10 @@ def recalibrate(
       A tree like `batch_stats`.
 
     Raises:
-      TypeError: If `batches` is an array.
+      TypeError: If `batches` is an array or a mapping.
       ValueError: If there is no batch, or `apply_fn` returns another tree than
         `batch_stats`, or statistics that do not follow the rule above (the forward pass
-        was not in training mode).
+        was not in training mode, or they take part in it).
 
     Example:
       >>> def apply_fn(params, stats, batch):
@@ -82,6 +85,24 @@ def recalibrate(
             model(x)
             return nnx.state(model, nnx.BatchStat)
 
+      With a spectral norm in a linen model, first its own statistics, then the others:
+
+        def statistics(params, stats, x):
+            variables = {"params": params, "batch_stats": stats}
+            return model.apply(variables, x, True, mutable=["batch_stats"])[1][
+                "batch_stats"
+            ]
+
+        for _ in range(100):  # power iterations, for the averaged weights
+            stats = statistics(averaged_params, stats, batch)
+        spectral = {"SpectralNorm_0": stats.pop("SpectralNorm_0")}
+
+        def apply_fn(params, stats, x):
+            new = statistics(params, stats | spectral, x)
+            return {name: new[name] for name in stats}
+
+        stats = recalibrate(apply_fn, averaged_params, batches, stats) | spectral
+
     References:
       Izmailov et al., 2018, Averaging weights leads to wider optima and better
       generalization, §3.2, https://arxiv.org/abs/1803.05407
@@ -91,6 +112,12 @@ def recalibrate(
         raise TypeError(
             "recalibrate: batches must be an iterable of batches, got one array of shape "
             f"{shape}: its rows would be taken for batches. Pass [batch]."
+        )
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            "recalibrate: batches must be an iterable of batches, got one "
+            f"{type(batches).__name__}: its keys would be taken for batches. Pass "
+            "[batch]."
         )
     treedef = jax.tree.structure(batch_stats)
 
@@ -116,7 +143,12 @@ def recalibrate(
         scaled = forward(averaged_params, zeros, batch)
         if state is None:
             probe = jax.tree.map(_probe, scaled)
-            kept = _kept_shares(scaled, probe, forward(averaged_params, probe, batch))
+            probed = forward(averaged_params, probe, batch)
+            try:
+                kept = _kept_shares(scaled, probe, probed)
+            except ValueError:
+                _refuse_those_in_the_pass(forward, averaged_params, batch_stats, batch)
+                raise
             state = mean.init(scaled)
         own = jax.tree.map(
             lambda new, m: new / (1 - m) if _is_floating(new) else new, scaled, kept
@@ -146,14 +178,12 @@ def _is_floating(leaf: Any) -> bool:
 def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
     """The momentum m of each leaf, from what a layer makes of zeros and of probes."""
 
-    def share(zero, probe, other):
+    def share(name, zero, probe, other):
         if not _is_floating(zero) or zero.size == 0:
             return 0.0
         zero, probe, other = (np.asarray(x, np.float64) for x in (zero, probe, other))
         if not np.all(np.isfinite(zero)):
-            raise ValueError(
-                "recalibrate: the statistics of the first batch are not finite."
-            )
+            raise ValueError(f"recalibrate: of the first batch, {name} is not finite.")
         grown = (other - zero) / probe
         m = float(np.median(grown))
         # float32 leaves 1e-7 of doubt, which 1/(1-m) enlarges; people write decimals.
@@ -161,11 +191,51 @@ def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
             m = round(m, 6)
         if not 0 <= m < 1 or np.ptp(grown) > 1e-4:
             raise ValueError(
-                "recalibrate: what apply_fn returns is not momentum · old + "
+                f"recalibrate: what apply_fn returns as {name} is not momentum · old + "
                 "(1 - momentum) · new with one momentum in [0, 1): of what old grew by, "
                 f"it kept {grown.min():.6g} to {grown.max():.6g}. Run the forward pass "
                 "in training mode, and keep the statistics in float32."
             )
         return m
 
-    return jax.tree.map(share, of_zeros, probes, of_probes)
+    return jax.tree.map(share, _names(of_zeros), of_zeros, probes, of_probes)
+
+
+def _refuse_those_in_the_pass(forward: Any, params: Any, stats: Any, batch: Any) -> None:
+    """Raises if a statistic changes what the others become.
+
+    Asked at the values that the user has, not at zeros: these may be worth nothing in a
+    forward pass.
+    """
+    leaves, treedef = jax.tree.flatten(stats)
+    own = jax.tree.leaves(forward(params, stats, batch))
+    found = []
+    for i, name in enumerate(jax.tree.leaves(_names(stats))):
+        if not _is_floating(leaves[i]) or leaves[i].size == 0:
+            continue
+        # Another direction, too: a spectral norm takes no more of its vector.
+        wave = jnp.cos(jnp.arange(leaves[i].size, dtype=leaves[i].dtype) + 1)
+        other = leaves[i] + _probe(leaves[i]) * wave.reshape(leaves[i].shape)
+        changed = [*leaves[:i], other, *leaves[i + 1 :]]
+        new = jax.tree.leaves(
+            forward(params, jax.tree.unflatten(treedef, changed), batch)
+        )
+        pairs = [(a, b) for j, (a, b) in enumerate(zip(own, new, strict=True)) if j != i]
+        if not all(np.allclose(a, b, 1e-4, 0, equal_nan=True) for a, b in pairs):
+            found.append(name)
+    if found:
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        raise ValueError(
+            "recalibrate: part of the forward pass, which changes the other statistics, "
+            f"are {', '.join(found[:10])}{more}: as the vectors of a spectral norm or "
+            "the statistics of a frozen layer, they are no means over batches. Keep the "
+            "statistics of their layers apart, at values that belong to averaged_params: "
+            "pass the others alone as batch_stats, and let apply_fn add these. The "
+            "docstring has an example."
+        )
+
+
+def _names(stats: Any) -> Any:
+    """A tree like the statistics of their names."""
+    names = ["/".join(keys) or "the statistic" for keys, _ in leaves_with_keys(stats)]
+    return jax.tree.unflatten(jax.tree.structure(stats), names)

@@ -124,13 +124,99 @@ def test_one_array_is_not_taken_for_many_batches():
         )
 
 
+class Spectral(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.SpectralNorm(linen.Dense(4, name="dense"))(x, update_stats=train)
+        return linen.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+class NnxSpectral(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.SpectralNorm(nnx.Linear(5, 4, rngs=rngs), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x))
+
+
+def spectral(params, stats, x):
+    variables = {"params": params, "batch_stats": stats}
+    _, updated = Spectral().apply(variables, x, True, mutable=["batch_stats"])
+    return updated["batch_stats"]
+
+
+def test_statistics_of_a_spectral_norm_are_kept_apart_as_the_docstring_has_it():
+    variables = Spectral().init(jax.random.key(0), BATCHES[0], True)
+    params, stats = variables["params"], variables["batch_stats"]
+    with pytest.raises(
+        ValueError, match=r"forward pass, .* are SpectralNorm_0/dense/kernel/u: .* apart"
+    ):
+        batch_stats.recalibrate(spectral, params, BATCHES, stats)
+    for _ in range(100):
+        stats = spectral(params, stats, BATCHES[0])
+    norm = {"SpectralNorm_0": stats.pop("SpectralNorm_0")}
+
+    def apply_fn(params, stats, x):
+        new = spectral(params, stats | norm, x)
+        return {name: new[name] for name in stats}
+
+    stats = batch_stats.recalibrate(apply_fn, params, BATCHES, stats)
+    kernel, bias = params["dense"]["kernel"], params["dense"]["bias"]
+    largest = np.linalg.svd(np.float64(kernel))[1][0]
+    mean, var = expected(kernel / largest, bias)
+    np.testing.assert_allclose(stats["BatchNorm_0"]["mean"], mean, rtol=1e-4)
+    np.testing.assert_allclose(stats["BatchNorm_0"]["var"], var, rtol=1e-4)
+
+
+def test_statistics_of_an_nnx_spectral_norm_are_named():
+    graph, params, stats = nnx.split(NnxSpectral(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+
+    def apply_fn(params, stats, x):
+        model = nnx.merge(graph, params, stats, copy=True)
+        model.train()
+        model(x)
+        return nnx.state(model, nnx.BatchStat)
+
+    with pytest.raises(ValueError, match=r"forward pass, .*kernel.*u.* apart"):
+        batch_stats.recalibrate(apply_fn, params, BATCHES, stats)
+
+
+@pytest.mark.parametrize("scale", ["divides", "frozen", "itself"])
+def test_statistics_that_are_no_means_are_named(scale):
+    def apply_fn(params, stats, x):
+        del params
+        by, mean = stats["by"], stats["mean"]
+        new = {
+            "divides": 0.5 * by + 0.5,  # worth nothing at zero
+            "frozen": by,
+            "itself": by * jnp.linspace(0.1, 0.9, 5) + x.mean(0),
+        }[scale]
+        x = x if scale == "itself" else x / by
+        return {"by": new, "mean": 0.5 * mean + 0.5 * x.mean(0)}
+
+    message = (
+        r"apply_fn returns as by is not" if scale == "itself" else r"are by: .*apart"
+    )
+    stats = {"by": jnp.full(5, 0.1), "mean": jnp.zeros(5)}
+    with pytest.raises(ValueError, match=message):
+        batch_stats.recalibrate(apply_fn, None, BATCHES, stats)
+
+
+def test_one_dict_is_not_taken_for_many_batches():
+    with pytest.raises(TypeError, match=r"got one dict: its keys .*Pass \[batch\]"):
+        batch_stats.recalibrate(
+            lambda p, s, x: s, None, {"x": BATCHES[0]}, {"mean": jnp.zeros(4)}
+        )
+
+
 @pytest.mark.parametrize(
     "apply_fn, batches, message",
     [
         (lambda p, s, x: s, BATCHES, r"training mode"),
         (lambda p, s, x: {"other": s["mean"]}, BATCHES, "must return a tree like"),
         (lambda p, s, x: s, [], "batches is empty"),
-        (lambda p, s, x: {"mean": s["mean"] / 0}, BATCHES, "are not finite"),
+        (lambda p, s, x: {"mean": s["mean"] / 0}, BATCHES, "mean is not finite"),
     ],
 )
 def test_misuse_says_what_to_do(apply_fn, batches, message):

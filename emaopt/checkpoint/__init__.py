@@ -12,6 +12,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from emaopt._masks import is_function
 from emaopt._places import Choice, Ways
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees
@@ -312,7 +313,7 @@ def average_names(
       >>> print(average_names({"dense": {"kernel": 0.0}}))
       {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
     """
-    flags = mask(params) if callable(mask) else mask
+    flags = mask(params) if is_function(mask, params) else mask
     averaged = dict.fromkeys(_files.names_of(params), True)
     if flags is not None:
         averaged = _files.names_of(flags)

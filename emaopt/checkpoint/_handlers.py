@@ -152,10 +152,11 @@ class _Swapping:
         self._steps.pop(str(directory.parent), None)
         try:
             args = self._swapped(key, step)
-        except ValueError as error:
-            # Raised here, it would leave a thread of Orbax waiting for minutes.
+            return await self.saves[type(args)](directory, args=args)
+        except Exception as error:
+            # Raised here, it would leave a thread of Orbax waiting for minutes, and the
+            # process could not end.
             return [_Failed(error)]
-        return await self.saves[type(args)](directory, args=args)
 
     def _swapped(self, key: str, step: dict[str, Any]) -> Any:
         """What to save of an item: averages under the names, with the marker."""
@@ -239,7 +240,7 @@ def _exchanged_args(
 class _Failed:
     """A future of Orbax's that raises: in save, or wait_until_finished if async."""
 
-    def __init__(self, error: ValueError):
+    def __init__(self, error: Exception):
         self.error = error
 
     def result(self, timeout: float | None = None) -> None:

@@ -1,0 +1,185 @@
+"""An average that starts anew, or goes on with other leaves."""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from emaopt._checks import check_integer, check_optimizer
+from emaopt._names import leaves_with_keys
+from emaopt._nodes import average_nodes, in_place_of, replace
+from emaopt._reading import find_average, is_masked, map_with_keys, paired
+from emaopt._recursion import Averager, AverageState, is_averaged
+from emaopt._sharding import near
+
+_LEFT_OUT = object()  # a leaf
+
+
+def reset_average(
+    opt_state: Any, params: Any, *, name: str | None = None, num_updates: Any = 0
+) -> Any:
+    """Starts the average anew: it becomes a copy of `params`, its counters 0.
+
+    For adopting an average in a run that had none, or after a change of the task. With
+    `num_updates`, the average goes on as after so many updates: that of another program
+    is adopted with its count.
+
+        opt_state = reset_average(opt_state, their_average, num_updates=their_count)
+
+    Args:
+      opt_state: A state that holds one average, as for `get_average`.
+      params: The parameters, or the average, to start from.
+      name: Which average, if there are several.
+      num_updates: n: the next update is number s = n + 1, and t = n + 1 - start. A whole
+        number or an integer scalar, may be traced. With `every`, what the average left
+        out since it last moved is forgotten: take an n at which it moved. Default 0.
+
+    Returns:
+      The state with the average replaced, in the accumulator's dtypes; a de-biased
+      average forgets `params` as it would forget the initial parameters.
+
+    Raises:
+      ValueError: If there is no average, several, a swapped one, or it is of other
+        parameters; if `num_updates` is negative, or not 0 with `debias`: how much the
+        adopted average weighs, W = 1 - Πβ, is then needed, and the state knows no decay.
+      TypeError: If `num_updates` is no integer.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), emaopt.uniform_decay())
+      >>> mean_of_three = jnp.ones(2)
+      >>> state = reset_average(tx.init(jnp.zeros(2)), mean_of_three, num_updates=3)
+      >>> params = jnp.full(2, 6.0)
+      >>> _, state = tx.update(jnp.ones(2), state, params)  # to 5, the fourth
+      >>> print(emaopt.get_average(state))
+      [2. 2.]
+    """
+    state = find_average("reset_average", opt_state, name)
+    (node,) = average_nodes(opt_state, name).values()
+    _, raw = paired("reset_average", state.average, params)
+    count = _checked_count(num_updates)
+    if state.weight is not None and not (isinstance(count, int) and count == 0):
+        raise ValueError(
+            f"reset_average: num_updates={num_updates} with debias=True: what an average "
+            "weighs after so many updates depends on the decay, which the state does not "
+            "hold. Adopt it without debias: it has no start that is to be forgotten."
+        )
+
+    def restart(keys, leaf):
+        new = raw[keys]
+        return _copy(new, leaf) if hasattr(leaf, "dtype") else new
+
+    counters = AverageState(*jax.tree.map(jnp.zeros_like, state[:-1]), average=None)
+    fresh = counters._replace(
+        num_updates=jax.tree.map(lambda s: s + count, counters.num_updates),
+        average=map_with_keys(restart, state.average),
+    )
+    return replace(opt_state, node, in_place_of(node, fresh))
+
+
+def change_mask(
+    opt_state: Any,
+    params: Any,
+    optimizer: optax.GradientTransformation | Averager,
+    *,
+    name: str | None = None,
+) -> Any:
+    """Changes which leaves are averaged; the average of those that stay goes on.
+
+    A leaf that comes in is averaged as if it had stood still at its present value all the
+    time, which is what a frozen one did. Its average is a copy, with all the weight that
+    the other leaves' averages have, by any decay, with `every` and `debias` (not with
+    `zero_init` alone, whose averages weigh less).
+
+        optimizer = emaopt.averaged(optax.adam(1e-3), 0.999)  # without its mask
+        opt_state = emaopt.change_mask(opt_state, params, optimizer)
+
+    All but the average stays as it is, the optimizer's own slots too.
+
+    Args:
+      opt_state: A state that holds one average, as for `get_average`, made by an
+        optimizer like `optimizer` but for the mask.
+      params: The parameters.
+      optimizer: The optimizer to go on with, whose mask, `optax.masked` or
+        `optax.partition` chooses other leaves; or an `Averager`, for a state of its.
+      name: Which average, if there are several.
+
+    Returns:
+      The state, with an average of the leaves that `optimizer` averages. What comes in
+      is where `optimizer.init` puts it, in the accumulator's dtype.
+
+    Raises:
+      ValueError: If there is no average, several, or a swapped one, in the state or in
+        what `optimizer.init` returns; if it is of other parameters; if one of the two is
+        de-biased.
+      TypeError: If `optimizer` is none.
+
+    Example:
+      >>> import emaopt
+      >>> params = {"encoder": jnp.zeros(1), "head": jnp.zeros(1)}
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5, mask=emaopt.by_name("head"))
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> state = change_mask(state, params, emaopt.averaged(optax.sgd(1.0), 0.5))
+      >>> list(emaopt.get_average(state))
+      ['encoder', 'head']
+    """
+    if not isinstance(optimizer, Averager):
+        check_optimizer("change_mask", "optimizer", optimizer)
+    state = find_average("change_mask", opt_state, name)
+    (node,) = average_nodes(opt_state, name).values()
+    fresh = find_average("change_mask", optimizer.init(params), name)
+    if (state.weight is None) != (fresh.weight is None):
+        raise ValueError(
+            f"change_mask: the optimizer has debias={fresh.weight is not None}, but the "
+            f"state was made with debias={state.weight is not None}. It cannot change in "
+            "mid-run; reset_average starts a new average."
+        )
+    kept, _ = paired("change_mask", state.average, params)
+    _, raw = paired("change_mask", fresh.average, params)
+
+    def entry(keys, _):
+        leaf = new[keys]
+        if leaf is _LEFT_OUT:
+            return optax.MaskedNode()
+        if keys in kept:
+            return kept[keys]
+        return _copy(raw[keys], leaf) if is_averaged(leaf) else leaf
+
+    had, has = _whole(state.average), _whole(fresh.average)
+    old, new = dict(leaves_with_keys(had)), dict(leaves_with_keys(has))
+    # In the state's own containers, which `nnx.Optimizer` makes of others, where they can
+    # hold it: optax.masked leaves out whole parts of a tree.
+    average = map_with_keys(entry, had if old.keys() == new.keys() else has)
+    return replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+
+
+def _whole(average: Any) -> Any:
+    """The average with a leaf in place of each that is not averaged."""
+    return jax.tree.map(
+        lambda node: _LEFT_OUT if is_masked(node) else node, average, is_leaf=is_masked
+    )
+
+
+def _copy(new: Any, leaf: Any) -> Any:
+    """A copy in the dtype and the place of a leaf of an average."""
+    return near(jnp.array(new, dtype=leaf.dtype), leaf)
+
+
+def _checked_count(count: Any) -> Any:
+    """The number, an int where it is known, or an error."""
+    array = isinstance(count, (jax.Array, np.ndarray))
+    whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
+    if array and not count.shape:
+        whole = jnp.issubdtype(count.dtype, jnp.integer)
+    if not whole:
+        raise TypeError(
+            "reset_average: num_updates must be a whole number or an integer scalar, "
+            f"got {count!r}."
+        )
+    if isinstance(count, jax.core.Tracer):
+        return count.astype(jnp.int32)
+    check_integer("reset_average", "num_updates", int(count), 0)
+    return int(count)
