@@ -404,3 +404,31 @@ def test_a_run_becomes_one_of_local_updates_and_back(averaged, dtype, tmp_path):
     assert bits(emaopt.get_average(back["opt_state"])) == bits(
         emaopt.get_average(there["opt_state"])
     )
+
+
+def test_parameters_alone_are_the_workers_or_the_center_by_their_shapes(tmp_path):
+    old = state_of(local(4), 4, 7)
+    checkpoint.save(tmp_path / "c", old)
+    for target, right in (
+        (old["params"], old["params"]),
+        (one_worker(), center_of(old)),
+    ):
+        restored = checkpoint.restore(
+            tmp_path / "c", {"params": target}, ignore_extra=True, report=len
+        )
+        assert bits(restored["params"]) == bits(right)
+
+
+def test_lookahead_ends_with_its_slow_weights(tmp_path):
+    tx = emaopt.lookahead(INNER, period=3)
+    old = state_of(tx, None, 7)
+    checkpoint.save(tmp_path / "c", old)
+    alone = checkpoint.restore(
+        tmp_path / "c", {"params": old["params"]}, ignore_extra=True, report=len
+    )
+    assert bits(alone["params"]) == bits(old["params"])
+    restored = checkpoint.restore(tmp_path / "c", state_of(INNER, None), report=len)
+    assert bits(restored["params"]) == bits(center_of(old))
+    assert bits(restored["opt_state"]) == bits(old["opt_state"].inner_state)
+    back = checkpoint.restore(tmp_path / "c", state_of(tx, None), report=len)
+    assert bits(back) == bits(old)

@@ -54,8 +54,11 @@ def match(
       params: Where the parameters of a new average stand in the target.
       rename: Where what stands at some name now belongs.
     """
-    wanted, there = _within(scope, names_of(target)), _within(scope, saved)
-    sources = _sources(function, path, target, disk, {*wanted}, {*there}, rename)
+    everything = names_of(target)
+    sources = _sources(function, path, target, disk, {*everything}, {*saved}, rename)
+    rows = fit_workers(function, target, disk, saved, sources, params)
+    wanted, there = _within(scope, everything), _within(scope, saved)
+    sources = _within(scope, sources)
     report = []
     if renamed := {new: old for new, old in sources.items() if new != old}:
         moves = sorted({_move(new, old) for new, old in renamed.items()})
@@ -63,10 +66,9 @@ def match(
             f"renamed {len(renamed)} leaves of the state: "
             + ", ".join(f"{old} to {new}" for new, old in moves)
         )
-    rows = fit_workers(function, target, disk, saved, sources, params)
-    sources = rows.sources
+    sources, fresh = _within(scope, rows.sources), rows.fresh & wanted.keys()
     report += rows.report
-    left = wanted.keys() - sources.keys() - rows.fresh
+    left = wanted.keys() - sources.keys() - fresh
     seeds = _seeds(function, target, left, saved, params)
     if seeds:
         report.append(
@@ -93,7 +95,8 @@ def match(
         extra=extra - dropped,
         misfits=_misfits(sources, wanted, saved, rows.rows),
     )
-    return Match(sources, seeds | dict.fromkeys(rows.fresh), rows.rows, report)
+    seeds |= dict.fromkeys(fresh)
+    return Match(sources, seeds, rows.rows & wanted.keys(), report)
 
 
 def check_fit(function: str, path: Any, wanted: dict, saved: dict) -> None:

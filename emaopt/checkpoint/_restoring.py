@@ -98,6 +98,8 @@ def as_saved(files: _files.Files, scope: Names) -> Any:
 def with_other_items(files: _files.Files, item: str = "", target: Any = None) -> Any:
     """The saved state as metadata, raw parameters in their places, one item replaced."""
     physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
+    for names, leaf in files.marker.empty.items() if files.marker else ():
+        _put(physical, names, leaf)
     state = _trees.raw_by(physical, files.marker)
     return state | {item: target} if item else state
 

@@ -6,7 +6,6 @@ the same number; if there are more than before, the slots are dealt out again fr
 first.
 """
 
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +48,7 @@ def fit_workers(
     function: str,
     target: Any,
     disk: Any,
-    saved: Collection[Names],
+    saved: dict[Names, Any],
     sources: dict[Names, Names],
     params: Ways,
 ) -> Rows:
@@ -69,7 +68,7 @@ def fit_workers(
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
     for old in before.values():
-        _end_workers(rows, old, saved)
+        _end_workers(rows, old, wanted, saved)
     return rows
 
 
@@ -89,7 +88,7 @@ def _locals(function: str, state: Any, params: Ways) -> list[_Local]:
 
 
 def _start_workers(
-    rows: Rows, local: _Local, old: _Local | None, wanted: dict, saved: Collection[Names]
+    rows: Rows, local: _Local, old: _Local | None, wanted: dict, saved: dict
 ) -> None:
     """Starts all workers from the center, or from the parameters of a run without any."""
     for names in wanted:
@@ -127,15 +126,23 @@ def _start_workers(
     )
 
 
-def _end_workers(rows: Rows, old: _Local, saved: Collection[Names]) -> None:
-    """Gives the center to a run without workers, and the first worker's slots."""
+def _end_workers(rows: Rows, old: _Local, wanted: dict, saved: dict) -> None:
+    """Gives the center to a run without workers, and the first worker's slots.
+
+    Not to who asks for the parameters alone, in the workers' shapes: they are those.
+    """
+    inner = (*old.way, "inner_state")
+    goes_on = any(_below(source, inner) for source in rows.sources.values())
+    if not goes_on and old.workers is None:
+        return
     ended = False
     for names, source in list(rows.sources.items()):
         center = old.center + source[len(old.params) :]
         if _below(source, old.params) and center in saved:
-            rows.sources[names] = center
-            ended = True
-        elif _below(source, (*old.way, "inner_state")):
+            if goes_on or len(shape_of(wanted[names])) < len(saved[source].shape):
+                rows.sources[names] = center
+                ended = True
+        elif _below(source, inner):
             rows.rows.add(names)
     if ended:
         rows.left.update(n for n in saved if _below(n, old.params) or _below(n, old.way))
