@@ -74,6 +74,7 @@ LAYERS = {
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._checksums": {"_names"},
     "checkpoint._files": {"_names", "_nodes", "_places", "checkpoint", "orbax"},
+    "checkpoint._finished": {"orbax"},
     "checkpoint._handlers": {
         "_places",
         "_swapping",

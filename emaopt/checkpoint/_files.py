@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import average_nodes, center_nodes, counter_of, swapped_nodes
 from emaopt._places import Names, Place, located_at
-from emaopt.checkpoint import _checksums
+from emaopt.checkpoint import _checksums, _finished
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # there, too, of what `combine` writes
@@ -112,6 +112,7 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
             else "Give the directory that was saved; of a CheckpointManager, a step's."
         )
         raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
+    _finished.refuse_unfinished(function, path)
     directories = _directories(path)
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()

@@ -16,7 +16,7 @@ from emaopt._nodes import (
 )
 from emaopt._places import located_at
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint import _files, _finished, _restoring, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -200,9 +200,12 @@ def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:
     for path in sorted(directory.iterdir(), key=lambda path: path.name):
         if not path.is_dir():
             continue
-        if ".orbax-checkpoint-tmp" in path.name:
+        step = step_of(path)
+        if (step is not None or _finished.UNFINISHED in path.name) and (
+            _finished.unfinished(path)
+        ):
             unfinished.append(path.name)
-        elif (step := step_of(path)) is not None:
+        elif step is not None:
             steps[step] = path
     return dict(sorted(steps.items())), unfinished
 
