@@ -63,6 +63,7 @@ LAYERS = {
     "_optimizer": {"_checks", "_gates", "_names", "_recursion", "_rows", "_slots"},
     "batch_stats": {"_averaging", "_decays"},
     "checkpoint.__init__": {
+        "_names",
         "_places",
         "_swapping",
         "checkpoint",
@@ -73,8 +74,16 @@ LAYERS = {
     },
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._checksums": {"_names"},
-    "checkpoint._files": {"_names", "_nodes", "_places", "checkpoint", "orbax"},
+    "checkpoint._files": {
+        "_names",
+        "_nodes",
+        "_places",
+        "checkpoint",
+        "checkpoint._locating",
+        "orbax",
+    },
     "checkpoint._finished": {"orbax"},
+    "checkpoint._locating": {"_places"},
     "checkpoint._handlers": {
         "_places",
         "_swapping",
@@ -85,12 +94,12 @@ LAYERS = {
     "checkpoint._matching": {"_nodes", "_places", "_recursion", "checkpoint._files"},
     "checkpoint._merging": {
         "_combining",
+        "_names",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._selecting",
     },
     "checkpoint._restoring": {
-        "_nodes",
         "_places",
         "_swapping",
         "checkpoint",
@@ -99,10 +108,16 @@ LAYERS = {
     },
     "checkpoint._selecting": {
         "_nodes",
-        "_places",
         "_profiles",
         "checkpoint",
         "checkpoint._files",
+    },
+    "checkpoint._standing": {
+        "_nodes",
+        "_places",
+        "checkpoint",
+        "checkpoint._files",
+        "checkpoint._locating",
     },
     "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
@@ -113,6 +128,7 @@ LAYERS = {
         "posthoc",
     },
     "checkpoint._trees": {
+        "_names",
         "_nodes",
         "_places",
         "_swapping",
