@@ -1,11 +1,20 @@
 """Names of the leaves of a tree, and masks by name."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+Names = tuple[str, ...]
+
+_VARIABLES = (  # of Flax: what is a dict with the one key "value" on disk
+    ("flax.nnx", "Variable"),
+    ("flax.nnx", "VariableState"),  # before Flax 0.12
+    ("flax.core.meta", "AxisMetadata"),
+)
 
 
 def by_name(*regexes: str) -> Callable[[Any], Any]:
@@ -38,7 +47,7 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
             raise ValueError(f"by_name: {regex!r} does not compile: {error}.") from None
 
     def mask(tree):
-        names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
+        names = ["/".join(keys) for keys, _ in named_leaves(tree)]
         for pattern in patterns:
             if names and not any(pattern.search(name) for name in names):
                 there = f"the leaves are {', '.join(names)}"
@@ -57,30 +66,84 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
     return mask
 
 
-def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[tuple[str, ...], Any]]:
+def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[Names, Any]]:
     """The leaves of a tree with the names that lead to them, whatever the containers.
 
     A dict key, an attribute and a position all become a string. What a Flax variable
-    holds is its only leaf, under the name "value"; that name is dropped, so that a
-    parameter has one name in memory, in every container and on disk.
+    holds is alone in it, under the name "value". That name is dropped, so that a
+    parameter has one name in memory, in every container and on disk, where a variable is
+    a dict: from whatever is alone in its container, and no two leaves get one name by
+    that. `named_leaves` has the names to be shown.
     """
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    names = [tuple(key_name(key) for key in path) for path, _ in flat]
-    siblings = Counter(name[:-1] for name in names)
-    parents = Counter(prefix for name in names for prefix in _prefixes(name))
+    leaves = path_leaves(tree, is_leaf)
+    if not any(_may_be_variable(name) for name, _ in leaves):
+        return leaves
+    members = _members(tree, is_leaf)
+
+    def is_lost(name, leaf):
+        is_node = is_leaf is not None and is_leaf(
+            leaf
+        )  # more names may follow on "value"
+        return _may_be_variable(name) and members[name[:-1]] == 1 and not is_node
+
+    return [(name[:-1] if is_lost(name, leaf) else name, leaf) for name, leaf in leaves]
+
+
+def named_leaves(tree: Any) -> list[tuple[Names, Any]]:
+    """The leaves under the names that their users know: "value" if they called one so."""
+    own = own_values(tree)
     return [
-        (name[:-1] if _is_variable(name, siblings, parents) else name, leaf)
-        for name, (_, leaf) in zip(names, flat, strict=True)
+        ((*names, "value") if names in own else names, leaf)
+        for names, leaf in leaves_with_keys(tree)
     ]
 
 
-def _prefixes(name: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [name[:i] for i in range(len(name))]
+def own_values(tree: Any) -> set[Names]:
+    """The leaves, by name, that lost a "value" which no variable of Flax's gave them."""
+    short = {names for names, _ in leaves_with_keys(tree)}
+    lost = short - {names for names, _ in path_leaves(tree)}
+    return lost and lost - _variables(tree)
 
 
-def _is_variable(name: tuple[str, ...], siblings: Counter, parents: Counter) -> bool:
-    alone = siblings[name[:-1]] == parents[name[:-1]] == 1
-    return len(name) > 1 and name[-1] == "value" and alone
+def _variables(tree: Any) -> set[Names]:
+    """The names of the nodes that hold one leaf under "value", by Flax's own types."""
+    kinds = [  # who has any has imported their module
+        vars(sys.modules[module]).get(kind)
+        for module, kind in _VARIABLES
+        if module in sys.modules
+    ]
+    types = tuple(kind for kind in kinds if kind is not None)
+    nodes = (
+        path_leaves(tree, is_leaf=lambda node: isinstance(node, types)) if types else ()
+    )
+    return {names for names, node in nodes if isinstance(node, types)}
+
+
+def _members(tree: Any, is_leaf: Any) -> Counter:
+    """How many children each container has, those without leaves too."""
+
+    def is_childless(node):
+        return jax.tree.structure(node).num_leaves == 0
+
+    def stop(node):
+        return is_childless(node) or (is_leaf is not None and is_leaf(node))
+
+    children = {
+        name[: i + 1]
+        for name, _ in path_leaves(tree, is_leaf=stop)
+        for i in range(len(name))
+    }
+    return Counter(child[:-1] for child in children)
+
+
+def path_leaves(tree: Any, is_leaf: Any = None) -> list[tuple[Names, Any]]:
+    """The leaves with all names that lead to them: also the one in a Flax variable."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [(tuple(map(key_name, path)), leaf) for path, leaf in flat]
+
+
+def _may_be_variable(name: Names) -> bool:
+    return len(name) > 1 and name[-1] == "value"
 
 
 def key_name(key: Any) -> str:

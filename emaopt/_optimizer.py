@@ -12,7 +12,7 @@ import optax
 from emaopt._checks import check_optimizer
 from emaopt._gates import GATE_OP, check_gate, gated
 from emaopt._masks import is_function
-from emaopt._names import leaves_with_keys
+from emaopt._names import named_leaves
 from emaopt._recursion import is_array, is_averaged
 from emaopt._rows import densified, is_sparse, row_step
 from emaopt._slots import marked
@@ -223,7 +223,7 @@ def minimize(
         has_aux=has_aux,
     )
     if not jax.tree.leaves(grads):
-        names = ["/".join(keys) for keys, _ in leaves_with_keys(params)]
+        names = ["/".join(keys) for keys, _ in named_leaves(params)]
         names = [names[i] for i in _chosen(params, var_list)]
         raise ValueError(
             "minimize: No gradients provided for any variable: the loss depends on none "
@@ -265,7 +265,7 @@ def _taken(optimizer: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
 
 def _chosen(params: Any, var_list: Any) -> list[int]:
     """The positions of the leaves that `var_list` chooses."""
-    leaves = leaves_with_keys(params)
+    leaves = named_leaves(params)
     names = ["/".join(keys) for keys, _ in leaves]
     if var_list is None:
         return list(range(len(leaves)))
@@ -354,7 +354,7 @@ def _checked_gradients(
     grads: Any, params: Any, leaves: list[Any], treedef: Any
 ) -> list[Any]:
     """The gradients in the parameters' order, as arrays."""
-    names = ["/".join(keys) for keys, _ in leaves_with_keys(params)]
+    names = ["/".join(keys) for keys, _ in named_leaves(params)]
     if not leaves:
         raise ValueError("apply_gradients: No variables provided.")
     try:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from emaopt._checks import check_optimizer
 from emaopt._conditional import varying
 from emaopt._masks import is_function
-from emaopt._names import leaves_with_keys
+from emaopt._names import named_leaves
 
 LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
@@ -163,7 +163,7 @@ def places(
             f"{LIKE_PARAMS!r} for what is not to be split: {error}"
         ) from None
     entries = jax.tree.leaves(entries, is_leaf=_is_entry)
-    names = ["/".join(keys) for keys, _ in leaves_with_keys(tree)]
+    names = ["/".join(keys) for keys, _ in named_leaves(tree)]
     return [
         _place(function, entry, leaf, name)._replace(on_host=on_host)
         for entry, leaf, name in zip(entries, leaves, names, strict=True)

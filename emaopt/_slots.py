@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from emaopt._names import key_name, leaves_with_keys
+from emaopt._names import key_name, leaves_with_keys, named_leaves
 from emaopt._nodes import center_nodes, fits
 
 
@@ -97,7 +97,7 @@ def variables(opt_state: Any) -> dict[str, Any]:
       >>> list(variables(optax.adam(1e-3).init({"w": jnp.zeros(2)})))
       ['0/count', '0/mu/w', '0/nu/w']
     """
-    named = [("/".join(keys), leaf) for keys, leaf in leaves_with_keys(opt_state)]
+    named = [("/".join(keys), leaf) for keys, leaf in named_leaves(opt_state)]
     counts = Counter(name for name, _ in named)
     if twice := sorted(name for name in counts if counts[name] > 1):
         raise ValueError(

@@ -12,7 +12,10 @@ from rich.console import Console
 _WORDS = {  # of the library -> of the command line
     "pass force=True to replace it": "--force replaces it",
     "Say with weights= which": "Say with --weights which",
-    "Say with at= where": "Say with --at where",
+    "Say with at=": "Say with --at",
+    "Say with name= which.": "Say with --weights which.",
+    "say with at= if": "say with --at if",
+    ", as at=": ", as --at ",
     "Say with name= (of handler_registry, if a CheckpointManager saves) which one goes "
     "under the parameters' names.": "Say with --weights NAME which one.",
     "recorded={name: decay}, on the command line ": "",

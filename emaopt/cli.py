@@ -56,8 +56,16 @@ Which = Annotated[
 At = Annotated[
     str | None,
     typer.Option(
-        help="Where the parameters stand, as in *model/params*. Else found: by the "
-        "average of them, or *params*, or all of a checkpoint without optimizer state.",
+        help="Where the parameters stand, as in *model/params*, or a part of them. Else "
+        "found: by the average of them, or *params*, or all of a checkpoint without "
+        "optimizer state.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Cast floating arrays, as in *bfloat16*. Else as saved.",
         show_default=False,
     ),
 ]
@@ -121,7 +129,7 @@ def demo(
 
 
 @app.command()
-def inspect(path: Checkpoint) -> None:
+def inspect(path: Checkpoint, at: At = None) -> None:
     """Show what a checkpoint holds, without reading its arrays.
 
     Names, dtypes, shapes and sizes; which weights a reader finds under the parameters'
@@ -131,7 +139,7 @@ def inspect(path: Checkpoint) -> None:
     with failing("inspect"):
         from emaopt import _printing, checkpoint
 
-        show(_printing.description(checkpoint.describe(path)))
+        show(_printing.description(checkpoint.describe(path, at=at)))
 
 
 @app.command()
@@ -163,6 +171,7 @@ def average(
     ] = None,
     weights: Which = None,
     at: At = None,
+    dtype: Dtype = None,
     force: Force = False,
 ) -> None:
     """Average checkpoints, instead of letting the learning rate decay.
@@ -188,6 +197,7 @@ def average(
             steps=numbers,
             weights=weights,
             at=at,
+            dtype=dtype,
             force=force,
             progress=progress,
             report=warn,
@@ -235,6 +245,8 @@ def synthesize(
     ] = None,
     every: Annotated[int, typer.Option(help="`every` of the recorded averages.")] = 1,
     start: Annotated[int, typer.Option(help="`start` of the recorded averages.")] = 0,
+    at: At = None,
+    dtype: Dtype = None,
     force: Force = False,
 ) -> None:
     """Make an average after training that was not recorded during it.
@@ -273,6 +285,8 @@ def synthesize(
             recorded={name: decay for name, _, decay in pairs},
             every=every,
             start=start,
+            at=at,
+            dtype=dtype,
             force=force,
             progress=progress,
             report=warn,
@@ -288,15 +302,16 @@ def export(
     safetensors: Annotated[
         pathlib.Path, typer.Option(help="The file to make.", show_default=False)
     ],
-    weights: Which = None,
-    at: At = None,
-    dtype: Annotated[
-        str | None,
+    weights: Annotated[
+        str,
         typer.Option(
-            help="Cast floating arrays, as in *bfloat16*. Else as saved.",
-            show_default=False,
+            help="Which weights: *served* for the average, wherever it stands, of a "
+            "checkpoint that holds any, else the parameters; *raw*, *average*, or the "
+            "name of an average."
         ),
-    ] = None,
+    ] = "served",
+    at: At = None,
+    dtype: Dtype = None,
     separator: Annotated[
         str, typer.Option(help="What joins the names of nested parameters.")
     ] = "/",
@@ -304,8 +319,8 @@ def export(
 ) -> None:
     """Export the parameters of a checkpoint to a safetensors file.
 
-    What stands under their names: of a checkpoint of emaopt's, the averages; of another,
-    the raw parameters. It goes array by array.
+    The averages, of a checkpoint that holds any, by emaopt or by plain Orbax; of another,
+    the parameters. It goes array by array, and says which it exported.
 
         emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
     """

@@ -538,7 +538,7 @@ def test_manager_directory_and_unfinished_step_say_what_to_give(tmp_path):
     ):
         checkpoint.load_averaged(tmp_path)
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
-    with pytest.raises(ValueError, match="The save was not finished"):
+    with pytest.raises(ValueError, match="is an unfinished save"):
         checkpoint.load_averaged(tmp_path / "9.orbax-checkpoint-tmp")
 
 

@@ -89,6 +89,7 @@ LAYERS = {
     "batch_stats": {"_averaging", "_decays", "_names"},
     "checkpoint.__init__": {
         "_masks",
+        "_names",
         "_places",
         "_swapping",
         "checkpoint",
@@ -99,7 +100,16 @@ LAYERS = {
     },
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._checksums": {"_names"},
-    "checkpoint._files": {"_names", "_nodes", "_places", "checkpoint", "orbax"},
+    "checkpoint._files": {
+        "_names",
+        "_nodes",
+        "_places",
+        "checkpoint",
+        "checkpoint._locating",
+        "orbax",
+    },
+    "checkpoint._finished": {"orbax"},
+    "checkpoint._locating": {"_places"},
     "checkpoint._handlers": {
         "_places",
         "_swapping",
@@ -120,12 +130,12 @@ LAYERS = {
     },
     "checkpoint._merging": {
         "_combining",
+        "_names",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._selecting",
     },
     "checkpoint._restoring": {
-        "_nodes",
         "_places",
         "_swapping",
         "checkpoint",
@@ -135,10 +145,16 @@ LAYERS = {
     },
     "checkpoint._selecting": {
         "_nodes",
-        "_places",
         "_profiles",
         "checkpoint",
         "checkpoint._files",
+    },
+    "checkpoint._standing": {
+        "_nodes",
+        "_places",
+        "checkpoint",
+        "checkpoint._files",
+        "checkpoint._locating",
     },
     "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
@@ -149,6 +165,7 @@ LAYERS = {
         "posthoc",
     },
     "checkpoint._trees": {
+        "_names",
         "_nodes",
         "_places",
         "_swapping",

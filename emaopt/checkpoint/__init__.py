@@ -13,6 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from emaopt._masks import is_function
+from emaopt._names import named_leaves
 from emaopt._places import Choice, Ways
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees
@@ -187,6 +188,8 @@ def load_averaged(
     sharding: Any = None,
     dtype: Any = None,
     name: str | None = None,
+    at: str | None = None,
+    ignore_extra: bool = False,
 ) -> Any:
     """Loads the averaged parameters for inference; reads nothing else of the checkpoint.
 
@@ -200,16 +203,18 @@ def load_averaged(
         device. Where the checkpoint was written does not matter.
       dtype: Floating dtype to cast floating arrays to. None: the target's, else as saved
         (the accumulator's, float32 for bfloat16 parameters).
-
       name: Which average, if there are several. None: the one under the names.
+      at: Where the parameters stand, as keys joined with "/", if nothing tells it; or
+        which of several, or which part of them is wanted: "params/backbone".
+      ignore_extra: Let the target have a part of the parameters only; no others are read.
 
     Returns:
       The parameters: averages, and the raw values of those that were not averaged.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
-      ValueError: If the checkpoint holds no average, or several, or the target has other
-        names or shapes, or the files are damaged.
+      ValueError: If the checkpoint holds no average, or several, or nothing at `at`, or
+        the target has other names or shapes, or the files are damaged.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -220,22 +225,22 @@ def load_averaged(
       >>> load_averaged(path, dtype=jnp.bfloat16)["w"].dtype
       dtype(bfloat16)
     """
-    files = _files.open_files("load_averaged", path)
-    return _restoring.averages(files, target, sharding, dtype, name)
+    files = _files.open_files("load_averaged", path, at=at, option="at")
+    return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
 def export_safetensors(
     path: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    weights: str | None = "average",
+    weights: str | None = "served",
     at: str | None = None,
     dtype: Any = None,
     separator: str = "/",
     force: bool = False,
     progress: _merging.Progress = lambda done, total: None,
 ) -> str:
-    """Exports the averaged parameters of a checkpoint to a safetensors file.
+    """Exports the parameters to serve of a checkpoint to a safetensors file.
 
     Leaf by leaf, as `combine`. The file is written beside its place and renamed, so `out`
     never holds half of it.
@@ -243,7 +248,9 @@ def export_safetensors(
     Args:
       path: A checkpoint, as for `load_averaged`.
       out: The file to make.
-      weights: Which, as for `combine`; by default the average.
+      weights: "served": the average, wherever it stands, of a checkpoint that holds any,
+        else the parameters; several are an error. Others as for `combine`: None is what
+        stands under the parameters' names.
       at: Where the parameters stand, as for `combine`.
       dtype: Floating dtype to cast floating arrays to. None: as saved.
       separator: What joins the names of nested parameters.
@@ -320,8 +327,10 @@ def average_names(
     if averaged.keys() != _files.names_of(params).keys():
         raise ValueError("average_names: mask must be a tree of booleans like params.")
     prefix = f"{scope}/" if scope else ""
-    own = {"/".join(names): has_one for names, has_one in averaged.items()}
-    return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in own.items()}
+    flags = [averaged[names] for names in _files.names_of(params)]
+    named = ["/".join(names) for names, _ in named_leaves(params)]
+    pairs = zip(named, flags, strict=True)
+    return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in pairs}
 
 
 def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Description(NamedTuple):
     """What `describe` finds."""
 
     path: str
-    parameters: str  # the names that lead to them, joined with "/"
+    parameters: str  # the names that lead to them, joined with "/"; of several with ", "
     served: str  # which weights stand there, in words
     leaves: list[Leaf]
     averages: list[AverageDescription]
@@ -38,13 +38,15 @@ class Description(NamedTuple):
     nbytes_on_disk: int
 
 
-def describe(path: str | os.PathLike) -> Description:
+def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     """Describes a checkpoint: its arrays, its averages, and what is served.
 
     Reads metadata and step counters.
 
     Args:
       path: A checkpoint, as for `load_averaged`, or any of Orbax's.
+      at: Where the parameters stand, as for `combine`; of several averages' parameters,
+        without it, all.
 
     Returns:
       A `Description`. The summary of an average is that of its decay without `every` and
@@ -52,7 +54,7 @@ def describe(path: str | os.PathLike) -> Description:
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
-      ValueError: If it is not complete or damaged.
+      ValueError: If it is not complete or damaged, or has nothing at `at`.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile
@@ -63,13 +65,14 @@ def describe(path: str | os.PathLike) -> Description:
       >>> print(describe(path).served)
       the averages of opt_state/averaging
     """
-    weights = _selecting.select("describe", path, None)
-    files = weights.files
+    files = _files.open_files("describe", path, at=at, option="at")
+    ways, served = _selecting.what_stands("describe", files, at)
     leaves = []
     for names, leaf in _files.all_leaves(files).items():
         kind = str(getattr(leaf, "dtype", "text"))
         shape, size = _files.shape(leaf), _files.nbytes(leaf)
-        leaves.append(Leaf("/".join(names), kind, shape, size))
+        name = "/".join(_files.shown(files, names))
+        leaves.append(Leaf(name, kind, shape, size))
     averages = []
     for one in _selecting.averages_in(files):
         updates = _synthesis.updates("describe", files, one)
@@ -81,8 +84,8 @@ def describe(path: str | os.PathLike) -> Description:
         averages.append(AverageDescription(name, updates, one.served, summary))
     return Description(
         str(files.path),
-        "/".join(weights.prefix),
-        weights.said,
+        ", ".join(map("/".join, ways)),
+        served,
         leaves,
         averages,
         files.custom.get(_files.RECORD, {}),

@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from emaopt._names import leaves_with_keys
+from emaopt._names import leaves_with_keys, own_values
 from emaopt._nodes import average_nodes, center_nodes, counter_of, swapped_nodes
-from emaopt._places import Names, Place, located_at
-from emaopt.checkpoint import _checksums
+from emaopt._places import Names, Place
+from emaopt.checkpoint import _checksums, _finished
+from emaopt.checkpoint._locating import located_in, ways
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # there, too, of what `combine` writes
@@ -57,10 +58,11 @@ class Files(NamedTuple):
     marker: Marker | None
     custom: dict[str, Any]  # custom_metadata of other keys
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
+    values: frozenset[Names]  # leaves whose users call them "value", on record
 
 
-def write_marker(places: Sequence[Place], empty: list) -> dict[str, Any]:
-    """The marker as custom_metadata."""
+def write_marker(places: Sequence[Place], empty: list, values: Any) -> dict[str, Any]:
+    """The marker as custom_metadata; `values` as `_trees.values` makes it."""
     first, *more = (
         {
             "params": list(place.params),
@@ -69,7 +71,7 @@ def write_marker(places: Sequence[Place], empty: list) -> dict[str, Any]:
         }
         for place in places
     )
-    record = {"version": 2 if more else 1, **first, "empty": empty}
+    record = {"version": 2 if more else 1, **first, "empty": empty, **values}
     return {KEY: record | {"more": more} if more else record}
 
 
@@ -102,8 +104,17 @@ def replace(path: Any) -> None:
         multihost_utils.sync_global_devices(f"emaopt: replaced {path}")
 
 
-def open_files(function: str, given: str | os.PathLike) -> Files:
-    """Reads the metadata of a checkpoint, or says what stands there instead."""
+def open_files(
+    function: str,
+    given: str | os.PathLike,
+    *,
+    at: str | None = None,
+    option: str = "params",
+) -> Files:
+    """Reads the metadata of a checkpoint, or says what stands there instead.
+
+    If its record is lost, `at` says where the parameters stand, by the caller's `option`.
+    """
     path = absolute(given)
     if not path.exists():
         what = (
@@ -112,6 +123,7 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
             else "Give the directory that was saved; of a CheckpointManager, a step's."
         )
         raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
+    _finished.refuse_unfinished(function, path)
     directories = _directories(path)
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
@@ -125,6 +137,7 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     handler = ocp.PyTreeCheckpointHandler()
     items, saved, custom = {}, {}, _step_metadata(function, path)
+    lost: set[Names] = set()
     checksums = _recorded((), custom)
     for prefix, directory in directories.items():
         try:
@@ -138,12 +151,16 @@ def open_files(function: str, given: str | os.PathLike) -> Files:
         custom = (metadata.custom_metadata or {}) | custom
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
-    marker = _read_marker(function, path, custom.pop(KEY, None))
-    files = Files(path, items, saved, marker, custom, checksums)
+        lost |= {prefix + names for names in own_values(metadata.tree)}
+    record = custom.pop(KEY, None)
+    marker = _read_marker(function, path, record)
+    own = (record or custom.get(RECORD) or {}).get("values", ())
+    values = frozenset(lost if own is True else lost & set(map(tuple, own)))
+    files = Files(path, items, saved, marker, custom, checksums, values)
     if files.marker is None:
-        return files._replace(marker=_lost_marker(function, files))
+        return files._replace(marker=_lost_marker(function, files, at, option))
     if () in items and _is_item(path, files.marker):
-        return open_files(function, path.parent)
+        return open_files(function, path.parent, at=at, option=option)
     _check_marker(function, files)
     return files
 
@@ -196,10 +213,15 @@ def whole_tree(files: Files) -> Any:
     return tree
 
 
-def _lost_marker(function: str, files: Files) -> Marker | None:
+def _lost_marker(
+    function: str, files: Files, at: str | None, option: str
+) -> Marker | None:
     """The marker again, if it is lost: a swapped state says itself what it is."""
     tree = whole_tree(files)
-    places = [located_at(function, tree, names) for names in swapped_nodes(tree)]
+    places = [
+        located_in(function, tree, names, at=ways(at), option=option)
+        for names in swapped_nodes(tree)
+    ]
     served = tuple(Served(p.params, p.average, p.field) for p in places)
     return Marker(served, {}) if served else None
 
@@ -376,6 +398,12 @@ def nbytes(leaf: Any) -> int:
     if not hasattr(leaf, "dtype"):
         return 0
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def shown(files: Files, names: Names, place: Names | None = None) -> Names:
+    """A leaf's name as its users know it; `place`: where it stands, if elsewhere."""
+    known = place if place is not None else names
+    return (*names, "value") if known in files.values else names
 
 
 def listed(paths: Any) -> str:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from emaopt._places import Choice, Ways
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _checksums, _files, _restoring, _trees
+from emaopt.checkpoint import _checksums, _files, _finished, _restoring, _trees
 from emaopt.checkpoint._files import Names
 
 
@@ -144,21 +144,22 @@ class _Swapping:
         """
         args = args or ocp.args.StandardSave(item, save_args)
         step = self._steps.setdefault(str(directory.parent), {})
-        key = directory.name.partition(".orbax-checkpoint-tmp")[0]
+        key = directory.name.partition(_finished.UNFINISHED)[0]
         step[key] = args
         return self._save_item(directory, key, step)
 
     async def _save_item(self, directory: Any, key: str, step: dict[str, Any]) -> Any:
         self._steps.pop(str(directory.parent), None)
+        in_place = _finished.UNFINISHED not in directory.parent.name
         try:
-            args = self._swapped(key, step)
+            args = self._swapped(key, step, in_place)
             return await self.saves[type(args)](directory, args=args)
         except Exception as error:
             # Raised here, it would leave a thread of Orbax waiting for minutes, and the
             # process could not end.
             return [_Failed(error)]
 
-    def _swapped(self, key: str, step: dict[str, Any]) -> Any:
+    def _swapped(self, key: str, step: dict[str, Any], in_place: bool) -> Any:
         """What to save of an item: averages under the names, with the marker."""
         args = step[key]
         state, prefix = _as_one({k: _trees.plain(args.item) for k, args in step.items()})
@@ -168,6 +169,8 @@ class _Swapping:
         if not places:
             return args  # no average: as it is
         marker = _trees.marker(state, places)
+        if in_place:
+            marker[_files.KEY][_finished.IN_PLACE] = True
         if self._metrics_of is not None:
             marker[_files.KEY]["metrics_of"] = self._metrics_of
         item = _trees.without_empty(state[key] if prefix else state)

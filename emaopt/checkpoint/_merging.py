@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._combining import add, weighted_sum
-from emaopt.checkpoint import _files, _selecting, _streaming
+from emaopt._names import own_values
+from emaopt.checkpoint import _files, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -45,6 +46,7 @@ def combined(
     coefficients: np.ndarray,
     out: str | os.PathLike,
     *,
+    dtype: Any,
     force: bool,
     record: dict[str, Any],
     progress: Progress,
@@ -54,6 +56,7 @@ def combined(
 
     The last one is the newest: what is not averaged is taken from it.
     """
+    cast = _cast(function, dtype)
     _selecting.check_alike(function, weights)
     newest = weights[-1]
     _selecting.refuse_optimizer_state(function, newest)
@@ -82,16 +85,19 @@ def combined(
         weighted_sum(leaf.shape, leaf.dtype) is not None and name not in newest.kept
         for name, leaf in zip(names, leaves, strict=True)
     ]
-    arrays = _sums(function, names, opened, summed, coefficients, progress, report)
+    arrays = _sums(function, names, opened, summed, coefficients, cast, progress, report)
     pending = {
-        n: _streaming.Pending(n, leaf.shape, leaf.dtype)
+        n: _streaming.Pending(n, leaf.shape, cast(leaf.dtype))
         for n, leaf in zip(names, leaves, strict=True)
     }
     nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}
     written = _files.replacement(place) if place.exists() else place
+    tree = _selecting.containers(newest, pending | nothing)
+    known = newest.files.values
+    own = [newest.prefix + n for n, there in newest.places.items() if there in known]
     _streaming.write(
         written,
-        _selecting.containers(newest, pending | nothing),
+        tree,
         arrays,
         {
             _files.RECORD: {
@@ -100,6 +106,7 @@ def combined(
                 "weights": newest.said,
                 "checkpoints": [str(one.files.path) for one in weights],
                 "coefficients": [float(c) for c in coefficients],
+                **_trees.values(own, own_values(tree)),
                 **record,
             }
         },
@@ -114,6 +121,7 @@ def _sums(
     opened: dict[int, list[_streaming.Stored]],
     summed: Sequence[bool],
     coefficients: np.ndarray,
+    cast: Callable[[np.dtype], np.dtype],
     progress: Progress,
     report: Callable[[str], Any],
 ) -> Iterator[dict[Names, np.ndarray]]:
@@ -146,10 +154,23 @@ def _sums(
         for k in batch:
             if (wide := sums.pop(k)) is not None and summed[k]:
                 with np.errstate(over="ignore"):
-                    values[k] = wide.astype(leaves[k].dtype).reshape(leaves[k].shape)
+                    values[k] = wide.astype(cast(leaves[k].dtype))
+                values[k] = values[k].reshape(leaves[k].shape)
                 if not np.isfinite(values[k]).all():
-                    report(f"{'/'.join(names[k])} holds values that are not finite")
-        yield {names[k]: values[k] for k in batch}
+                    shown = _files.shown(leaves[k].files, names[k], leaves[k].names)
+                    report(f"{'/'.join(shown)} holds values that are not finite")
+        yield {
+            names[k]: values[k].astype(cast(leaves[k].dtype), copy=False) for k in batch
+        }
+
+
+def _cast(function: str, dtype: Any) -> Callable[[np.dtype], np.dtype]:
+    """What a leaf of a dtype is written as: floating ones in `dtype`, if there is one."""
+    if dtype is None:
+        return lambda kind: kind
+    if not jnp.issubdtype(wanted := jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"{function}: dtype must be floating, got {wanted!r}.")
+    return lambda kind: wanted if jnp.issubdtype(kind, jnp.floating) else kind
 
 
 def exported(
@@ -171,8 +192,7 @@ def exported(
     out = os.path.abspath(os.fspath(out))
     if os.path.exists(out) and not force:
         raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
-    if dtype is not None and not jnp.issubdtype(dtype := jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"{function}: dtype must be floating, got {dtype!r}.")
+    cast = _cast(function, dtype)
     empty = weights.files.marker.empty if weights.files.marker else {}
     full = [n for n, there in weights.places.items() if there not in empty]
     leaves = _streaming.stored(function, weights.files, [weights.places[n] for n in full])
@@ -183,13 +203,12 @@ def exported(
 
     header, end = {}, 0
     for names, (shape, kind) in kinds.items():
-        if dtype is not None and jnp.issubdtype(kind, jnp.floating):
-            kind = dtype
+        kind = cast(kind)
         if kind not in _SAFETENSORS:
             raise ValueError(
                 f"{function}: safetensors has no {kind}; {'/'.join(names)} is."
             )
-        name = separator.join(names)
+        name = separator.join(_files.shown(weights.files, names, weights.places[names]))
         if name in header:
             raise ValueError(
                 f"{function}: two parameters are called {name!r} with the separator "
@@ -215,9 +234,7 @@ def exported(
             file.write(len(text).to_bytes(8, "little") + text)
             for batch, values in zip(batches, arrays, strict=True):
                 for k, array in zip(batch, values, strict=True):
-                    kind = array.dtype
-                    if dtype is not None and jnp.issubdtype(kind, jnp.floating):
-                        array = array.astype(dtype)
+                    array = array.astype(cast(array.dtype), copy=False)
                     np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
                     done += leaves[k].nbytes
                 progress(done, sum(leaf.nbytes for leaf in leaves))

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._nodes import refuse_unknown_name, served_nodes
-from emaopt._places import Ways, located, placed
+from emaopt._places import Ways, placed
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _files, _trees
+from emaopt.checkpoint import _files, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._matching import Rename, check_fit, match
 from emaopt.checkpoint._worker_rows import refit
@@ -105,14 +104,21 @@ def with_other_items(files: _files.Files, item: str = "", target: Any = None) ->
 
 
 def averages(
-    files: _files.Files, target: Any, sharding: Any, dtype: Any, name: str | None
+    files: _files.Files,
+    target: Any,
+    sharding: Any,
+    dtype: Any,
+    name: str | None,
+    at: str | None,
+    ignore_extra: bool,
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    params, _, averaged, there = averages_on_disk("load_averaged", files, name)
+    prefix, averaged, there = _standing.averages_at("load_averaged", files, name, at)
     present = _files.all_leaves(files)
     if target is not None:
         # A model's other variables, which no average is of, may be left out.
-        names = names_of(target).keys() | averaged
+        needed = set() if ignore_extra else averaged
+        names = _below_a_key(target).keys() | needed
         there = {n: place for n, place in there.items() if n in names}
     saved = {n: present[place] for n, place in there.items()}
     wanted = _wanted(files.path, saved, target, sharding, dtype)
@@ -126,91 +132,25 @@ def averages(
         for n, x in wanted.items()
     }
     if target is not None:
-        return _trees.fill(target, values)
-    return fill_as_on_disk(files, params, values)
+        leaves = [values[n] for n in _below_a_key(target)]
+        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return fill_as_on_disk(files, prefix, values)
 
 
-def averages_on_disk(
-    function: str, files: _files.Files, name: str | None
-) -> tuple[Names, str, set[Names], dict[Names, Names]]:
-    """The averages: what they are of, and where each stands.
-
-    Returns the names that lead to the parameters, those of the averages' states in words,
-    the names below of what is averaged, and where on disk each parameter's is.
-    """
-    present = _files.all_leaves(files)
-    served = _asked_for(function, files, name)
-    if served:
-        params = served[0].params
-        if not params and not any(
-            n[: len(s.inside)] == s.inside for s in served for n in present
-        ):
-            raise ValueError(
-                f"{function}: {files.path} holds an average of no parameters."
-            )
-        there = {n[len(params) :]: n for n in present if n[: len(params)] == params}
-        averaged = {n for n in there for one in served if one.inside + n in present}
-        if name is not None:  # the other names may hold other averages
-            logical = _files.logical_names(files)
-            raw = {n: logical[params + n] for n in there if params + n in logical}
-            there = {
-                n: there[n] if n in averaged else raw.get(n, there[n]) for n in there
-            }
-        said = ", ".join("/".join(one.average) or "the state" for one in served)
-        return params, said, averaged, there
-    if name is None and _files.RECORD in files.custom:
-        params = tuple(files.custom[_files.RECORD]["params"])
-        there = {n[len(params) :]: n for n in present}
-        return params, _files.RECORD, set(there), there
-    tree = _files.whole_tree(files)
-    if not served_nodes(tree, name):
-        refuse_unknown_name(function, tree, name)
-        raise ValueError(
-            f"{function}: {files.path} holds no average: its parameters are raw. Load "
-            "them with orbax.checkpoint.StandardCheckpointer."
-        )
-    # Not the one that stands under the names, if one does: look for it as if none did.
-    tree = _trees.raw_by(jax.tree.map(_trees.as_array, tree), files.marker)
-    (where,) = located(function, tree, name, None, together=False)
-    inside, there, averaged = (*where.average, where.field), {}, set()
-    for logical, place in _files.logical_names(files).items():
-        if logical[: len(where.params)] == where.params:
-            rest = logical[len(where.params) :]
-            there[rest] = place
-            if inside + rest in present:
-                there[rest] = inside + rest
-                averaged.add(rest)
-    return where.params, "/".join(where.average) or "the state", averaged, there
-
-
-def _asked_for(
-    function: str, files: _files.Files, name: str | None
-) -> list[_files.Served]:
-    """The averages of that name that stand under the parameters' names."""
-    served = list(files.marker.served) if files.marker else []
-    if name is not None:
-        nodes = served_nodes(_files.whole_tree(files), name)
-        served = [one for one in served if one.average in nodes]
-    if len({one.params for one in served}) > 1:
-        there = ", ".join(
-            f"{'/'.join(s.average)} of {'/'.join(s.params)}" for s in served
-        )
-        raise ValueError(
-            f"{function}: {files.path} serves several averages: {there}. Say with name= "
-            "which."
-        )
-    return served
+def _below_a_key(tree: Any) -> dict[Names, Any]:
+    """The leaves by the names that they have below a prefix: as in a checkpoint."""
+    return {names[1:]: leaf for names, leaf in names_of({"": tree}).items()}
 
 
 def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
     if dtype is not None and not jnp.issubdtype(np.dtype(dtype), jnp.floating):
         raise ValueError(f"load_averaged: dtype must be floating, got {dtype!r}.")
-    like = {} if target is None else names_of(target)
+    like = {} if target is None else _below_a_key(target)
     if target is not None:
         check_fit("load_averaged", path, like, saved)
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
-        shardings = names_of(sharding)
+        shardings = _below_a_key(sharding)
         if odd := sorted(saved.keys() ^ shardings.keys()):
             raise ValueError(
                 "load_averaged: sharding must be a jax.sharding.Sharding or a tree of "
@@ -221,6 +161,8 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
     default = _trees.default_sharding()
 
     def want(names, leaf):
+        if not hasattr(leaf, "dtype"):
+            return _trees.as_array(leaf)  # text
         here = like.get(names)
         kind = getattr(here, "dtype", leaf.dtype)
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
@@ -255,9 +197,10 @@ def _key(tree: Any, name: str) -> Any:
 
 
 def _put(tree: Any, names: Names, value: Any) -> None:
-    for name in names[:-1]:
-        tree = child(tree, name)
-    key = _key(tree, names[-1])
-    if isinstance(tree[key], dict) and set(tree[key]) == {"value"}:  # a Flax variable
-        tree, key = tree[key], "value"
-    tree[key] = value
+    node, key = {"": tree}, ""
+    for name in names:
+        node = node[key]
+        key = _key(node, name)
+    if isinstance(node[key], dict) and set(node[key]) == {"value"}:
+        node, key = node[key], "value"  # whose name is dropped
+    node[key] = value

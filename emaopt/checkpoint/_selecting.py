@@ -7,16 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emaopt._nodes import (
-    as_state,
-    average_nodes,
-    counter_of,
-    is_swapped,
-    served_nodes,
-)
-from emaopt._places import located_at
+from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _files, _restoring, _trees
+from emaopt.checkpoint import _files, _finished, _restoring, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -28,6 +21,7 @@ class Weights(NamedTuple):
     places: dict[Names, Names]  # name below the prefix -> name on disk
     kept: frozenset[Names]  # of these, what is no average where one is asked for
     said: str  # which they are, in words
+    averages: tuple[str, ...]  # the averages among them
 
 
 def select(
@@ -37,42 +31,53 @@ def select(
 
     Args:
       which: None: what stands under the parameters' names. "raw": the raw parameters.
-        "average": the only average. Else the average of that name.
-      at: The way to the parameters, if they stand elsewhere: "model/params".
+        "average": the only average. "served": that, if there is any, else None. Else the
+        average of that name.
+      at: The way to the parameters, or to some of them: "model/params".
     """
-    files = _files.open_files(function, path)
+    files = _files.open_files(function, path, at=at, option="at")
     present = _files.all_leaves(files)
-    logical = _files.logical_names(files)
+    if which == "served":
+        tree = _files.whole_tree(files)
+        holds = files.marker or _files.RECORD in files.custom or served_nodes(tree)
+        which = "average" if holds else None
     if which not in (None, "raw"):
         name = None if which == "average" else which
-        prefix, of, averaged, places = _restoring.averages_on_disk(function, files, name)
+        prefix, averaged, places = _standing.averages_at(function, files, name, at)
         kept = frozenset(places.keys() - averaged)
-        return Weights(files, prefix, places, kept, f"the averages of {of}")
-    prefix = tuple(at.split("/")) if at else _parameters(function, files)
-    names = [n[len(prefix) :] for n in logical if n[: len(prefix)] == prefix]
+        found = weights_at(files, prefix, places, kept)
+        if at:
+            refuse_optimizer_state(function, found._replace(prefix=()))
+        return found
     if not present:
         raise ValueError(f"{function}: {files.path} holds no arrays.")
-    if not names:
-        tops = sorted({n[0] for n in present if n})
-        raise ValueError(
-            f"{function}: {files.path} has nothing at {'/'.join(prefix)!r}; at the top "
-            f"stand {', '.join(tops)}."
-        )
-    if which == "raw":
-        places = {n: logical[prefix + n] for n in names}
-        return Weights(files, prefix, places, frozenset(), "the raw parameters")
-    places = {n: prefix + n for n in names}
-    said = f"the arrays at {'/'.join(prefix)}" if prefix else "all arrays"
-    served = files.marker.served if files.marker else ()
-    if found := [one for one in served if one.params == prefix]:
-        what = "center" if found[0].field == "center" else "averages"
-        of = ", ".join("/".join(one.average) or "the state" for one in found)
-        said = f"the {what} of {of}"
-    elif _files.RECORD in files.custom:
-        said = f"a combination of {files.custom[_files.RECORD]['weights']}"
-    elif served_nodes(_files.whole_tree(files)):
-        said = "the raw parameters"
-    return Weights(files, prefix, places, frozenset(), said)
+    way = _standing.way_to(function, files, at)
+    prefix = way or _parameters(function, files)
+    as_raw = which == "raw" and not (
+        way and _standing.refuse_averages(function, files, str(at), way)
+    )
+    logical = _files.logical_names(files) if as_raw else {n: n for n in present}
+    places = {
+        n[len(prefix) :]: place
+        for n, place in logical.items()
+        if n[: len(prefix)] == prefix
+    }
+    if not places:
+        _standing.way_to(function, files, "/".join(prefix))  # raises
+    return weights_at(files, prefix, places, raw=which == "raw")
+
+
+def weights_at(
+    files: _files.Files,
+    prefix: Names,
+    places: dict[Names, Names],
+    kept: frozenset[Names] = frozenset(),
+    *,
+    raw: bool = False,
+) -> Weights:
+    """Weights at these places, labelled as what stands there."""
+    said, averages = _standing.said_of(files, prefix, places.values(), raw=raw)
+    return Weights(files, prefix, places, kept, said, averages)
 
 
 def select_alike(
@@ -81,7 +86,7 @@ def select_alike(
     """The weights in checkpoints; raises if not the same averages are served in all."""
     found = [select(function, path, which, at) for path in paths]
     for one in found:
-        if which is None and _served(one) != _served(found[0]):
+        if which is None and one.averages != found[0].averages:
             raise ValueError(
                 f"{function}: {found[0].files.path} and {one.files.path} differ: under "
                 f"the parameters' names stand {found[0].said} in the one and {one.said} "
@@ -91,28 +96,35 @@ def select_alike(
     return found
 
 
-def _served(weights: Weights) -> str | None:
-    """Which averages stand under the parameters' names."""
-    marker = weights.files.marker
-    ways = [one.params for one in marker.served] if marker else []
-    return weights.said if weights.prefix in ways else None
+def what_stands(
+    function: str, files: _files.Files, at: str | None
+) -> tuple[list[Names], str]:
+    """The ways to the parameters in a checkpoint, and what stands there, in words."""
+    present = _files.all_leaves(files)
+    if not present:
+        raise ValueError(f"{function}: {files.path} holds no arrays.")
+    if way := _standing.way_to(function, files, at):
+        ways = [way]
+    else:
+        try:
+            ways = _standing.parameters(function, files)
+        except ValueError:  # not clear of which parameters an average is
+            ways = [()]
+        ways = ways or [_parameters(function, files)]
+    places = [n for n in present if any(n[: len(way)] == way for way in ways)]
+    return ways, _standing.said_of(files, ways[0], places)[0]
 
 
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
-    if files.marker is not None:
-        ways = sorted({one.params for one in files.marker.served})
-        if len(ways) > 1:
-            raise ValueError(
-                f"{function}: {files.path} serves averages of {listed(ways)}. Say with "
-                "at= which are meant."
-            )
+    ways = _standing.parameters(function, files)
+    if len(ways) > 1:
+        raise ValueError(
+            f"{function}: {files.path} holds averages of {listed(ways)}. Say with at= "
+            "which are meant."
+        )
+    if ways:
         return ways[0]
-    if _files.RECORD in files.custom:
-        return tuple(files.custom[_files.RECORD]["params"])
-    tree = _files.whole_tree(files)
-    for names in served_nodes(tree):
-        return located_at(function, tree, names).params
     return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
 
 
@@ -200,9 +212,12 @@ def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:
     for path in sorted(directory.iterdir(), key=lambda path: path.name):
         if not path.is_dir():
             continue
-        if ".orbax-checkpoint-tmp" in path.name:
+        step = step_of(path)
+        if (step is not None or _finished.UNFINISHED in path.name) and (
+            _finished.unfinished(path)
+        ):
             unfinished.append(path.name)
-        elif (step := step_of(path)) is not None:
+        elif step is not None:
             steps[step] = path
     return dict(sorted(steps.items())), unfinished
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _checksums, _files
+from emaopt.checkpoint import _checksums, _files, _finished
 from emaopt.checkpoint._files import Names, names_of
 
 BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
@@ -183,5 +183,5 @@ class _Writing(ocp.type_handlers.NumpyHandler):
 
 
 def _remove_unfinished(path: Any) -> None:
-    for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+    for left in path.parent.glob(f"{path.name}{_finished.UNFINISHED}*"):
         left.rmtree()

@@ -22,6 +22,7 @@ def combine(
     *,
     weights: str | None = None,
     at: str | None = None,
+    dtype: Any = None,
     force: bool = False,
     custom_metadata: dict[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
@@ -45,9 +46,10 @@ def combine(
       weights: None: what stands under the parameters' names, in a checkpoint of emaopt's
         the averages. "raw": the raw parameters. "average": the only average, wherever it
         stands. Else the average of that name.
-      at: The names that lead to the parameters, as in "model/params". None: found by the
-        average of them, or "params", or all of a checkpoint that holds no optimizer's
-        state.
+      at: The names that lead to the parameters, as in "model/params", or to a part of
+        them. None: found by the average of them, or "params", or all of a checkpoint that
+        holds no optimizer's state.
+      dtype: Floating dtype to cast floating arrays to. None: as saved.
       force: Replace what stands at `out`, as `save` does; never what is combined.
       custom_metadata: Further entries for the record.
       progress: Called with the bytes that are read and those that there are.
@@ -84,6 +86,7 @@ def combine(
         _selecting.select_alike("combine", paths, weights, at),
         coefficients,
         out,
+        dtype=dtype,
         force=force,
         record=custom_metadata or {},
         progress=progress,
@@ -99,6 +102,7 @@ def average(
     steps: Sequence[int] | None = None,
     weights: str | None = None,
     at: str | None = None,
+    dtype: Any = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
     report: Callable[[str], Any] = _restoring.log_warning,
@@ -158,6 +162,7 @@ def average(
         _selecting.select_alike("average", found, weights, at),
         coefficients,
         out,
+        dtype=dtype,
         force=force,
         record={"profile": profile},
         progress=progress,
@@ -185,6 +190,8 @@ def synthesize(
     every: int = 1,
     start: int = 0,
     rcond: float | None = None,
+    at: str | None = None,
+    dtype: Any = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
     report: Callable[[str], Any] = _restoring.log_warning,
@@ -208,7 +215,7 @@ def synthesize(
         others are used then.
       every, start: What the recorded averages were made with.
       rcond: As for `posthoc.solve`.
-      force, progress: As for `combine`.
+      at, dtype, force, progress: As for `combine`.
       report: As for `combine`; also called if the residual is over 10 %.
 
     Returns:
@@ -249,7 +256,7 @@ def synthesize(
     snapshots: dict[str, list[tuple[int, Any]]] = {}
     first = None
     for path in found:
-        files = _files.open_files(name, path)
+        files = _files.open_files(name, path, at=at, option="at")
         averages = _known(name, files, decays)
         if first is None:
             first, names = files.path, {n: decay for n, (decay, _) in averages.items()}
@@ -293,12 +300,13 @@ def synthesize(
     order = sorted(range(len(sources)), key=lambda i: sources[i][2])
     chosen = {}
     for path, n, _ in sources:
-        chosen[path, n] = _selecting.select(name, path, n)
+        chosen[path, n] = _selecting.select(name, path, n, at)
     _merging.combined(
         name,
         [chosen[sources[i][:2]] for i in order],
         solution.coefficients[order],
         out,
+        dtype=dtype,
         force=force,
         record={
             "target": target if isinstance(target, (str, float)) else repr(target),

@@ -1,6 +1,7 @@
 """Trees on their way to disk and back: containers, empty arrays, the swap."""
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from emaopt._names import own_values, path_leaves
 from emaopt._nodes import served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swapping import exchange
@@ -27,7 +29,7 @@ def served(
         return state, []
     places = located(function, state, name, params)
     taken: dict[str, Names] = {}
-    for names in names_of(state):
+    for names, _ in path_leaves(state):
         if (other := taken.setdefault(".".join(names), names)) != names:
             raise ValueError(
                 f"{function}: Orbax would write {'/'.join(other)} and {'/'.join(names)} "
@@ -55,7 +57,19 @@ def marker(state: Any, places: list[Place]) -> dict[str, Any]:
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
-    return _files.write_marker(places, empty)
+    own = own_values(state)
+    lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
+    return _files.write_marker(places, empty, values(own, lost))
+
+
+def values(own: Collection[Names], lost: Collection[Names]) -> dict[str, Any]:
+    """The entry of a record that says which of the leaves that lost "value" own it.
+
+    All of them, or a list: on disk a Flax variable is a dict as any other.
+    """
+    if not own:
+        return {}
+    return {"values": True if len(own) == len(lost) else [list(n) for n in sorted(own)]}
 
 
 def without_empty(state: Any) -> Any:
@@ -120,6 +134,8 @@ def as_array(leaf: Any) -> Any:
     """A leaf of Orbax's metadata as what it describes."""
     if isinstance(leaf, ocp.metadata.value.ScalarMetadata):
         return np.zeros((), leaf.dtype).item()
+    if not hasattr(leaf, "dtype"):
+        return ""  # text has no metadata
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
