@@ -6,10 +6,12 @@ other. Orbax alone writes the raw parameters under their names and the average i
 slot; the arrays are the same. Three ways:
 
   save, restore    `emaopt.checkpoint.save` and `restore`, `ocp.StandardCheckpointer`
+  averages         `emaopt.checkpoint.load_averaged` beside Orbax's whole restore
   manager          `ocp.CheckpointManager` with and without emaopt's handler registry;
                    blocked: until its asynchronous `save` returns
 
     python benchmarks/checkpoint.py --mib 256 --pairs 7
+    python benchmarks/checkpoint.py --mib 1 --layers 100  # 800 small arrays
 """
 
 import argparse
@@ -35,9 +37,9 @@ BYTES = 4 * 4 + 3 * 2 + 4  # of a float32 and a bfloat16 parameter, Adam's slots
 Times = dict[str, float]  # what -> seconds; of a save, "bytes" on disk too
 
 
-def training_state(mib: float) -> Any:
+def training_state(mib: float, layers: int = LAYERS) -> Any:
     """A state of so many MiB whose bits look like noise, so that it compresses badly."""
-    size = int(mib * 2**20 / LAYERS / BYTES)
+    size = int(mib * 2**20 / layers / BYTES)
 
     def start():
         params = {
@@ -45,7 +47,7 @@ def training_state(mib: float) -> Any:
                 "kernel": jnp.zeros(size),
                 "half": jnp.zeros(size, jnp.bfloat16),
             }
-            for i in range(LAYERS)
+            for i in range(layers)
         }
         return {"params": params, "opt_state": TX.init(params)}
 
@@ -85,7 +87,8 @@ def orbax_alone(directory: Path, state: Any, target: Any) -> Times:
 
         saved, _ = timed(save)
         restored, _ = timed(lambda: checkpointer.restore(path, target))
-    return {"save": saved, "restore": restored, "bytes": size_on_disk(path)}
+    size = size_on_disk(path)
+    return {"save": saved, "restore": restored, "averages": restored, "bytes": size}
 
 
 def managed(registry: Any) -> Callable[[Path, Any, Any], Times]:
@@ -149,14 +152,15 @@ def show(values: np.ndarray, unit: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mib", type=float, default=256, help="of the state (256)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of 8 arrays (16)")
     parser.add_argument("--pairs", type=int, default=7, help="of runs (7)")
     args = parser.parse_args()
-    if args.mib < 1 or args.pairs < 1:
-        parser.error("--mib and --pairs must be at least 1")
+    if args.mib < 1 or args.pairs < 1 or args.layers < 1:
+        parser.error("--mib, --layers and --pairs must be at least 1")
     needed = int(2 * args.mib * 2**20)
     if shutil.disk_usage(tempfile.gettempdir()).free < needed:
         parser.error(f"{tempfile.gettempdir()} has less than {needed:,} bytes free")
-    state = training_state(args.mib)
+    state = training_state(args.mib, args.layers)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state

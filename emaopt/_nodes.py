@@ -18,6 +18,9 @@ _KINDS: tuple[tuple[Any, Any, Any], ...] = (
 )
 
 
+_STATES = tuple(kind for *kinds, _ in _KINDS for kind in kinds)
+
+
 def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
     """All nodes that hold an average, by the names that lead to them.
 
@@ -61,7 +64,7 @@ def as_state(node: Any) -> Any:
     The node may be a mapping: `nnx.state`, and a restore without a target, keep of a
     NamedTuple the names of its fields alone.
     """
-    if isinstance(node, tuple(kind for kinds in _KINDS for kind in kinds[:2])):
+    if isinstance(node, _STATES):
         return node
     if isinstance(node, Mapping):
         for *kinds, field in _KINDS:

@@ -17,6 +17,17 @@ def swap_state(state: Any, *, name: Choice = None, params: Ways = None) -> Any:
     `jax.ShapeDtypeStruct` or shardings, to make the target of a restore: what was written
     swapped is restored into a swapped target, and then swapped back.
 
+        flax.training.checkpoints.save_checkpoint(directory, swap_state(state), step)
+        state = emaopt.checkpoint.restore(f"{directory}/checkpoint_{step}", state)
+        # or by the other way's own restore, which must not be given the state itself:
+        state = swap_state(restore_checkpoint(directory, swap_state(state), step))
+
+    What to watch: most readers refuse to fill a state with a swapped one, because the
+    first field of the average's has another name, such as "swapped_at". Some fill what a
+    checkpoint lacks from the target without a word, as Flax's `restore_checkpoint` and
+    Orbax's transforms do: the average would go on as the parameters. Restore such files
+    with `emaopt.checkpoint.restore`, which takes the state as it is.
+
     Args:
       state: A training state, as for `save`.
       name, params: Which averages, and where their parameters stand, as for `save`.

@@ -1,11 +1,15 @@
 """Every door of Orbax that a state goes through serves the average, or refuses."""
 
+from typing import Any
+
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training import checkpoints as flax_checkpoints
 from orbax.checkpoint import v1
 from test_places import same
 
@@ -20,7 +24,7 @@ TREES = {
 TX = emaopt.averaged(optax.adam(0.1), 0.5)
 
 
-def trained(tx=TX):
+def trained(tx: Any = TX) -> tuple[Any, Any]:
     params = {"dense": {"w": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(3)}
     state = tx.init(params)
     for _ in range(2):
@@ -249,3 +253,26 @@ def test_a_state_that_may_have_no_average_is_saved_as_it_is(tmp_path):
             ours.save(1, args=Save(state))
             ours.wait_until_finished()
             same(ours.restore(1, args=Restore(state)), state)
+
+
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon", "ignore:Sharding info")
+@pytest.mark.parametrize("orbax", [True, False])
+def test_flax_training_checkpoints_take_a_swapped_state(orbax, tmp_path):
+    flax.config.update("flax_use_orbax_checkpointing", orbax)
+    try:
+        params, opt_state = trained()
+        state = {"params": params, "opt_state": opt_state}
+        swapped = checkpoint.swap_state(state)
+        flax_checkpoints.save_checkpoint(str(tmp_path), swapped, 7)
+        back = flax_checkpoints.restore_checkpoint(str(tmp_path), swapped)
+        same(checkpoint.swap_state(back), state)
+        served = flax_checkpoints.restore_checkpoint(str(tmp_path), None)["params"]
+        same(served, emaopt.get_average(opt_state))
+        if orbax:
+            same(checkpoint.restore(tmp_path / "checkpoint_7", state), state)
+            same(checkpoint.load_averaged(tmp_path / "checkpoint_7"), served)
+        else:  # which keeps the names of fields: swapped_at is not num_updates
+            with pytest.raises(ValueError, match="field names"):
+                flax_checkpoints.restore_checkpoint(str(tmp_path), state)
+    finally:
+        flax.config.update("flax_use_orbax_checkpointing", True)

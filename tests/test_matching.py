@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import v1
 from test_optimizer_slots import OPTIMIZERS
-from test_places import CONTAINERS, LAYOUTS, PARAMS, heavy_ball, same
+from test_places import CONTAINERS, LAYOUTS, PARAMS, WAYS, heavy_ball, same
 
 import emaopt
 from emaopt import checkpoint
@@ -94,6 +95,22 @@ def write(door, path, state, served):
         checkpoint.save(path, state)
 
 
+def bits(tree):
+    return sorted(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+
+
+def read_by_orbax(path, way):
+    """What a program that knows nothing of emaopt finds as the parameters."""
+    directory = next(path.rglob("_METADATA")).parent
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(directory).tree
+    like = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    tree = handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=like))
+    for name in way.split("/"):
+        tree = tree[int(name) if isinstance(tree, list) else name]
+    return bits(tree)
+
+
 def quiet(_):
     pass
 
@@ -111,6 +128,9 @@ def check(tmp_path, inner, params, layout, old, door="restore", **options):
             m.save(1, args=ocp.args.StandardSave(state))
     else:
         write(door, path, state, FORMS[old].averages)
+    if FORMS[old].averages:
+        there = path if door != "manager" else tmp_path / "run/1/default"
+        assert read_by_orbax(there, WAYS[layout]) == bits(average.average)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for new, form in FORMS.items():
         target = LAYOUTS[layout](zeros, form.make(inner).init(zeros))

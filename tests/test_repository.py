@@ -124,6 +124,7 @@ LAYERS = {
         "_optimizer_states",
         "_places",
         "_recursion",
+        "checkpoint._arrays",
         "checkpoint._files",
         "checkpoint._units",
         "checkpoint._worker_rows",

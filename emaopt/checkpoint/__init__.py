@@ -16,7 +16,15 @@ from emaopt._masks import is_function
 from emaopt._names import named_leaves
 from emaopt._places import Choice, Ways
 from emaopt._swapping import swap_state as swap_state
-from emaopt.checkpoint import _checksums, _files, _merging, _restoring, _selecting, _trees
+from emaopt.checkpoint import (
+    _checksums,
+    _files,
+    _merging,
+    _record,
+    _restoring,
+    _selecting,
+    _trees,
+)
 from emaopt.checkpoint._describing import Description as Description
 from emaopt.checkpoint._describing import describe as describe
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
@@ -82,9 +90,9 @@ def save(
       >>> print(load_averaged(path)["w"])
       [-0.5 -0.5]
     """
-    if _files.KEY in (custom_metadata or {}):
+    if _record.KEY in (custom_metadata or {}):
         raise ValueError(
-            f"save: custom_metadata[{_files.KEY!r}] is where emaopt keeps its own "
+            f"save: custom_metadata[{_record.KEY!r}] is where emaopt keeps its own "
             "record; take another key."
         )
     state, places = _trees.served("save", state, name, params, optional)
@@ -96,7 +104,7 @@ def save(
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
     written = _files.replacement(place) if force else place
     if checksums and places:
-        marker[_files.KEY]["checksums"] = _checksums.checksums(state)
+        marker[_record.KEY]["checksums"] = _checksums.checksums(state)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             written,
@@ -169,7 +177,8 @@ def restore(
       >>> print(restore(path, jax.eval_shape(lambda: state))["params"])
       [1. 1.]
     """
-    files = _files.open_files("restore", path)
+    at = params if isinstance(params, str) else None
+    files = _files.open_files("restore", path, at=at)
     return _restoring.restored(
         files,
         target,
@@ -225,7 +234,7 @@ def load_averaged(
       >>> load_averaged(path, dtype=jnp.bfloat16)["w"].dtype
       dtype(bfloat16)
     """
-    files = _files.open_files("load_averaged", path, at=at, option="at")
+    files = _files.open_files("load_averaged", path, at=at, option="at", lazy=True)
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
@@ -339,6 +348,7 @@ def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[st
     For writing by other means than `save`, such as Orbax's experimental v1 API:
 
         v1.save(path, swap_state(state), custom_metadata=metadata(state))
+        state = swap_state(v1.load(path, swap_state(state)))  # or restore(path, state)
 
     `restore` and `load_averaged` then read the checkpoint as one of their own. It has no
     checksums.

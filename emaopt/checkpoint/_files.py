@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,35 +18,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emaopt._names import leaves_with_keys, own_values
-from emaopt._nodes import average_nodes, center_nodes, counter_of, swapped_nodes
-from emaopt._places import Names, Place
-from emaopt.checkpoint import _checksums, _finished
+from emaopt._nodes import (
+    average_nodes,
+    center_nodes,
+    is_swapped,
+    swapped_nodes,
+)
+from emaopt._places import Names
+from emaopt.checkpoint import _arrays, _checksums, _finished, _record
 from emaopt.checkpoint._locating import located_in, ways
 
-KEY = "emaopt"  # in custom_metadata
-RECORD = "emaopt_combination"  # there, too, of what `combine` writes
-VERSION = 2  # 2: several averages, in "more"
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
-
-
-class Served(NamedTuple):
-    """What stands under which parameters' names."""
-
-    params: Names  # names that lead to the parameters
-    average: Names  # names that lead to the state that held it
-    field: str  # the field of that state where the raw parameters are: average, center
-
-    @property
-    def inside(self) -> Names:
-        return (*self.average, self.field)
-
-
-class Marker(NamedTuple):
-    """The record that the averages stand under the parameters' names, and where."""
-
-    served: tuple[Served, ...]  # at least one
-    empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
 
 
 class Files(NamedTuple):
@@ -55,24 +38,10 @@ class Files(NamedTuple):
     path: Any  # as given
     items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
     saved: dict[Names, Any]  # metadata of every leaf
-    marker: Marker | None
+    marker: _record.Marker | None
     custom: dict[str, Any]  # custom_metadata of other keys
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
     values: frozenset[Names]  # leaves whose users call them "value", on record
-
-
-def write_marker(places: Sequence[Place], empty: list, values: Any) -> dict[str, Any]:
-    """The marker as custom_metadata; `values` as `_trees.values` makes it."""
-    first, *more = (
-        {
-            "params": list(place.params),
-            "average": list(place.average),
-            "field": place.field,
-        }
-        for place in places
-    )
-    record = {"version": 2 if more else 1, **first, "empty": empty, **values}
-    return {KEY: record | {"more": more} if more else record}
 
 
 def absolute(path: str | os.PathLike) -> Any:
@@ -110,10 +79,12 @@ def open_files(
     *,
     at: str | None = None,
     option: str = "params",
+    lazy: bool = False,
 ) -> Files:
     """Reads the metadata of a checkpoint, or says what stands there instead.
 
     If its record is lost, `at` says where the parameters stand, by the caller's `option`.
+    With `lazy`, arrays are not opened before something is asked of them.
     """
     path = absolute(given)
     if not path.exists():
@@ -135,13 +106,14 @@ def open_files(
             "take another step."
         )
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
-    handler = ocp.PyTreeCheckpointHandler()
     items, saved, custom = {}, {}, _step_metadata(function, path)
     lost: set[Names] = set()
     checksums = _recorded((), custom)
     for prefix, directory in directories.items():
         try:
-            metadata = handler.metadata(directory)
+            metadata = _arrays.metadata(directory)
+            if not lazy:
+                _arrays.open_all(jax.tree.leaves(metadata.tree))
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(
                 f"{function}: the metadata in {directory} cannot be read, "
@@ -152,15 +124,15 @@ def open_files(
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
         lost |= {prefix + names for names in own_values(metadata.tree)}
-    record = custom.pop(KEY, None)
-    marker = _read_marker(function, path, record)
-    own = (record or custom.get(RECORD) or {}).get("values", ())
+    record = custom.pop(_record.KEY, None)
+    marker = _record.read_marker(function, path, record)
+    own = (record or custom.get(_record.RECORD) or {}).get("values", ())
     values = frozenset(lost if own is True else lost & set(map(tuple, own)))
     files = Files(path, items, saved, marker, custom, checksums, values)
     if files.marker is None:
         return files._replace(marker=_lost_marker(function, files, at, option))
     if () in items and _is_item(path, files.marker):
-        return open_files(function, path.parent, at=at, option=option)
+        return open_files(function, path.parent, at=at, option=option, lazy=lazy)
     _check_marker(function, files)
     return files
 
@@ -168,15 +140,16 @@ def open_files(
 def _check_marker(function: str, files: Files) -> None:
     """Raises unless the swapped states stand where the marker says."""
     tree = whole_tree(files)
-    found, nodes = swapped_nodes(tree), average_nodes(tree) | center_nodes(tree)
+    nodes = average_nodes(tree) | center_nodes(tree)
+    found = [names for names, node in nodes.items() if is_swapped(node)]
+    says = f"by its record in custom_metadata[{_record.KEY!r}], {files.path} has"
     for served in files.marker.served if files.marker else ():
         if served.average in found:
             continue
         if served.average in nodes:
             raise ValueError(
-                f"{function}: by its record in custom_metadata[{KEY!r}], {files.path} "
-                "has its averages under the parameters' names, but the one at "
-                f"{'/'.join(served.average)} was saved in its own place: the record went "
+                f"{function}: {says} its averages under the parameters' names, but the one "
+                f"at {'/'.join(served.average)} was saved in its own place: the record went "
                 "with a state that emaopt.checkpoint.swap_state had not swapped. Its "
                 "parameters are raw."
             )
@@ -184,8 +157,8 @@ def _check_marker(function: str, files: Files) -> None:
             continue  # not even a part of it is left
         there = ", ".join("/".join(names) for names in found)
         raise ValueError(
-            f"{function}: by its record in custom_metadata[{KEY!r}], {files.path} has a "
-            f"swapped average at {'/'.join(served.average)}, but it has one at {there}. "
+            f"{function}: {says} a swapped average at {'/'.join(served.average)}, but it "
+            f"has one at {there}. "
             "The record is of another tree than the one that was saved: give to "
             "emaopt.checkpoint.metadata the whole that is saved, with the names of its "
             "items, such as metadata({'state': state})."
@@ -194,12 +167,12 @@ def _check_marker(function: str, files: Files) -> None:
 
 def _recorded(prefix: Names, custom: dict) -> dict[Names, _checksums.Checksum]:
     """The checksums in custom_metadata; those of an item name what is in the item."""
-    marker = custom.get(KEY)
+    marker = custom.get(_record.KEY)
     entries = marker.get("checksums", ()) if isinstance(marker, dict) else ()
     return {prefix + n: found for n, found in _checksums.recorded(entries).items()}
 
 
-def _is_item(path: Any, marker: Marker) -> bool:
+def _is_item(path: Any, marker: _record.Marker) -> bool:
     """Whether the directory is one item of a step, and the marker speaks of the step."""
     ways = {way[:1] for one in marker.served for way in (one.params, one.average)}
     return (path.name,) in ways and (path.parent / "_CHECKPOINT_METADATA").exists()
@@ -215,15 +188,15 @@ def whole_tree(files: Files) -> Any:
 
 def _lost_marker(
     function: str, files: Files, at: str | None, option: str
-) -> Marker | None:
+) -> _record.Marker | None:
     """The marker again, if it is lost: a swapped state says itself what it is."""
     tree = whole_tree(files)
     places = [
         located_in(function, tree, names, at=ways(at), option=option)
         for names in swapped_nodes(tree)
     ]
-    served = tuple(Served(p.params, p.average, p.field) for p in places)
-    return Marker(served, {}) if served else None
+    served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
+    return _record.Marker(served, {}) if served else None
 
 
 def is_checkpoint(path: Any) -> bool:
@@ -260,39 +233,14 @@ def _step_metadata(function: str, path: Any) -> dict[str, Any]:
         ) from error
 
 
-def _read_marker(function: str, path: Any, marker: Any) -> Marker | None:
-    if marker is None:
-        return None
-    if not isinstance(marker, dict) or not isinstance(marker.get("version"), int):
-        raise ValueError(
-            f"{function}: {path} has custom_metadata[{KEY!r}] of another writer: "
-            f"{marker!r}. emaopt keeps its record under that key."
-        )
-    if marker["version"] > VERSION:
-        raise ValueError(
-            f"{function}: {path} was written by a newer emaopt (format "
-            f"{marker['version']}, this one reads up to {VERSION}). Upgrade emaopt."
-        )
-    return Marker(
-        served=tuple(
-            Served(
-                tuple(one["params"]), tuple(one["average"]), one.get("field", "average")
-            )
-            for one in (marker, *marker.get("more", ()))
-        ),
-        empty={
-            tuple(names): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-            for names, shape, dtype in marker["empty"]
-        },
-    )
-
-
 def logical_names(files: Files) -> dict[Names, Names]:
     """Where each leaf of the training state stands on disk, by its name in the state."""
     present = all_leaves(files)
     if files.marker is None:
         return {names: names for names in present}
-    return {_exchanged(names, files.marker, present): names for names in present}
+    return {
+        _record.name_in_state(names, files.marker, present): names for names in present
+    }
 
 
 def all_leaves(files: Files) -> dict[Names, Any]:
@@ -300,27 +248,32 @@ def all_leaves(files: Files) -> dict[Names, Any]:
     return files.saved | files.marker.empty if files.marker else files.saved
 
 
-def _exchanged(names: Names, marker: Marker, present: Any) -> Names:
-    """The name in the state of what stands at `names`: the swap, undone by name."""
-    for one in marker.served:
-        if names == (*one.average, counter_of(one.field, swapped=True)):
-            return (*one.average, counter_of(one.field, swapped=False))
-        inside, params = one.inside, one.params
-        for here, there in ((inside, params), (params, inside)):
-            if names[: len(here)] == here:
-                other = there + names[len(here) :]
-                if other in present:
-                    return other
-    return names
-
-
 def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, Any]:
     """Reads the wanted leaves, as what `wanted` says, and nothing else."""
+    # In one order in all processes, which go through the checksums together.
+    wanted = {names: wanted[names] for names in files.saved if names in wanted}
+    with explained(function, files.path):
+        _arrays.open_all(files.saved[names] for names in wanted)
+    here = {
+        n: plan for n, plan in wanted.items() if _arrays.can_read(files.saved[n], plan)
+    }
+    leaves = [(files.saved[names], plan) for names, plan in here.items()]
+    sizes = [_arrays.nbytes_read(*leaf) for leaf in leaves]
+    with explained(function, files.path):
+        read = list(_arrays.read(leaves, max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])))
+    values = dict(zip(here, read, strict=True))
+    if others := {n: plan for n, plan in wanted.items() if n not in here}:
+        values |= _read_others(function, files, others)
+    _checksums.check(function, files.path, files.checksums, values)
+    return values
+
+
+def _read_others(
+    function: str, files: Files, wanted: dict[Names, Any]
+) -> dict[Names, Any]:
+    """Reads numbers, text, and whatever else Orbax knows."""
     values = {}
-    sizes = [size for n in wanted for size in _sizes_of_reads(wanted[n], files.saved[n])]
-    limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *(size + 1 for size in sizes)])
-    gigabytes: Any = limit / 1e9  # Orbax's default is more than fits beside the state
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
+    handler = ocp.PyTreeCheckpointHandler()
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in names_of(tree)]
         if not any(name in wanted for name in names):
@@ -335,33 +288,7 @@ def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, A
             restored = handler.restore(directory, args=arguments)
         leaves = names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
-    _checksums.check(function, files.path, files.checksums, values)
     return values
-
-
-def _sizes_of_reads(plan: Any, saved: Any) -> list[int]:
-    """The bytes of each part of an array that this process reads: whole chunks.
-
-    Orbax limits the sum of those under way, and refuses one that is over the limit.
-    """
-    if getattr(saved, "storage", None) is None:
-        return []  # a number
-    parts: Any = {None: (slice(None),) * len(saved.shape)}
-    if isinstance(plan, jax.ShapeDtypeStruct) and plan.shape == saved.shape:
-        parts = plan.sharding.addressable_devices_indices_map(plan.shape)
-    bounds = {
-        tuple(part.indices(n)[:2] for part, n in zip(index, saved.shape, strict=True))
-        for index in parts.values()
-    }
-    chunks = saved.storage.chunk_shape
-    return [
-        jnp.dtype(saved.dtype).itemsize
-        * math.prod(
-            (-(-stop // n) - start // n) * n
-            for (start, stop), n in zip(bound, chunks, strict=True)
-        )
-        for bound in bounds
-    ]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from emaopt._places import Choice, Ways
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _checksums, _files, _finished, _restoring, _trees
+from emaopt.checkpoint import _checksums, _files, _finished, _record, _restoring, _trees
 from emaopt.checkpoint._files import Names
 
 
@@ -170,12 +170,12 @@ class _Swapping:
             return args  # no average: as it is
         marker = _trees.marker(state, places)
         if in_place:
-            marker[_files.KEY][_finished.IN_PLACE] = True
+            marker[_record.KEY][_finished.IN_PLACE] = True
         if self._metrics_of is not None:
-            marker[_files.KEY]["metrics_of"] = self._metrics_of
+            marker[_record.KEY]["metrics_of"] = self._metrics_of
         item = _trees.without_empty(state[key] if prefix else state)
         if self._checksums:
-            marker[_files.KEY]["checksums"] = _checksums.checksums(item)
+            marker[_record.KEY]["checksums"] = _checksums.checksums(item)
         each = args.save_args
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)

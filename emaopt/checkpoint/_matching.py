@@ -10,6 +10,7 @@ from emaopt._nodes import as_state, average_nodes, center_nodes
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, kind_of, located_at, shape_of
 from emaopt._recursion import AverageState
+from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._units import Unclear, paired, units
 from emaopt.checkpoint._worker_rows import fit_workers
@@ -276,7 +277,7 @@ def _keeps_kind(here: Any, there: Any) -> bool:
         return True
     if kinds[0] != kinds[1]:
         return False
-    arrays = hasattr(here, "dtype") and getattr(there, "storage", None) is not None
+    arrays = hasattr(here, "dtype") and isinstance(there, DiskArray)
     if kinds[0] != "integer" or not arrays:
         return True
     wide, narrow = jnp.iinfo(here.dtype), jnp.iinfo(there.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
-from emaopt.checkpoint import _files, _selecting, _streaming, _trees
+from emaopt.checkpoint import _files, _record, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -100,8 +100,8 @@ def combined(
         tree,
         arrays,
         {
-            _files.RECORD: {
-                "version": _files.VERSION,
+            _record.RECORD: {
+                "version": _record.VERSION,
                 "params": list(newest.prefix),
                 "weights": newest.said,
                 "checkpoints": [str(one.files.path) for one in weights],

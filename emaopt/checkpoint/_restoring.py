@@ -10,7 +10,7 @@ import numpy as np
 
 from emaopt._places import Ways, placed
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _files, _standing, _trees
+from emaopt.checkpoint import _arrays, _files, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._matching import Rename, check_fit, match
 from emaopt.checkpoint._worker_rows import refit
@@ -121,6 +121,8 @@ def averages(
         names = _below_a_key(target).keys() | needed
         there = {n: place for n, place in there.items() if n in names}
     saved = {n: present[place] for n, place in there.items()}
+    with _files.explained("load_averaged", files.path):
+        _arrays.open_all(saved.values())
     wanted = _wanted(files.path, saved, target, sharding, dtype)
     read = _files.read(
         "load_averaged",

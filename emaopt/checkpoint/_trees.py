@@ -13,7 +13,7 @@ from emaopt._names import own_values, path_leaves
 from emaopt._nodes import served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _files
+from emaopt.checkpoint import _record
 from emaopt.checkpoint._files import Names, names_of
 
 
@@ -45,7 +45,7 @@ def raw(state: Any, params: Ways) -> tuple[Any, list[tuple[Names, Names]]]:
     return exchange(state, places), [(p.average, p.params) for p in places]
 
 
-def raw_by(state: Any, marker: _files.Marker | None) -> Any:
+def raw_by(state: Any, marker: _record.Marker | None) -> Any:
     """What stands on disk with its raw parameters, by its record."""
     served = marker.served if marker else ()
     return exchange(state, [placed(state, one.average, one.params) for one in served])
@@ -59,7 +59,7 @@ def marker(state: Any, places: list[Place]) -> dict[str, Any]:
     ]
     own = own_values(state)
     lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
-    return _files.write_marker(places, empty, values(own, lost))
+    return _record.write_marker(places, empty, values(own, lost))
 
 
 def values(own: Collection[Names], lost: Collection[Names]) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Arrays in Orbax's files, each opened once: their shapes and dtypes, and their reading.
+
+What Orbax needs to open an array, and the types that it takes for a tree's leaves, are
+its own. But its metadata and its restore open every file anew, and its sharding too, one
+coroutine for each; with many small arrays that is most of a restore.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+Part = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+
+class DiskArray:
+    """An array on disk: opened when its shape or dtype is asked for, or by `open_all`."""
+
+    def __init__(self, info: Any, whole: bool):
+        self._info = info  # what Orbax would read it by
+        self._store: Any = None
+        self.whole = whole  # whether its numbers are all that there is to it
+
+    @property
+    def store(self) -> Any:
+        if self._store is None:
+            open_all([self])
+        return self._store
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.store.dtype.numpy_dtype)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return tuple(self.store.chunk_layout.read_chunk.shape or self.shape)
+
+
+def open_all(leaves: Iterable[Any]) -> None:
+    """Opens arrays together, those among the leaves that are not open."""
+    closed = [
+        leaf for leaf in leaves if isinstance(leaf, DiskArray) and leaf._store is None
+    ]
+    opening = [
+        ts.open(
+            ts.Spec(type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)),
+            open=True,
+            context=info.ts_context,
+        )
+        for info in (leaf._info for leaf in closed)
+    ]
+    for leaf, store in zip(closed, opening, strict=True):
+        leaf._store = store.result()
+
+
+def _kept(infos: Sequence[Any]) -> Any:
+    """In the place of a handler's `metadata`: keeps what Orbax would read by."""
+    more = _with_more(infos[0].parent_dir) if infos else set()
+    return [DiskArray(info, info.name not in more) for info in infos]
+
+
+class _Arrays(type_handlers.ArrayHandler):
+    async def metadata(self, infos: Sequence[Any]) -> Any:
+        return _kept(infos)
+
+
+class _NumpyArrays(type_handlers.NumpyHandler):
+    async def metadata(self, infos: Sequence[Any]) -> Any:
+        return _kept(infos)
+
+
+def metadata(directory: Any) -> Any:
+    """Orbax's metadata of a tree, with `DiskArray` for each array."""
+    kinds: dict[type, Any] = {jax.Array: _Arrays(), np.ndarray: _NumpyArrays()}
+    kinds |= {int: type_handlers.ScalarHandler(), str: type_handlers.StringHandler()}
+    registry = type_handlers.create_type_handler_registry(*kinds.items())
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    try:
+        return handler.metadata(directory)
+    except ValueError:  # a type that somebody registered, or it is damaged
+        return ocp.PyTreeCheckpointHandler().metadata(directory)
+
+
+def _with_more(directory: Any) -> set[str]:
+    """The names of arrays that Orbax makes something else of: typed PRNG keys."""
+    found = set()
+    for file in directory.glob("array_metadatas/process_*"):
+        for entry in json.loads(file.read_text())["array_metadatas"]:
+            if entry["array_metadata"].get("ext_metadata"):
+                found.add(entry["array_metadata"]["param_name"])
+    return found
+
+
+def can_read(leaf: Any, plan: Any) -> bool:
+    """Whether an array is read here: not of less than a byte an element, and no keys."""
+    return (
+        isinstance(leaf, DiskArray)
+        and leaf.whole
+        and isinstance(plan, (jax.ShapeDtypeStruct, np.ndarray))
+        and plan.shape == leaf.shape
+        and not jnp.issubdtype(plan.dtype, jax.dtypes.extended)
+        and all(_has_whole_bytes(dtype) for dtype in (leaf.dtype, plan.dtype))
+    )
+
+
+def _has_whole_bytes(dtype: Any) -> bool:
+    return np.dtype(dtype).name.lstrip("u") not in (
+        "int1",
+        "int2",
+        "int4",
+        "float4_e2m1fn",
+    )
+
+
+def read(leaves: Iterable[tuple[DiskArray, Any]], limit: int) -> Iterator[Any]:
+    """Reads arrays as what each is asked for, with at most `limit` bytes under way.
+
+    An array is read by the parts that this process's devices hold, each part once.
+    """
+    running: deque = deque()
+    under_way = 0
+
+    def oldest():
+        nonlocal under_way
+        size, plan, parts = running.popleft()
+        under_way -= size
+        return _placed(plan, {part: future.result() for part, future in parts.items()})
+
+    for leaf, plan in leaves:
+        size = nbytes_read(leaf, plan)
+        while running and under_way + size > limit:
+            yield oldest()
+        store = leaf.store
+        if plan.dtype != leaf.dtype:
+            store = ts.cast(store, plan.dtype)
+        under_way += size
+        reading = {
+            part: store[tuple(slice(*bounds) for bounds in part)].read()
+            for part in set(_parts(plan).values())
+        }
+        running.append((size, plan, reading))
+    while running:
+        yield oldest()
+
+
+def _parts(plan: Any) -> dict[Any, Part]:
+    """Which part of an array each device of this process holds; one of all for NumPy."""
+    if isinstance(plan, np.ndarray):
+        return {None: tuple((0, n) for n in plan.shape)}
+    indices = plan.sharding.addressable_devices_indices_map(plan.shape)
+    return {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, plan.shape, strict=True))
+        for device, index in indices.items()
+    }
+
+
+def nbytes_read(leaf: DiskArray, plan: Any) -> int:
+    """The bytes that are read of an array for what is asked for: whole chunks."""
+    return sum(_nbytes(leaf, part) for part in set(_parts(plan).values()))
+
+
+def _nbytes(leaf: DiskArray, part: Part) -> int:
+    return leaf.dtype.itemsize * math.prod(
+        (-(-stop // n) - start // n) * n
+        for (start, stop), n in zip(part, leaf.chunk_shape, strict=True)
+    )
+
+
+def _placed(plan: Any, arrays: dict[Part, np.ndarray]) -> Any:
+    """The array of its parts, on the devices that the plan names."""
+    if isinstance(plan, np.ndarray):
+        (array,) = arrays.values()
+        return array
+    sharding = plan.sharding
+    single = jax.sharding.SingleDeviceSharding
+    shards = [
+        jax.device_put(arrays[part], single(device, memory_kind=sharding.memory_kind))
+        for device, part in _parts(plan).items()
+    ]
+    return jax.make_array_from_single_device_arrays(plan.shape, sharding, shards)
