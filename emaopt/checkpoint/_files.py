@@ -148,9 +148,9 @@ def _check_marker(function: str, files: Files) -> None:
             continue
         if served.average in nodes:
             raise ValueError(
-                f"{function}: {says} its averages under the parameters' names, but the "
-                f"one at {'/'.join(served.average)} was saved in its own place: the record "
-                "went with a state that emaopt.checkpoint.swap_state had not swapped. Its "
+                f"{function}: {says} its averages under the parameters' names, but "
+                f"{'/'.join(served.average)} was saved in its own place: the record went "
+                "with a state that emaopt.checkpoint.swap_state had not swapped. Its "
                 "parameters are raw."
             )
         if not found:
