@@ -1,5 +1,8 @@
 """Every door of Orbax that a state goes through serves the average, or refuses."""
 
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import flax
@@ -276,3 +279,35 @@ def test_flax_training_checkpoints_take_a_swapped_state(orbax, tmp_path):
                 flax_checkpoints.restore_checkpoint(str(tmp_path), state)
     finally:
         flax.config.update("flax_use_orbax_checkpointing", True)
+
+
+@pytest.mark.parametrize("error", ["ours", "of Orbax", "of jax"])
+def test_an_error_of_an_asynchronous_save_ends_the_process_at_once(error, tmp_path):
+    program = """
+        import sys, jax.numpy as jnp, optax, orbax.checkpoint as ocp, emaopt
+        from emaopt import checkpoint
+
+        tx = optax.adam(0.1)
+        if "ours" not in sys.argv:
+            tx = emaopt.averaged(tx, 0.5)
+        params = {"w": jnp.ones(2)}
+        state = {"params": params, "opt_state": tx.init(params)}
+        if "of Orbax" in sys.argv:
+            state["x"] = object()
+        if "of jax" in sys.argv:
+            params["w"].delete()
+        registry = checkpoint.handler_registry()
+        manager = ocp.CheckpointManager(sys.argv[1], handler_registry=registry)
+        manager.save(1, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")]
+    run = subprocess.run(  # Orbax alone holds the process for minutes
+        [*command, error], capture_output=True, text=True, timeout=60
+    )
+    said = {
+        "ours": "no average in this state",
+        "of Orbax": "Unsupported type",
+        "of jax": "has been deleted",
+    }
+    assert run.returncode == 1 and said[error] in run.stderr
