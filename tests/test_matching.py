@@ -495,3 +495,21 @@ def test_load_averaged_keeps_kinds_of_numbers(tmp_path):
         ValueError, match="w is complex64 there and float32 in the target"
     ):
         checkpoint.load_averaged(tmp_path / "c", target={"w": jnp.zeros(1)})
+
+
+def test_a_state_that_got_a_field_keeps_the_others_where_it_was(tmp_path):
+    def slots(*names):
+        def init(params):
+            return {name: jax.tree.map(jnp.zeros_like, params) for name in names}
+
+        return optax.GradientTransformation(init, lambda u, s, params=None: (u, s))
+
+    params = {"w": jnp.ones(2)}
+    saved = moved(slots("mu").init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"params": params, "opt_state": saved})
+    target = {"params": params, "opt_state": moved(slots("mu", "nu").init(params))}
+    with pytest.raises(ValueError, match="it lacks opt_state/nu/w"):
+        checkpoint.restore(tmp_path / "c", target)
+    restored = checkpoint.restore(tmp_path / "c", target, keep_missing=True, report=quiet)
+    same(restored["opt_state"], {"mu": saved["mu"], "nu": target["opt_state"]["nu"]})

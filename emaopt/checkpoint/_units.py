@@ -185,7 +185,7 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
     """Pairs units of one kind, or None if their places do not tell which is which."""
     if len(ours) != len(theirs):
         return None
-    ours, theirs = sorted(ours, key=_position), sorted(theirs, key=_position)
+    ours, theirs = (sorted(side, key=lambda unit: unit.short) for side in (ours, theirs))
     pairs = list(zip(ours, theirs, strict=True))
     if len(pairs) == 1 or _below_common(ours) == _below_common(theirs):
         return pairs  # where they were, or moved together
@@ -212,10 +212,6 @@ def _below_common(group: list[Unit]) -> list[Names]:
     )
     common = next(differs, min(len(first), len(last)))
     return [unit.short[common:] for unit in group]
-
-
-def _position(unit: Unit) -> list[tuple[bool, int, str]]:
-    return [(n.isdigit(), int(n) if n.isdigit() else 0, n) for n in unit.short]
 
 
 def _nested(a: Names, b: Names) -> bool:
