@@ -24,7 +24,8 @@ _STATES = tuple(kind for *kinds, _ in _KINDS for kind in kinds)
 def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
     """All nodes that hold an average, by the names that lead to them.
 
-    With `name`, the one that it is the whole name of, or those with it on their way.
+    With `name`, the one that it is the whole name of, or those with it on their way: a
+    key, or the first keys joined with "/".
     """
     return _named(_nodes(tree, is_average_node), name)
 
@@ -174,4 +175,8 @@ def _named(nodes: dict, name: str | None) -> dict[tuple[str, ...], Any]:
     if name is None:
         return nodes
     exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
-    return exact or {names: node for names, node in nodes.items() if name in names}
+    return exact or {
+        names: node
+        for names, node in nodes.items()
+        if name in names or "/".join(names).startswith(f"{name}/")
+    }

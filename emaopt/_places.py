@@ -48,9 +48,9 @@ def located(
     Errors speak of several names if the function takes them `together`.
     """
     chosen = _chosen(function, state, name, together)
-    given = _given(function, params, [*chosen])
     refuse_crossed_swap(function, state, chosen.values())
     tree = Tree(state)
+    given = _given(function, params, [*chosen], tree)
     places = [
         _place(function, tree, average, where)
         for average, where in zip(chosen, given, strict=True)
@@ -84,7 +84,7 @@ def located_at(function: str, state: Any, average: Names, params: Ways = None) -
     """The parameters of the average at these names; of several ways the one that fits."""
     tree = Tree(state)
     if params is None or isinstance(params, (str, Mapping)):
-        (given,) = _given(function, params, [average])
+        (given,) = _given(function, params, [average], tree)
         return _place(function, tree, average, given)
     ways = [_names(way) for way in params]
     averaged = tree.within((*average, field_of(tree.averages[average])))
@@ -130,12 +130,20 @@ def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Nam
     return chosen
 
 
-def _given(function: str, params: Ways, averages: list[Names]) -> list[Names | None]:
+def _given(
+    function: str, params: Ways, averages: list[Names], tree: Tree
+) -> list[Names | None]:
     """Where the parameters of each average are said to be."""
     if params is None or isinstance(params, str):
         return [None if params is None else _names(params)] * len(averages)
     if isinstance(params, Mapping):
         told = {_names(name): _names(way) for name, way in params.items()}
+        for name in told:
+            if not any(average[: len(name)] == name for average in tree.averages):
+                raise ValueError(
+                    f"{function}: params={dict(params)}: {_path(name)!r} leads to no "
+                    f"average; there are {_listed([*tree.averages])}."
+                )
         return [
             next(
                 (way for name, way in told.items() if average[: len(name)] == name), None
@@ -205,7 +213,8 @@ def _only_tree(
     if outside:
         raise ValueError(
             f"{function}: the average at {where} could be of any of {_listed(outside)}. "
-            f"Say with params= which, as params={_path(outside[0])!r}."
+            f"Say with params= which, as params={{{where!r}: {_path(outside[0])!r}}}, or "
+            f"params={_path(outside[0])!r} if it is the only one."
         )
     slots = (
         f" What has them is taken for the optimizer's own: {_listed(alike)}; say with "

@@ -97,7 +97,8 @@ def change_mask(
         optimizer = emaopt.averaged(optax.adam(1e-3), 0.999)  # without its mask
         opt_state = emaopt.change_mask(opt_state, params, optimizer)
 
-    All but the average stays as it is, the optimizer's own slots too.
+    The optimizer's own slots stay as they are. Those of parameters that it did not train
+    before, inside of `optax.masked` or `optax.partition`, start as its `init` makes them.
 
     Args:
       opt_state: A state that holds one average, as for `get_average`, made by an
@@ -114,7 +115,7 @@ def change_mask(
     Raises:
       ValueError: If there is no average, several, or a swapped one, in the state or in
         what `optimizer.init` returns; if it is of other parameters; if one of the two is
-        de-biased.
+        de-biased; if the optimizer's slots have other shapes.
       TypeError: If `optimizer` is none.
 
     Example:
@@ -130,7 +131,8 @@ def change_mask(
         check_optimizer("change_mask", "optimizer", optimizer)
     state = find_average("change_mask", opt_state, name)
     (node,) = average_nodes(opt_state, name).values()
-    fresh = find_average("change_mask", optimizer.init(params), name)
+    begun = optimizer.init(params)
+    fresh = find_average("change_mask", begun, name)
     if (state.weight is None) != (fresh.weight is None):
         raise ValueError(
             f"change_mask: the optimizer has debias={fresh.weight is not None}, but the "
@@ -153,7 +155,24 @@ def change_mask(
     # In the state's own containers, which `nnx.Optimizer` makes of others, where they can
     # hold it: optax.masked leaves out whole parts of a tree.
     average = map_with_keys(entry, had if old.keys() == new.keys() else has)
-    return replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+    changed = replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+    return _with_slots(changed, begun) if type(changed) is type(begun) else changed
+
+
+def _with_slots(state: Any, begun: Any) -> Any:
+    """The state with the slots that an optimizer for more or fewer leaves has."""
+    have, need = dict(leaves_with_keys(state)), leaves_with_keys(begun)
+    for names, leaf in need:
+        if np.shape(have.get(names, leaf)) != np.shape(leaf):
+            raise ValueError(
+                f"change_mask: the optimizer has {'/'.join(names)} of shape "
+                f"{np.shape(leaf)}, the state of {np.shape(have[names])}: it was made by "
+                "another optimizer."
+            )
+    if have.keys() == {names for names, _ in need}:
+        return state  # in its own containers
+    leaves = [have.get(names, leaf) for names, leaf in need]
+    return jax.tree.unflatten(jax.tree.structure(begun), leaves)
 
 
 def _whole(average: Any) -> Any:

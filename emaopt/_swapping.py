@@ -5,11 +5,19 @@ from typing import Any
 import jax
 
 from emaopt._names import leaves_with_keys
-from emaopt._nodes import as_state, exchanged, is_average_node, is_center_node
+from emaopt._nodes import (
+    as_state,
+    exchanged,
+    is_average_node,
+    is_center_node,
+    served_nodes,
+)
 from emaopt._places import Choice, Place, Ways, located
 
 
-def swap_state(state: Any, *, name: Choice = None, params: Ways = None) -> Any:
+def swap_state(
+    state: Any, *, name: Choice = None, params: Ways = None, optional: bool = False
+) -> Any:
     """Exchanges the parameters and their average inside of a training state.
 
     What `save` does before it writes, for any other way of writing: the tree keeps its
@@ -31,6 +39,7 @@ def swap_state(state: Any, *, name: Choice = None, params: Ways = None) -> Any:
     Args:
       state: A training state, as for `save`.
       name, params: Which averages, and where their parameters stand, as for `save`.
+      optional: Return a state that holds no average as it is, in place of an error.
 
     Returns:
       The state with the averages under the parameters' names and the raw parameters in a
@@ -46,6 +55,8 @@ def swap_state(state: Any, *, name: Choice = None, params: Ways = None) -> Any:
       >>> print(state["params"], state["opt_state"].averaging.average)
       [0. 0.] [1. 1.]
     """
+    if optional and not served_nodes(state):
+        return state
     return exchange(state, located("swap_state", state, name, params))
 
 

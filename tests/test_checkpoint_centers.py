@@ -432,3 +432,49 @@ def test_lookahead_ends_with_its_slow_weights(tmp_path):
     assert bits(restored["opt_state"]) == bits(old["opt_state"].inner_state)
     back = checkpoint.restore(tmp_path / "c", state_of(tx, None), report=len)
     assert bits(back) == bits(old)
+
+
+@pytest.mark.parametrize("kind", ["momentum in both", "agn", "no slots"])
+def test_slots_of_the_inner_and_the_outer_optimizer_do_not_mix(kind, tmp_path):
+    inner = optax.sgd(0.1, momentum=None if kind == "no slots" else 0.9)
+    tx = emaopt.agn(inner, 3, num_workers=3) if kind == "agn" else local(3, inner)
+    there = state_of(tx, 3, 4)
+    checkpoint.save(tmp_path / "1", there)
+    for alone in (
+        inner,
+        emaopt.averaged(inner, 0.5),
+        optax.chain(inner, emaopt.average_params(0.5)),
+    ):
+        target = state_of(alone, None)
+        back = checkpoint.restore(tmp_path / "1", target, report=len)
+        assert bits(back["params"]) == bits(center_of(there))
+        first = jax.tree.map(lambda x: x[0], there["opt_state"].inner_state)
+        mine = back["opt_state"] if alone is inner else back["opt_state"][0]
+        assert bits(mine) == bits(first)
+        if alone is not inner:
+            average = emaopt.get_average(back["opt_state"])
+            right = jax.tree.map(lambda p: p.astype(jnp.float32), back["params"])
+            assert bits(average) == bits(right)
+    old = state_of(inner, None, 4, empty=False)
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(tmp_path / "2", old)
+    target = state_of(tx, 3, empty=False)
+    restored = checkpoint.restore(tmp_path / "2", target, report=len)
+    assert bits(restored["params"]) == bits(emaopt.stack_workers(old["params"], 3))
+    rows = emaopt.stack_workers(old["opt_state"], 3)
+    assert bits(restored["opt_state"].inner_state) == bits(rows)
+    outer = target["opt_state"].outer_state
+    assert bits(restored["opt_state"].outer_state) == bits(outer)
+    if kind != "agn":
+        with pytest.raises(ValueError, match="give arrays, as tx"):
+            checkpoint.restore(tmp_path / "2", jax.eval_shape(lambda: target), report=len)
+
+
+def test_lookahead_around_an_optimizer_without_slots_ends_too(tmp_path):
+    tx = emaopt.lookahead(optax.sgd(0.1), period=3)
+    old = state_of(tx, None, 7)
+    checkpoint.save(tmp_path / "c", old)
+    restored = checkpoint.restore(
+        tmp_path / "c", state_of(optax.sgd(0.1), None), report=len
+    )
+    assert bits(restored["params"]) == bits(center_of(old))

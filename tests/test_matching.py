@@ -513,3 +513,64 @@ def test_a_state_that_got_a_field_keeps_the_others_where_it_was(tmp_path):
         checkpoint.restore(tmp_path / "c", target)
     restored = checkpoint.restore(tmp_path / "c", target, keep_missing=True, report=quiet)
     same(restored["opt_state"], {"mu": saved["mu"], "nu": target["opt_state"]["nu"]})
+
+
+# Of averages in part, of several networks, and of names that are wrong
+
+
+def test_an_average_of_more_leaves_starts_from_the_parameters_or_is_refused(tmp_path):
+    head = emaopt.average_params(0.9, mask=emaopt.by_name("head"))
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    state = {"params": params, "opt_state": moved(head.init(params))}
+    checkpoint.save(tmp_path / "c", state)
+    blank = jax.tree.map(jnp.zeros_like, params)
+    target = {"params": blank, "opt_state": emaopt.average_params(0.9).init(blank)}
+    with pytest.raises(ValueError, match=r"lacks .*encoder.* emaopt\.change_mask"):
+        checkpoint.restore(tmp_path / "c", target)
+    restored = checkpoint.restore(tmp_path / "c", target, keep_missing=True, report=quiet)
+    same(restored["params"], params)
+    average = emaopt.get_average(restored["opt_state"])
+    same(average["encoder"], params["encoder"])
+    same(average["head"], state["opt_state"].average["head"])
+
+
+def two_networks():
+    params = {"actor": {"w": jnp.ones(3)}, "critic": {"v": jnp.ones(2)}}
+    tx = optax.chain(SGD, A)
+    states = {name: moved(tx.init(p)) for name, p in params.items()}
+    return {"params": params, "opt_states": states}
+
+
+def test_a_place_above_two_averages_has_both_whichever_is_served(tmp_path):
+    state = two_networks()
+    right = {n: s[1].average for n, s in state["opt_states"].items()}
+    for i, name in enumerate(["actor", "critic", ("actor", "critic")]):
+        checkpoint.save(tmp_path / str(i), state, name=name)
+        same(checkpoint.load_averaged(tmp_path / str(i), at="params"), right)
+        same(
+            checkpoint.load_averaged(tmp_path / str(i), name="opt_states/actor"),
+            right["actor"],
+        )
+
+
+def test_a_way_to_no_average_is_refused():
+    state, names = two_networks(), ("actor", "critic")
+    told = {"opt_states/actor": "params/actor", "opt_states/critic": "params/critic"}
+    swapped = checkpoint.swap_state(state, name=names, params=told)
+    same(swapped, checkpoint.swap_state(state, name=names))
+    with pytest.raises(ValueError, match="'opt_states/acotr' leads to no average; there"):
+        checkpoint.swap_state(
+            state, name=names, params={"opt_states/acotr": "params/actor"}
+        )
+
+
+def test_one_code_saves_with_an_average_and_without(tmp_path):
+    for tx in (SGD, optax.chain(SGD, A)):
+        state = run(tx)
+        swapped = checkpoint.swap_state(state, optional=True)
+        record = checkpoint.metadata(state, optional=True)
+        v1.save(tmp_path / str(len(record)), swapped, custom_metadata=record)
+        same(checkpoint.restore(tmp_path / str(len(record)), state), state)
+    same(checkpoint.swap_state(run(SGD), optional=True), run(SGD))
+    with pytest.raises(ValueError, match="optional=True"):
+        checkpoint.metadata(run(SGD))

@@ -1,5 +1,6 @@
 """An average that is adopted goes on as the run would that had made it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +161,49 @@ def test_count_of_an_nnx_optimizer():
     optimizer.update(net, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(net))
     average = emaopt.get_average(optimizer, params)["bias"][...]
     np.testing.assert_allclose(average, 0.75 * old + 0.25 * net.bias[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["partition", "masked"])
+def test_slots_of_what_was_frozen_start_and_the_others_go_on(how):
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(3)}
+    average = emaopt.average_params(0.5)
+
+    def optimizer(trained):
+        adam = optax.adam(0.1)
+        if how == "masked":
+            return optax.chain(
+                optax.masked(adam, trained), optax.masked(average, trained)
+            )
+        labels = {name: "train" if on else "freeze" for name, on in trained.items()}
+        groups = {"train": optax.chain(adam, average), "freeze": optax.set_to_zero()}
+        return optax.partition(groups, labels)
+
+    head = optimizer({"encoder": False, "head": True})
+    both = optimizer({"encoder": True, "head": True})
+    _, state = head.update(params, head.init(params), params)
+    changed = emaopt.change_mask(state, params, both)
+    assert jax.tree.structure(changed) == jax.tree.structure(both.init(params))
+    slots = {n: v for n, v in emaopt.variables(state).items()}
+    for name, value in emaopt.variables(changed).items():
+        if "encoder" not in name:
+            np.testing.assert_array_equal(value, slots[name])
+        elif "average" in name:
+            np.testing.assert_array_equal(value, params["encoder"])
+        else:
+            np.testing.assert_array_equal(value, jnp.zeros(2))
+    jax.jit(both.update)(params, changed, params)  # goes on
+    back = emaopt.change_mask(changed, params, head)
+    chex.assert_trees_all_equal(back, state)
+
+
+def test_state_of_another_optimizer_is_refused():
+    params = {"w": jnp.ones(3)}
+    tx = emaopt.averaged(optax.trace(0.9), 0.5, mask={"w": False})
+    state = tx.init(params)._replace(
+        inner_state=optax.trace(0.9).init({"w": jnp.ones(2)})
+    )
+    new = emaopt.averaged(optax.trace(0.9), 0.5)
+    with pytest.raises(
+        ValueError, match=r"inner_state/trace/w of shape \(3,\), the state"
+    ):
+        emaopt.change_mask(state, params, new)

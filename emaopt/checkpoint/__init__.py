@@ -342,7 +342,9 @@ def average_names(
     return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in pairs}
 
 
-def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[str, Any]:
+def metadata(
+    state: Any, *, name: Choice = None, params: Ways = None, optional: bool = False
+) -> dict[str, Any]:
     """Returns the record to save with `swap_state(state)`, as Orbax's custom_metadata.
 
     For writing by other means than `save`, such as Orbax's experimental v1 API:
@@ -355,10 +357,11 @@ def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[st
 
     Args:
       state: The training state, swapped or not.
-      name, params: As for `save`.
+      name, params, optional: As for `save`.
 
     Returns:
-      A JSON-serializable dict with the one key "emaopt".
+      A JSON-serializable dict with the one key "emaopt"; of a state without an average,
+      with `optional`, an empty one.
 
     Raises:
       ValueError: As for `save`.
@@ -370,4 +373,5 @@ def metadata(state: Any, *, name: Choice = None, params: Ways = None) -> dict[st
       >>> print(metadata((params, tx.init(params)))["emaopt"]["average"])
       ['1', 'averaging']
     """
-    return _trees.marker(*_trees.served("metadata", state, name, params))
+    state, places = _trees.served("metadata", state, name, params, optional)
+    return _trees.marker(state, places) if places else {}

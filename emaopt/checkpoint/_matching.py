@@ -18,6 +18,9 @@ from emaopt.checkpoint._worker_rows import fit_workers
 Rename = Mapping[str, str] | None
 
 
+_ADVICE = "Give a target with the names, shapes and kinds of numbers that were saved."
+
+
 class Match(NamedTuple):
     """Where each leaf of the target comes from."""
 
@@ -57,7 +60,7 @@ def match(
     """
     everything = names_of(target)
     sources = _sources(function, path, target, disk, {*everything}, {*saved}, rename)
-    rows = fit_workers(function, target, disk, saved, sources, params)
+    rows = fit_workers(function, target, disk, saved, sources, params, ignore_extra)
     wanted, there = _within(scope, everything), _within(scope, saved)
     sources = _within(scope, sources)
     report = []
@@ -70,14 +73,15 @@ def match(
     sources, fresh = _within(scope, rows.sources), rows.fresh & wanted.keys()
     report += rows.report
     left = wanted.keys() - sources.keys() - fresh
-    seeds = _seeds(function, target, left, saved, params)
+    seeds = _seeds(function, target, left, rows.sources, params, keep_missing)
     if seeds:
         report.append(
             f"started the average anew from the parameters: {len(seeds)} leaves, "
             f"{listed(seeds)}, are not in the checkpoint"
         )
     kept = left - seeds.keys() if keep_missing else left & rows.kept
-    kept = {n for n in kept if not isinstance(wanted[n], jax.ShapeDtypeStruct)}
+    abstract = {n for n in kept if isinstance(wanted[n], jax.ShapeDtypeStruct)}
+    kept -= abstract
     if kept:
         report.append(f"kept the target's values of {listed(kept)}")
     extra = there.keys() - sources.values() - rows.left
@@ -95,6 +99,7 @@ def match(
         missing=left - seeds.keys() - kept,
         extra=extra - dropped,
         misfits=_misfits(sources, wanted, saved, rows.rows),
+        advice=_advice(target, left - seeds.keys() - kept, abstract & rows.kept),
     )
     seeds |= dict.fromkeys(fresh)
     return Match(sources, seeds, rows.rows & wanted.keys(), report)
@@ -107,7 +112,9 @@ def check_fit(function: str, path: Any, wanted: dict, saved: dict) -> None:
     _complain(function, path, missing, extra, _misfits(both, wanted, saved, set()))
 
 
-def _complain(function: str, path: Any, missing: Any, extra: Any, misfits: list) -> None:
+def _complain(
+    function: str, path: Any, missing: Any, extra: Any, misfits: list, advice: str = ""
+) -> None:
     complaints = []
     if missing:
         complaints.append(f"it lacks {listed(missing)}")
@@ -115,8 +122,8 @@ def _complain(function: str, path: Any, missing: Any, extra: Any, misfits: list)
         complaints.append(f"it also holds {listed(extra)}")
     if complaints := complaints + misfits:
         raise ValueError(
-            f"{function}: {path} does not fit the target: {'; '.join(complaints)}. Give "
-            "a target with the names, shapes and kinds of numbers that were saved."
+            f"{function}: {path} does not fit the target: {'; '.join(complaints)}. "
+            + (advice or _ADVICE)
         )
 
 
@@ -215,23 +222,51 @@ def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
     return {names: x for names, x in leaves.items() if names[: len(scope)] == scope}
 
 
+def _advice(target: Any, missing: Any, abstract: Any) -> str:
+    """What to do about leaves that are missing, where it is known."""
+    if abstract:
+        return (
+            "The outer optimizer of new local updates begins as in the target: give "
+            "arrays, as tx.init makes them, not shapes alone."
+        )
+    for average, node in average_nodes(target).items():
+        whole = {average + names for names in names_of(as_state(node))}
+        if whole & missing and not whole <= missing:
+            return (
+                f"The average at {_path(average)} is of fewer leaves there: restore with "
+                "the optimizer that saved it, and then call emaopt.change_mask with the "
+                "new one."
+            )
+    return ""
+
+
 def _seeds(
-    function: str, target: Any, missing: Any, saved: dict, told: Ways
+    function: str,
+    target: Any,
+    missing: Any,
+    sources: dict[Names, Names],
+    told: Ways,
+    in_part: bool,
 ) -> dict[Names, Names | None]:
-    """What a new average starts from: its parameters, its counters from zero."""
+    """What a new average starts from: its parameters, its counters from zero.
+
+    An average of which a part is there is a damaged or a foreign one, unless what is
+    missing may be made up: then leaves that it lacks start from their parameters.
+    """
     seeds: dict[Names, Names | None] = {}
     for average, node in average_nodes(target).items():
         ours = {names for names in missing if names[: len(average)] == average}
         whole = {average + names for names in names_of(as_state(node))}
-        if not ours or ours != whole:
-            continue  # a part of it is there: a damaged or a foreign one
+        inside = {names for names in ours if names[len(average)] == "average"}
+        if not ours or not (ours == whole or (in_part and ours == inside)):
+            continue
         params = _origin(function, target, average, told)
         for names in ours:
-            rest = names[len(average) :]
-            if rest[0] != "average":
+            param = params + names[len(average) + 1 :]
+            if names not in inside:
                 seeds[names] = None
-            elif (source := params + rest[1:]) in saved:
-                seeds[names] = source
+            elif param in sources:
+                seeds[names] = sources[param]
     return seeds
 
 

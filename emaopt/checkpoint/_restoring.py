@@ -51,17 +51,18 @@ def restored(
         params=params,
         rename=rename,
     )
-    seeded = {source: source for source in found.seeds.values() if source is not None}
     wanted = {
         logical[source]: _trees.as_plan(targets[name], fallback)
-        for name, source in (seeded | found.sources).items()
+        for name, source in found.sources.items()
         if not _trees.is_empty(targets[name]) and name not in found.rows
     }
-    for name in found.rows:  # whole, to be dealt out, if it is not read for another leaf
-        if not _trees.is_empty(targets[name]):
-            leaf = saved[found.sources[name]]
+    # What more than one leaf is made of, whole, if it is not read for a leaf already.
+    for name, source in (found.sources | found.seeds).items():
+        made = source is not None and (name in found.rows or name in found.seeds)
+        if made and not _trees.is_empty(targets[name]):
+            leaf = saved[source]
             plan = _trees.as_plan(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fallback)
-            wanted.setdefault(logical[found.sources[name]], plan)
+            wanted.setdefault(logical[source], plan)
     read = _files.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
@@ -79,7 +80,9 @@ def restored(
         if source is None or _trees.is_empty(leaf):
             values[name] = _trees.zeros(leaf)
         else:
-            values[name] = _trees.copy_like(read[logical[source]], leaf)
+            value = read[logical[source]]
+            fitting = value if value.shape == leaf.shape else refit(value, leaf)
+            values[name] = _trees.copy_like(fitting, leaf)
     for sentence in found.report:
         report(f"restore: {files.path}: {sentence}.")
     state = _trees.fill(plain, values)

@@ -1,5 +1,6 @@
 """What stands where in a checkpoint: averages, raw parameters, other arrays."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -232,10 +233,10 @@ def _chosen_at(
     others: list[Names],
 ) -> list[Average]:
     """Those of what stands at a place."""
-    found = [s for s in served if _related(way, s)]
+    found = ours = [s for s in served if _related(way, s)]
     nodes = served_nodes(_files.whole_tree(files), name)
     errors = []
-    for names in others if name is not None or not found else ():
+    for names in others:
         one = Average((), names, field_of(nodes[names]), False)
         if _below(way, one.inside):
             return [one]
@@ -243,8 +244,9 @@ def _chosen_at(
             one = one._replace(params=_located(function, files, names, way).params)
         except ValueError as error:
             errors.append(error)
-        else:
-            found += [one] * _related(way, one)
+        else:  # of the same parameters the one that is served is meant, if none is named
+            beside = name is None and any(_overlap(one, s) for s in ours)
+            found = found + [one] * (_related(way, one) and not beside)
     if not found and errors:
         raise errors[0]
     if not found:
@@ -253,7 +255,8 @@ def _chosen_at(
             f"{function}: {files.path} holds no average of what stands at {at!r}; it "
             f"holds the averages of {there}."
         )
-    if len(found) > 1 and not all(one.served for one in found):
+    pairs = [(a, b) for a, b in itertools.combinations(found, 2) if _overlap(a, b)]
+    if not all(a.served and b.served for a, b in pairs):
         which = ", ".join("/".join(one.average) for one in found)
         raise ValueError(
             f"{function}: {files.path} holds several averages of what stands at {at!r}: "
@@ -266,6 +269,10 @@ def _related(way: Names, one: Average) -> bool:
     """Whether a place is above, in or below an average's parameters, or in its own."""
     near = _below(way, one.params) or _below(one.params, way)
     return near or _below(way, one.inside)
+
+
+def _overlap(a: Average, b: Average) -> bool:
+    return _below(a.params, b.params) or _below(b.params, a.params)
 
 
 def _located(function: str, files: _files.Files, average: Names, way: Names) -> Any:

@@ -26,6 +26,9 @@ WRAPPERS = {
 }
 
 
+_OF_ITS_OWN = {"outer_state"}  # what is in it is no other optimizer's
+
+
 class Unit(NamedTuple):
     """The state of one transformation, or a wrapper's own."""
 
@@ -56,7 +59,7 @@ def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[
             if names[: len(root)] == root:
                 _put(tree, names[len(root) :])
         for way, kind, below in _walk(tree, (), parameters):
-            named = [n for n in way if n not in WRAPPERS]
+            named = [n for n in way if n not in WRAPPERS - _OF_ITS_OWN]
             labels = (*root, *(n for n in named if not n.isdigit()))
             short = (*root, *named)
             found.append(Unit(root + way, kind, labels, short, frozenset(below)))

@@ -51,6 +51,7 @@ def fit_workers(
     saved: dict[Names, Any],
     sources: dict[Names, Names],
     params: Ways,
+    ignore_extra: bool,
 ) -> Rows:
     """The sources of a target's leaves, from a state with other workers."""
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
@@ -68,7 +69,7 @@ def fit_workers(
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
     for old in before.values():
-        _end_workers(rows, old, wanted, saved)
+        _end_workers(rows, old, wanted, saved, ignore_extra)
     return rows
 
 
@@ -126,13 +127,15 @@ def _start_workers(
     )
 
 
-def _end_workers(rows: Rows, old: _Local, wanted: dict, saved: dict) -> None:
+def _end_workers(
+    rows: Rows, old: _Local, wanted: dict, saved: dict, ignore_extra: bool
+) -> None:
     """Gives the center to a run without workers, and the first worker's slots.
 
     Not to who asks for the parameters alone, in the workers' shapes: they are those.
     """
     inner = (*old.way, "inner_state")
-    goes_on = any(_below(source, inner) for source in rows.sources.values())
+    goes_on = not ignore_extra or any(_below(s, inner) for s in rows.sources.values())
     if not goes_on and old.workers is None:
         return
     ended = False
