@@ -22,6 +22,7 @@ class Tree:
         self.position = {names: i for i, (names, _) in enumerate(self.leaves)}
         self.stacked = bool(center_nodes(state))
         self.averages = average_nodes(state) | center_nodes(state)
+        self._members: dict[Names, dict[str, Any]] = {}  # of mappings, by their keys
 
     def within(self, inside: Names) -> dict[Names, int]:
         """The positions of the leaves below a name, by the rest of their names."""
@@ -34,27 +35,39 @@ class Tree:
 
     def node(self, names: Names) -> Any:
         """What stands at a name, None where the containers cannot be walked."""
-        node = self.state
-        for name in names:
-            if isinstance(node, Mapping):
-                node = {str(key): child for key, child in node.items()}.get(name)
-            elif isinstance(node, (list, tuple)) and name.isdigit():
-                node = node[int(name)] if int(name) < len(node) else None
-            else:
-                node = getattr(node, name, None)
-        return node
+        if not names:
+            return self.state
+        node = self.node(names[:-1])
+        if isinstance(node, Mapping):
+            if names[:-1] not in self._members:
+                self._members[names[:-1]] = {str(k): child for k, child in node.items()}
+            return self._members[names[:-1]].get(names[-1])
+        if isinstance(node, (list, tuple)) and names[-1].isdigit():
+            return node[int(names[-1])] if int(names[-1]) < len(node) else None
+        return getattr(node, names[-1], None)
 
 
-def optimizer_roots(state: Any) -> list[Names]:
+def optimizer_roots(state: Any, *, typed: bool) -> list[Names]:
     """The names that lead to the optimizer states in a tree, to each network's own.
 
-    Where types are lost, as on disk, a state is found by its key or its average.
+    Where types are lost, as on disk, a state is found by its key or its average, and what
+    is a list may have been a chain's tuple.
     """
     tree = Tree(state)
+
+    def is_list(way: Names) -> bool:
+        node = tree.node(way)
+        return typed and isinstance(node, list) and all(map(_is_state, node))
+
     found = {average[: optimizer_root(tree, average)] for average in tree.averages}
+    found = {way for way in found if not is_list(way)}
     ways = {names[:i] for names in tree.position for i in range(len(names) + 1)}
     for way in ways:
-        if (way and _KEY.search(way[-1])) or _is_state(tree.node(way)):
+        node = tree.node(way)
+        named = bool(way and _KEY.search(way[-1]))
+        if named and is_list(way):
+            found |= {(*way, str(i)) for i in range(len(node))}
+        elif named or _is_state(node):
             found.add(way)
     outermost = [w for w in found if not any(w[:i] in found for i in range(len(w)))]
     return sorted(outermost)

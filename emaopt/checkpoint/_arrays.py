@@ -109,7 +109,6 @@ def can_read(leaf: Any, plan: Any) -> bool:
         isinstance(leaf, DiskArray)
         and leaf.whole
         and isinstance(plan, (jax.ShapeDtypeStruct, np.ndarray))
-        and plan.shape == leaf.shape
         and not jnp.issubdtype(plan.dtype, jax.dtypes.extended)
         and all(_has_whole_bytes(dtype) for dtype in (leaf.dtype, plan.dtype))
     )
@@ -127,7 +126,8 @@ def _has_whole_bytes(dtype: Any) -> bool:
 def read(leaves: Iterable[tuple[DiskArray, Any]], limit: int) -> Iterator[Any]:
     """Reads arrays as what each is asked for, with at most `limit` bytes under way.
 
-    An array is read by the parts that this process's devices hold, each part once.
+    An array is read by the parts that this process's devices hold, each part once. What
+    is asked for may have other rows than the array: see `source`.
     """
     running: deque = deque()
     under_way = 0
@@ -143,16 +143,38 @@ def read(leaves: Iterable[tuple[DiskArray, Any]], limit: int) -> Iterator[Any]:
         while running and under_way + size > limit:
             yield oldest()
         store = leaf.store
-        if plan.dtype != leaf.dtype:
+        if plan.dtype != leaf.dtype and {plan.dtype, leaf.dtype} <= _CAST:
             store = ts.cast(store, plan.dtype)
         under_way += size
         reading = {
-            part: store[tuple(slice(*bounds) for bounds in part)].read()
+            part: store[source(part, plan.shape, leaf.shape)].read()
             for part in set(_parts(plan).values())
         }
         running.append((size, plan, reading))
     while running:
         yield oldest()
+
+
+# What TensorStore casts as NumPy does; the others are cast afterwards.
+_CAST = {np.dtype(name) for name in ("bool", "complex64", "complex128", jnp.bfloat16)}
+_CAST |= {np.dtype(f"float{bits}") for bits in (16, 32, 64)}
+_CAST |= {np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def source(part: Part, wanted: tuple[int, ...], there: tuple[int, ...]) -> Any:
+    """The index in an array on disk of a part of what is wanted of it.
+
+    It may be wanted with other rows, for other workers: [...] as [W, ...] is the array in
+    each row; [V, ...] as [W, ...] is row w % V in row w; [W, ...] as [...] the first row.
+    """
+    slices = tuple(slice(*bounds) for bounds in part)
+    if len(wanted) > len(there):
+        return slices[1:]
+    if len(wanted) < len(there):
+        return (0, *slices)
+    if wanted != there:
+        return (np.arange(*part[0]) % there[0], *slices[1:])
+    return slices
 
 
 def _parts(plan: Any) -> dict[Any, Part]:
@@ -172,21 +194,31 @@ def nbytes_read(leaf: DiskArray, plan: Any) -> int:
 
 
 def _nbytes(leaf: DiskArray, part: Part) -> int:
+    missing = len(leaf.shape) - len(part)
+    bounds = ((0, 1),) * missing + part[max(-missing, 0) :]
     return leaf.dtype.itemsize * math.prod(
         (-(-stop // n) - start // n) * n
-        for (start, stop), n in zip(part, leaf.chunk_shape, strict=True)
+        for (start, stop), n in zip(bounds, leaf.chunk_shape, strict=True)
     )
 
 
 def _placed(plan: Any, arrays: dict[Part, np.ndarray]) -> Any:
     """The array of its parts, on the devices that the plan names."""
+    parts = {
+        part: np.broadcast_to(
+            array.astype(plan.dtype, copy=False), [stop - start for start, stop in part]
+        )
+        for part, array in arrays.items()
+    }
     if isinstance(plan, np.ndarray):
-        (array,) = arrays.values()
-        return array
+        (array,) = parts.values()
+        return array if array.flags.writeable else array.copy()
     sharding = plan.sharding
     single = jax.sharding.SingleDeviceSharding
     shards = [
-        jax.device_put(arrays[part], single(device, memory_kind=sharding.memory_kind))
+        jax.device_put(parts[part], single(device, memory_kind=sharding.memory_kind))
         for device, part in _parts(plan).items()
     ]
-    return jax.make_array_from_single_device_arrays(plan.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(
+        plan.shape, sharding, shards, dtype=jax.dtypes.canonicalize_dtype(plan.dtype)
+    )

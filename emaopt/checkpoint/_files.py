@@ -248,23 +248,33 @@ def all_leaves(files: Files) -> dict[Names, Any]:
     return files.saved | files.marker.empty if files.marker else files.saved
 
 
-def read(function: str, files: Files, wanted: dict[Names, Any]) -> dict[Names, Any]:
-    """Reads the wanted leaves, as what `wanted` says, and nothing else."""
-    # In one order in all processes, which go through the checksums together.
-    wanted = {names: wanted[names] for names in files.saved if names in wanted}
+def read(function: str, files: Files, wanted: dict[Names, tuple[Names, Any]]) -> Any:
+    """Reads leaves, and nothing else: where each stands and as what, by any names."""
     with explained(function, files.path):
-        _arrays.open_all(files.saved[names] for names in wanted)
+        _arrays.open_all(files.saved[place] for place, _ in wanted.values())
     here = {
-        n: plan for n, plan in wanted.items() if _arrays.can_read(files.saved[n], plan)
+        names: (files.saved[place], plan)
+        for names, (place, plan) in wanted.items()
+        if _arrays.can_read(files.saved[place], plan)
     }
-    leaves = [(files.saved[names], plan) for names, plan in here.items()]
-    sizes = [_arrays.nbytes_read(*leaf) for leaf in leaves]
+    sizes = [_arrays.nbytes_read(*leaf) for leaf in here.values()]
+    limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])
     with explained(function, files.path):
-        read = list(_arrays.read(leaves, max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])))
-    values = dict(zip(here, read, strict=True))
-    if others := {n: plan for n, plan in wanted.items() if n not in here}:
-        values |= _read_others(function, files, others)
-    _checksums.check(function, files.path, files.checksums, values)
+        values = dict(zip(here, _arrays.read(here.values(), limit), strict=True))
+    others = {n: read for n, read in wanted.items() if n not in here}
+    while others:  # of one that is wanted twice, once more
+        now = {place: (names, plan) for names, (place, plan) in others.items()}
+        found = _read_others(function, files, {p: plan for p, (_, plan) in now.items()})
+        values |= {names: found[place] for place, (names, _) in now.items()}
+        others = {n: read for n, read in others.items() if n not in values}
+    whole = {
+        wanted[n][0]: value
+        for n, value in values.items()
+        if shape(value) == shape(files.saved[wanted[n][0]])
+    }
+    # In one order in all processes, which go through the checksums together.
+    whole = {place: whole[place] for place in files.saved if place in whole}
+    _checksums.check(function, files.path, files.checksums, whole)
     return values
 
 

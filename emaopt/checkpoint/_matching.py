@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emaopt._nodes import as_state, average_nodes, center_nodes
 from emaopt._optimizer_states import optimizer_roots
@@ -12,7 +13,7 @@ from emaopt._places import Ways, kind_of, located_at, shape_of
 from emaopt._recursion import AverageState
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
-from emaopt.checkpoint._units import Unclear, paired, units
+from emaopt.checkpoint._units import Group, paired, units
 from emaopt.checkpoint._worker_rows import fit_workers
 
 Rename = Mapping[str, str] | None
@@ -59,7 +60,9 @@ def match(
       rename: Where what stands at some name now belongs.
     """
     everything = names_of(target)
-    sources = _sources(function, path, target, disk, {*everything}, {*saved}, rename)
+    sources, changed = _sources(
+        function, path, target, disk, {*everything}, {*saved}, rename
+    )
     rows = fit_workers(function, target, disk, saved, sources, params, ignore_extra)
     wanted, there = _within(scope, everything), _within(scope, saved)
     sources = _within(scope, sources)
@@ -99,7 +102,7 @@ def match(
         missing=left - seeds.keys() - kept,
         extra=extra - dropped,
         misfits=_misfits(sources, wanted, saved, rows.rows),
-        advice=_advice(target, left - seeds.keys() - kept, abstract & rows.kept),
+        advice=_advice(target, left - seeds.keys(), changed, abstract & rows.kept),
     )
     seeds |= dict.fromkeys(fresh)
     return Match(sources, seeds, rows.rows & wanted.keys(), report)
@@ -135,14 +138,19 @@ def _sources(
     wanted: set[Names],
     saved: set[Names],
     rename: Rename,
-) -> dict[Names, Names]:
-    """Where each leaf of the target stands: under its name, or where its unit moved."""
+) -> tuple[dict[Names, Names], list[Names]]:
+    """Where each leaf of the target stands: under its name, or where its unit moved.
+
+    Returns the sources, and where states stand that have other fields than there.
+    """
     told = _told(function, path, wanted, saved, rename or {})
     wanted, saved = wanted - told.keys(), saved - {*told.values()}
     sources = told | {names: names for names in wanted & saved}
     if wanted == saved:
-        return sources
-    roots = _outermost(optimizer_roots(target), optimizer_roots(disk))
+        return sources, []
+    roots = _outermost(
+        optimizer_roots(target, typed=True), optimizer_roots(disk, typed=False)
+    )
     inside = {n for n in wanted | saved if any(n[: len(r)] == r for r in roots)}
     sources = {new: old for new, old in sources.items() if new not in inside - {*told}}
     outside = (names_of(target).keys() | names_of(disk).keys()) - inside
@@ -150,14 +158,13 @@ def _sources(
     pairs, unclear = paired(here, there)
     if unclear:
         raise ValueError(_unclear(function, path, unclear[0]))
-    # One that has changed its fields, where it was.
-    new, old = ({pair[side].way for pair in pairs} for side in (0, 1))
-    by_way = {unit.way: unit for unit in there if unit.way not in old}
-    pairs += [(u, by_way[u.way]) for u in here if u.way in by_way and u.way not in new]
     for unit, other in pairs:
         both = unit.leaves & other.leaves
         sources |= {unit.way + rest: other.way + rest for rest in both}
-    return sources
+    new, old = ({unit.way for unit in side} for side in (here, there))
+    new -= {unit.way for unit, _ in pairs}
+    old -= {unit.way for _, unit in pairs}
+    return sources, sorted(new & old)
 
 
 def _told(
@@ -192,7 +199,7 @@ def _outermost(some: list[Names], others: list[Names]) -> list[Names]:
     ]
 
 
-def _unclear(function: str, path: Any, group: Unclear) -> str:
+def _unclear(function: str, path: Any, group: Group) -> str:
     """What names and places do not tell, and the argument that does."""
     here, there = ([_path(unit.way) for unit in side] for side in group)
     fields = sorted(group[0][0].kind)
@@ -222,8 +229,14 @@ def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
     return {names: x for names, x in leaves.items() if names[: len(scope)] == scope}
 
 
-def _advice(target: Any, missing: Any, abstract: Any) -> str:
-    """What to do about leaves that are missing, where it is known."""
+def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> str:
+    """What to do about leaves that do not fit, where it is known."""
+    if changed:
+        way = _path(changed[0])
+        return (
+            f"At {way} stands a state of other fields. If it is of the same optimizer, "
+            f"say rename={{{way!r}: {way!r}}}."
+        )
     if abstract:
         return (
             "The outer optimizer of new local updates begins as in the target: give "
@@ -288,39 +301,60 @@ def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:
 
 
 def _misfits(sources: dict, wanted: dict, saved: dict, rows: Any) -> list[str]:
-    """Which shapes and kinds of numbers differ, in words; `rows` may have others."""
+    """What differs in shape or kind, in words; `rows` may have another first axis."""
     said = []
     for new, old in sorted(sources.items()):
         here, there, name = wanted[new], saved[old], _path(new)
-        if new not in rows and not _same_shape(here, there):
+        shapes = _shape(here), shape_of(there)
+        if new in rows and None not in shapes:
+            shapes = _without_rows(*shapes)
+        if None not in shapes and shapes[0] != shapes[1]:
             said.append(
                 f"{name} has shape {tuple(shape_of(there))} there and "
                 f"{tuple(shape_of(here))} in the target"
             )
-        elif not _keeps_kind(here, there):
-            said.append(
-                f"{name} is {jnp.dtype(there.dtype).name} there and "
-                f"{jnp.result_type(here).name} in the target"
-            )
+        elif isinstance(here, str) != (shapes[1] is None) or not _keeps_kind(here, there):
+            said.append(f"{name} is {_kind(there)} there and {_kind(here)} in the target")
     return said
+
+
+def _kind(leaf: Any) -> str:
+    if shape_of(leaf) is None:
+        return "text"
+    if isinstance(leaf, DiskArray) and not leaf.whole:
+        return "a typed key"
+    return str(getattr(leaf, "dtype", type(leaf).__name__))
+
+
+def _shape(leaf: Any) -> Any:
+    """The shape on disk of a leaf of the target: of a key, that of the integers in it."""
+    if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    shape = shape_of(leaf)
+    return None if shape is None else tuple(shape)
+
+
+def _without_rows(here: tuple, there: tuple) -> tuple[tuple, tuple]:
+    """Two shapes without the axis of workers that one of them has, or both."""
+    if len(here) == len(there):
+        return here[1:], there[1:]
+    return (here[1:], there) if len(here) > len(there) else (here, there[1:])
 
 
 def _keeps_kind(here: Any, there: Any) -> bool:
     """Whether numbers on disk can be had as the target's: of one kind, integers whole."""
     kinds = kind_of(here), kind_of(there)
-    if None in kinds or "key" in kinds:
+    if None in kinds:
         return True
+    if "key" in kinds:
+        return not (isinstance(there, DiskArray) and there.whole)
     if kinds[0] != kinds[1]:
         return False
     arrays = hasattr(here, "dtype") and isinstance(there, DiskArray)
     if kinds[0] != "integer" or not arrays:
         return True
-    wide, narrow = jnp.iinfo(here.dtype), jnp.iinfo(there.dtype)
+    held = here.dtype
+    if not isinstance(here, (np.ndarray, np.generic)):
+        held = jax.dtypes.canonicalize_dtype(held)
+    wide, narrow = jnp.iinfo(held), jnp.iinfo(there.dtype)
     return wide.min <= narrow.min and narrow.max <= wide.max
-
-
-def _same_shape(here: Any, there: Any) -> bool:
-    """Whether a leaf on disk is what the target wants; of a key, the integers in it."""
-    if jnp.issubdtype(getattr(here, "dtype", jnp.float32), jax.dtypes.prng_key):
-        here = jax.eval_shape(jax.random.key_data, here)
-    return shape_of(here) is None or tuple(shape_of(here)) == tuple(shape_of(there))

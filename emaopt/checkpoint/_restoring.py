@@ -29,11 +29,13 @@ def restored(
     fallback: Any = None,
     params: Ways = None,
     rename: Rename = None,
+    as_it_is: bool = False,
 ) -> Any:
     """Fills the target with the saved training state, raw parameters and average apart.
 
     With a scope, only the leaves below it are read; the others may be metadata. Leaves
-    without a sharding go to `fallback`, or the default device.
+    without a sharding go to `fallback`, or the default device. If the target is metadata,
+    it is filled with what there is, `as_it_is`.
     """
     plain, swapped = _trees.raw(_trees.plain(target), params)
     logical, present = _files.logical_names(files), _files.all_leaves(files)
@@ -51,38 +53,33 @@ def restored(
         params=params,
         rename=rename,
     )
-    wanted = {
-        logical[source]: _trees.as_plan(targets[name], fallback)
-        for name, source in found.sources.items()
-        if not _trees.is_empty(targets[name]) and name not in found.rows
-    }
-    # What more than one leaf is made of, whole, if it is not read for a leaf already.
-    for name, source in (found.sources | found.seeds).items():
-        made = source is not None and (name in found.rows or name in found.seeds)
-        if made and not _trees.is_empty(targets[name]):
-            leaf = saved[source]
-            plan = _trees.as_plan(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fallback)
-            wanted.setdefault(logical[source], plan)
+    # In the target's order, which is that of all processes.
+    sources = {n: found.sources[n] for n in targets if n in found.sources}
+    seeds = {n: found.seeds[n] for n in targets if n in found.seeds}
+    wanted = {}
+    for name, place in (sources | seeds).items():
+        if place is not None and not _trees.is_empty(targets[name]):
+            plan: Any = _trees.as_plan(targets[name], fallback)
+            leaf = saved[place]
+            if _trees.is_whole_number(leaf):
+                plan = 0  # as it is: to see whether the target's integers can hold it
+            if name not in found.rows | seeds.keys() or _arrays.can_read(leaf, plan):
+                wanted[name] = logical[place], plan
+            else:  # of keys, say, whole
+                plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
+                wanted[name] = logical[place], _trees.as_plan(plan, fallback)
     read = _files.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
-    for name, source in found.sources.items():
+    for name in sources | seeds:
         leaf = targets[name]
-        there = logical[source]
-        if name in found.rows and there in read:
-            values[name] = refit(read[there], leaf)
-        elif there in read:
-            values[name] = _trees.as_target(read[there], leaf)
-        else:  # of size 0
-            values[name] = _trees.zeros(leaf)
-    for name, source in found.seeds.items():
-        leaf = targets[name]
-        if source is None or _trees.is_empty(leaf):
+        if name not in read:  # of size 0, or a counter that starts
             values[name] = _trees.zeros(leaf)
         else:
-            value = read[logical[source]]
-            fitting = value if value.shape == leaf.shape else refit(value, leaf)
-            values[name] = _trees.copy_like(fitting, leaf)
+            value = refit(read[name], leaf) if name in found.rows else read[name]
+            values[name] = _trees.as_target(value, leaf, fallback)
+    if not as_it_is:
+        _trees.check_kinds("restore", files.path, values, targets)
     for sentence in found.report:
         report(f"restore: {files.path}: {sentence}.")
     state = _trees.fill(plain, values)
@@ -93,7 +90,7 @@ def restored(
 def as_saved(files: _files.Files, scope: Names) -> Any:
     """What a restore without a target gives: raw parameters in Orbax's containers."""
     target = with_other_items(files)
-    logical = restored(files, target, report=log_warning, scope=scope)
+    logical = restored(files, target, report=log_warning, scope=scope, as_it_is=True)
     return logical[scope[0]] if scope else logical
 
 
@@ -127,15 +124,9 @@ def averages(
     with _files.explained("load_averaged", files.path):
         _arrays.open_all(saved.values())
     wanted = _wanted(files.path, saved, target, sharding, dtype)
-    read = _files.read(
-        "load_averaged",
-        files,
-        {there[n]: x for n, x in wanted.items() if not _trees.is_empty(x)},
-    )
-    values = {
-        n: _trees.zeros(x) if _trees.is_empty(x) else read[there[n]]
-        for n, x in wanted.items()
-    }
+    plans = {n: (there[n], x) for n, x in wanted.items() if not _trees.is_empty(x)}
+    read = _files.read("load_averaged", files, plans)
+    values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
         leaves = [values[n] for n in _below_a_key(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)

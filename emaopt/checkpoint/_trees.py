@@ -136,11 +136,47 @@ def as_array(leaf: Any) -> Any:
         return np.zeros((), leaf.dtype).item()
     if not hasattr(leaf, "dtype"):
         return ""  # text has no metadata
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            return np.empty(leaf.shape, leaf.dtype)  # which JAX would cut
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def as_target(value: Any, leaf: Any) -> Any:
-    return type(leaf)(value) if isinstance(leaf, np.generic) else value
+def is_whole_number(leaf: Any) -> bool:
+    """Whether metadata is of a Python integer."""
+    number = isinstance(leaf, ocp.metadata.value.ScalarMetadata)
+    return number and jnp.issubdtype(leaf.dtype or float, jnp.integer)
+
+
+def as_target(value: Any, leaf: Any, fallback: Any = None) -> Any:
+    """What was read as the leaf of a target; a number that it cannot hold stays."""
+    if isinstance(leaf, np.generic):
+        return type(leaf)(value) if type(leaf)(value) == value else value
+    if isinstance(value, int) and hasattr(leaf, "dtype"):
+        array = np.asarray(value).astype(leaf.dtype)
+        if array != value or isinstance(leaf, np.ndarray):
+            return array if array == value else value
+        return jax.device_put(array, as_plan(leaf, fallback).sharding)
+    return value
+
+
+def check_kinds(
+    function: str, path: Any, values: dict[Names, Any], targets: dict[Names, Any]
+) -> None:
+    """Raises if what was read is not of the target's shape and dtype."""
+    for names, leaf in targets.items():
+        value, dtype = values[names], getattr(leaf, "dtype", None)
+        if value is leaf or dtype is None:
+            continue
+        if not jnp.issubdtype(dtype, jax.dtypes.extended):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+        there = getattr(value, "dtype", None)
+        if there not in (dtype, leaf.dtype) or shape_of(value) != shape_of(leaf):
+            what = f"{there} of shape {shape_of(value)}" if there else repr(value)
+            raise ValueError(
+                f"{function}: {path} has {what} at {'/'.join(names)}, the target "
+                f"{leaf.dtype} of shape {shape_of(leaf)}."
+            )
 
 
 def default_sharding() -> jax.sharding.Sharding:
@@ -148,11 +184,6 @@ def default_sharding() -> jax.sharding.Sharding:
 
 
 def zeros(like: Any) -> Any:
+    if isinstance(like, np.ndarray):
+        return np.zeros(like.shape, like.dtype)
     return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
-
-
-def copy_like(value: Any, like: Any) -> Any:
-    """A copy of a parameter for its average, in the average's dtype and place."""
-    copied = jnp.array(value, dtype=like.dtype, copy=True)
-    sharding = getattr(like, "sharding", None)
-    return copied if sharding is None else jax.device_put(copied, sharding)

@@ -5,7 +5,7 @@ around which chains, wrappers and the user's names stand. Units keep their field
 chain gets or loses members, or a wrapper; where they stand changes.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Unit(NamedTuple):
 
 
 Pair = tuple[Unit, Unit]
-Unclear = tuple[list[Unit], list[Unit]]
+Group = tuple[list[Unit], list[Unit]]
 
 
 def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[Unit]:
@@ -133,7 +133,7 @@ def _leaves(tree: dict, names: Names = ()) -> Iterator[Names]:
             yield from _leaves(child, (*names, name))
 
 
-def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Unclear]]:
+def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Group]]:
     """Finds which unit is which: by its kind, the user's names, and where it stands.
 
     Returns:
@@ -143,45 +143,58 @@ def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Unclea
     groups = defaultdict(lambda: ([], []))
     for side, found in enumerate((here, there)):
         for unit in found:
-            groups[unit.kind, unit.labels][side].append(unit)
-    alike, left = [], defaultdict(lambda: ([], []))
-    for (kind, _), (ours, theirs) in groups.items():
-        if ours and theirs:
-            alike.append((ours, theirs))
-        else:
-            left[kind][0].extend(ours)
-            left[kind][1].extend(theirs)
-    # A named_chain in the place of a chain puts a name of the user's on the way.
-    for ours, theirs in left.values():
-        alike += _related(ours, theirs)
+            groups[unit.kind][side].append(unit)
     pairs, unclear = [], []
-    for ours, theirs in alike:
-        found = _in_place(ours, theirs)
-        if found is None:
-            unclear.append((ours, theirs))
-        else:
-            pairs += found
+    for ours, theirs in groups.values():
+        for alike in _related(ours, theirs):
+            for some, others in _by_labels(*alike):
+                found = _in_place(some, others)
+                if found is None:
+                    unclear.append((some, others))
+                else:
+                    pairs += found
     return pairs, unclear
 
 
-def _related(ours: list[Unit], theirs: list[Unit]) -> list[Unclear]:
-    """Groups of units whose names are alike but for some that one side lacks."""
+def _related(ours: list[Unit], theirs: list[Unit]) -> list[Group]:
+    """Groups of units that could be one another by the user's names.
+
+    These are the same, or alike but for some that one side lacks: a named_chain in the
+    place of a chain puts one on the way.
+    """
     groups = []
     ours, theirs = list(ours), list(theirs)
     while ours:
         some, others = [ours.pop()], []
         grown = True
         while grown:
-            more = [u for u in theirs if any(_nested(u.labels, s.labels) for s in some)]
+            more = [u for u in theirs if any(_could_be(u, s) for s in some)]
             theirs = [u for u in theirs if u not in more]
             others += more
-            rivals = [u for u in ours if any(_nested(u.labels, s.labels) for s in others)]
+            rivals = [u for u in ours if any(_could_be(u, s) for s in others)]
             ours = [u for u in ours if u not in rivals]
             some += rivals
             grown = bool(more or rivals)
         if others:
             groups.append((some, others))
     return groups
+
+
+def _could_be(a: Unit, b: Unit) -> bool:
+    """An average may be of the center here and of the parameters there, slots may not."""
+    is_average = a.kind == {"average"}
+    sides = {"outer_state" in a.labels, "outer_state" in b.labels}
+    return _nested(a.labels, b.labels) and (is_average or len(sides) == 1)
+
+
+def _by_labels(ours: list[Unit], theirs: list[Unit]) -> list[Group]:
+    """The units of each name, if both sides have the same names; else all of them."""
+    if {unit.labels for unit in ours} != {unit.labels for unit in theirs}:
+        return [(ours, theirs)]
+    return [
+        ([u for u in ours if u.labels == name], [u for u in theirs if u.labels == name])
+        for name in sorted({unit.labels for unit in ours})
+    ]
 
 
 def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
@@ -193,7 +206,11 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
     if len(pairs) == 1 or _below_common(ours) == _below_common(theirs):
         return pairs  # where they were, or moved together
     # In another chain, or in a chain of their own, each way holds the old one: accepted
-    # if they can be paired in this way alone, and it keeps their order.
+    # if they can be paired in this way alone, it keeps their order, and all ways got, or
+    # lost, the same.
+    grown = {(_more(one, other), _more(other, one)) for one, other in pairs}
+    if len(grown) > 1:
+        return None
     edges = {
         i: {j for j, other in enumerate(theirs) if _nested(one.short, other.short)}
         for i, one in enumerate(ours)
@@ -205,6 +222,11 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
         for ends in edges.values():
             ends.discard(i)
     return pairs
+
+
+def _more(a: Unit, b: Unit) -> frozenset[tuple[str, int]]:
+    """The names on the way to one that the way to the other lacks, and how often."""
+    return frozenset((Counter(a.short) - Counter(b.short)).items())
 
 
 def _below_common(group: list[Unit]) -> list[Names]:

@@ -156,13 +156,12 @@ def _end_workers(
 
 
 def refit(value: Any, like: Any) -> Any:
-    """An array with the rows of another number of workers.
+    """An array with the rows of another number of workers, if it has not them already.
 
     [...] to [W, ...]: W rows of it; [V, ...] to [W, ...]: row w is row w % V;
     [W, ...] to [...]: the first row.
     """
     shape, there = tuple(np.shape(like)), tuple(np.shape(value))
-    value = jnp.asarray(value, like.dtype)
     if len(shape) > len(there):
         value = jnp.broadcast_to(value, shape)
     elif len(shape) < len(there):
