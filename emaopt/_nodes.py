@@ -102,7 +102,8 @@ def in_place_of(node: Any, state: Any) -> Any:
     if not isinstance(node, Mapping):
         return state
     container: Any = type(node)
-    return container({k: v for k, v in state._asdict().items() if v is not None})
+    fields = state._asdict().items()
+    return container({k: v for k, v in fields if v is not None or k in node})
 
 
 def replace(tree: Any, old: Any, new: Any) -> Any:
