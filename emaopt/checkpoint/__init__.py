@@ -34,6 +34,24 @@ from emaopt.checkpoint._synthesis import combine as combine
 from emaopt.checkpoint._synthesis import synthesize as synthesize
 
 
+__all__ = [
+    "Description",
+    "Synthesis",
+    "average",
+    "average_names",
+    "combine",
+    "describe",
+    "export_safetensors",
+    "handler_registry",
+    "load_averaged",
+    "metadata",
+    "restore",
+    "save",
+    "swap_state",
+    "synthesize",
+]
+
+
 def save(
     path: str | os.PathLike,
     state: Any,
@@ -139,7 +157,9 @@ def restore(
     Local updates restore with another number of workers, or in a run without any, and a
     run without any restores into local updates: all workers start from the center, which
     is the parameters of a run without. Their own slots are dealt out by number: worker w
-    takes those of worker w % W. What was added up since the last exchange is left out.
+    takes those of worker w % W, a run without any those of the first. What was added up
+    since the last exchange is left out. New local updates take the outer optimizer's
+    slots from the target, which must then have arrays.
 
     Args:
       path: A checkpoint that emaopt wrote, or any that Orbax did: raw parameters come
@@ -150,7 +170,8 @@ def restore(
       params: Where the parameters of a new average stand in the target, as for `save`,
         if it is not clear.
       rename: Where a part of the saved state belongs in the target, if its place does not
-        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/".
+        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/". Also where it stays, of
+        two that it could be, or with other fields: {"opt_state/1": "opt_state/1"}.
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
         must then be arrays. To start training from a file of parameters alone.
       ignore_extra: Leave out what the target has no place for. With {"params": params}

@@ -306,6 +306,8 @@ def explained(function: str, place: Any) -> Iterator[None]:
     """Says of what goes wrong in reading where it did."""
     try:
         yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # not of the files
     except Exception as error:
         raise ValueError(
             f"{function}: {place} cannot be read, {_brief(error)}. If its files are "

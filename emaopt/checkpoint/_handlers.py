@@ -47,7 +47,8 @@ def handler_registry(
 
     What to watch: one registry for one manager; an error in saving comes from
     `manager.save`, or from `wait_until_finished` and the next save if saves are
-    asynchronous. A run that has dropped its average needs no registry.
+    asynchronous. To adopt or to drop an average by a manager, keep the registry, with
+    optional=True, as long as steps of before are restored.
 
     Args:
       name, params: As for `save`. The names of items are a part of the way.

@@ -180,7 +180,7 @@ def check_kinds(
 
 
 def default_sharding() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def zeros(like: Any) -> Any:
