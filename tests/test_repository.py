@@ -159,6 +159,7 @@ LAYERS = {
         "checkpoint._files",
         "checkpoint._locating",
     },
+    "checkpoint._replacing": {"checkpoint"},
     "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
         "_profiles",

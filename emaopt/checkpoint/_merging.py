@@ -13,7 +13,7 @@ import numpy as np
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
 from emaopt._writing import own_name, writing
-from emaopt.checkpoint import _files, _record, _selecting, _streaming, _trees
+from emaopt.checkpoint import _files, _record, _replacing, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -62,7 +62,7 @@ def combined(
     _selecting.check_alike(function, weights)
     newest = weights[-1]
     _selecting.refuse_optimizer_state(function, newest)
-    place = _files.absolute(out)
+    place = _replacing.followed(_files.absolute(out))
     for one in weights:
         if _holds(place, one.files.path):
             raise ValueError(
@@ -117,11 +117,12 @@ def combined(
     if place.exists() and not force:
         written.rmtree()
         raise ValueError(f"{function}: {place} has come to exist; it was left as it is.")
+    _replacing.settle(place, report)
     if place.exists():
-        new = _files.replacement(place)
+        new = _replacing.replacement(place)
         new.rmtree(missing_ok=True)
         written.rename(new)
-        _files.replace(place)
+        _replacing.replace(place)
     else:
         written.rename(place)
 
