@@ -122,6 +122,7 @@ def save(
         _replacing.replace(place)
 
 
+@_replacing.whole
 def restore(
     path: str | os.PathLike,
     target: Any,
@@ -196,6 +197,7 @@ def restore(
     )
 
 
+@_replacing.whole
 def load_averaged(
     path: str | os.PathLike,
     *,
@@ -244,6 +246,7 @@ def load_averaged(
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
+@_replacing.whole
 def export_safetensors(
     path: str | os.PathLike,
     out: str | os.PathLike,

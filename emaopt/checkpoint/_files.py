@@ -63,6 +63,7 @@ def open_files(
     If its record is lost, `at` says where the parameters stand, by the caller's `option`.
     With `lazy`, arrays are not opened before something is asked of them.
     """
+    _replacing.opening(absolute(given))
     path, found = absolute(given), _replacing.standing(absolute(given))
     if found is None:
         raise FileNotFoundError(

@@ -114,6 +114,11 @@ def combined(
             }
         },
     )
+    try:
+        _replacing.refuse_replaced()
+    except ValueError:
+        written.rmtree()
+        raise
     if place.exists() and not force:
         written.rmtree()
         raise ValueError(f"{function}: {place} has come to exist; it was left as it is.")
@@ -279,4 +284,5 @@ def exported(
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 done += leaves[k].nbytes
             progress(done, sum(leaf.nbytes for leaf in leaves))
+        _replacing.refuse_replaced()
     return weights.said

@@ -6,9 +6,11 @@ cannot be exchanged in one step everywhere, so a kill may leave nothing at `path
 every moment one of the three is complete, and the newest such is what stands there.
 """
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +19,10 @@ from jax.experimental import multihost_utils
 
 from emaopt.checkpoint import _finished
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ATTEMPTS = 5  # to read what is replaced meanwhile
 _LONGEST = 1000  # bytes of an error that the first process tells the others
 # What was read beside its path: the run that saves there next has gone on from it.
 _taken_up: set[str] = set()
@@ -53,6 +59,76 @@ def standing(path: Any) -> Any:
     if path.exists():
         return path
     return next(filter(_complete, (replacement(path), _aside(path))), None)
+
+
+def identity(path: Any) -> Any:
+    """What tells the checkpoint at a path from the one that takes its place."""
+    if (found := standing(path)) is None:
+        return None
+    told = [os.fspath(found)]
+    try:
+        if "://" not in told[0]:
+            now = os.stat(found)
+            told += [now.st_dev, now.st_ino]
+        if (mark := found / "_CHECKPOINT_METADATA").exists():
+            told.append(mark.read_text())  # has the time of the save in it
+    except (OSError, ValueError):
+        pass  # gone meanwhile, which is another identity, or damaged
+    return tuple(told)
+
+
+_opened: ContextVar[dict[str, Any] | None] = ContextVar("opened", default=None)
+
+
+def opening(path: Any) -> None:
+    """Notes what stands at a path that is about to be read."""
+    if (opened := _opened.get()) is not None:
+        opened.setdefault(os.fspath(path), identity(path))
+
+
+class Replaced(ValueError):
+    """A checkpoint was replaced while it was read."""
+
+
+def refuse_replaced() -> None:
+    """Raises if what was opened is no longer there: what was read may be of both."""
+    for path, before in (_opened.get() or {}).items():
+        if identity(epath.Path(path)) != before:
+            raise Replaced(
+                f"{path} was replaced by a save while it was read, again and again. Read "
+                "it between two saves, or have steps saved in directories of their own."
+            )
+
+
+def whole(read: Callable[P, T]) -> Callable[P, T]:
+    """Makes a reader begin again if what it reads is replaced, be there an error or not.
+
+    Of several processes none begins again, as the others would not: it is an error.
+    """
+
+    @functools.wraps(read)
+    def reader(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _opened.get() is not None:  # within a reader, which begins again itself
+            return read(*args, **kwargs)
+        attempts = _ATTEMPTS if jax.process_count() == 1 else 1
+        for left in reversed(range(attempts)):
+            token = _opened.set({})
+            try:
+                try:
+                    result = read(*args, **kwargs)
+                except Exception:
+                    refuse_replaced()
+                    raise
+                refuse_replaced()
+                return result
+            except Replaced as error:
+                if not left:
+                    raise Replaced(f"{read.__name__}: {error}") from error
+            finally:
+                _opened.reset(token)
+        raise AssertionError
+
+    return reader
 
 
 def take_up(path: Any) -> None:
