@@ -255,7 +255,7 @@ def exported(
         if name == "__metadata__":
             raise ValueError(
                 f"{function}: a parameter is called {name!r}, which in safetensors is no "
-                "array's name; rename it, or export what stands above it: at=."
+                "array's name; rename it, or export a part that lacks it: at=."
             )
         if name in header:
             raise ValueError(
