@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from emaopt._writing import writing
+
 RAW, AVERAGED = "#d1603d", "#1f5fa8"
 _COLORS = (AVERAGED, RAW, "#4f8a3c", "#8b5fa8", "#b08a1e", "#5b6670")
 
@@ -25,15 +27,9 @@ def new_axes(width: float = 8.0, height: float = 4.2) -> Axes:
 
 def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
     """Writes the figure of the axes; the file is there whole or not at all."""
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure: Any = axes.figure
-        figure.savefig(unfinished, dpi=dpi, format=path.suffix[1:] or "png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    figure: Any = axes.figure
+    with writing(path) as file:
+        figure.savefig(file, dpi=dpi, format=pathlib.Path(path).suffix[1:] or "png")
 
 
 def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:

@@ -19,6 +19,7 @@ MODULES = {
 LAYERS = {
     "_checks": set(),
     "_names": set(),
+    "_writing": set(),
     "_masks": {"_names"},
     "_decays": {"_checks"},
     "_weights": {"_checks", "_decays"},
@@ -132,6 +133,7 @@ LAYERS = {
     "checkpoint._merging": {
         "_combining",
         "_names",
+        "_writing",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._selecting",
@@ -157,6 +159,7 @@ LAYERS = {
         "checkpoint._files",
         "checkpoint._locating",
     },
+    "checkpoint._replacing": {"checkpoint"},
     "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
         "_profiles",
@@ -174,7 +177,7 @@ LAYERS = {
         "checkpoint._files",
         "orbax",
     },
-    "plots": {"matplotlib"},
+    "plots": {"_writing", "matplotlib"},
     "_printing": {"_weights", "rich"},
     "_terminal": {"_profiles", "rich", "typer"},
     "cli": {"", "_terminal", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},

@@ -21,6 +21,7 @@ from emaopt.checkpoint import (
     _files,
     _merging,
     _record,
+    _replacing,
     _restoring,
     _selecting,
     _trees,
@@ -85,9 +86,11 @@ def save(
         the optimizer state, else an error that lists them.
       optional: Save a state that holds no average as it is, in place of an error: for
         programs whose configuration may switch it off.
-      force: Replace what stands at `path`, whatever it is. It is removed when the new
-        checkpoint is complete beside it, as `path`.replacement. A kill at any moment
-        leaves one of the two complete, and an error of `restore` says where.
+      force: Replace what stands at `path`, whatever it is; of a link, what it leads to.
+        It is removed when the new checkpoint is complete beside it, as
+        `path`.replacement. A kill at any moment leaves one of the two complete, which
+        `restore` finds. A save by a run that has not restored it keeps it, as
+        `path`.kept1, and says so.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
       checksums: Record a checksum of each array, by which whatever of emaopt reads it in
         its own dtype notices a changed bit. Saving and reading each go once more through
@@ -117,10 +120,12 @@ def save(
     marker = {}
     if places:
         marker, state = _trees.marker(state, places), _trees.without_empty(state)
-    place = _files.absolute(path)
+    place = _replacing.followed(_files.absolute(path))
     if place.exists() and not force:
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
-    written = _files.replacement(place) if force else place
+    if force:
+        _replacing.settle(place, _restoring.log_warning)
+    written = _replacing.replacement(place) if force else place
     if checksums and places:
         marker[_record.KEY]["checksums"] = _checksums.checksums(state)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -132,9 +137,10 @@ def save(
         )
         checkpointer.wait_until_finished()  # raises what went wrong
     if force:
-        _files.replace(place)
+        _replacing.replace(place)
 
 
+@_replacing.whole
 def restore(
     path: str | os.PathLike,
     target: Any,
@@ -200,6 +206,7 @@ def restore(
     """
     at = params if isinstance(params, str) else None
     files = _files.open_files("restore", path, at=at)
+    _replacing.take_up(_files.absolute(path))
     return _restoring.restored(
         files,
         target,
@@ -211,6 +218,7 @@ def restore(
     )
 
 
+@_replacing.whole
 def load_averaged(
     path: str | os.PathLike,
     *,
@@ -259,6 +267,7 @@ def load_averaged(
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
+@_replacing.whole
 def export_safetensors(
     path: str | os.PathLike,
     out: str | os.PathLike,

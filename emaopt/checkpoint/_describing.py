@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from emaopt._profiles import decay_of
 from emaopt._weights import WeightSummary, decay_weights, weight_summary
-from emaopt.checkpoint import _files, _record, _selecting, _synthesis
+from emaopt.checkpoint import _files, _record, _replacing, _selecting, _synthesis
 
 
 class Leaf(NamedTuple):
@@ -38,6 +38,7 @@ class Description(NamedTuple):
     nbytes_on_disk: int
 
 
+@_replacing.whole
 def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     """Describes a checkpoint: its arrays, its averages, and what is served.
 

@@ -6,6 +6,7 @@ Composite does, in a directory for each of its top-level keys; here both are one
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from emaopt._names import leaves_with_keys, own_values
 from emaopt._nodes import (
@@ -25,9 +25,10 @@ from emaopt._nodes import (
     swapped_nodes,
 )
 from emaopt._places import Names
-from emaopt.checkpoint import _arrays, _checksums, _finished, _record
+from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
 from emaopt.checkpoint._locating import located_in, ways
 
+_log_warning = logging.getLogger("emaopt").warning
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
@@ -49,30 +50,6 @@ def absolute(path: str | os.PathLike) -> Any:
     return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
-def replacement(path: Any) -> Any:
-    """Where a checkpoint that is to take another's place is written."""
-    return path.with_name(path.name + ".replacement")
-
-
-def replace(path: Any) -> None:
-    """Puts the replacement in its place; all processes wait for the first.
-
-    What was there is moved aside before and removed after, so that `path` never holds a
-    part of a checkpoint; between the two renames it holds none, which `open_files` says.
-    """
-    if jax.process_index() == 0:
-        if not (new := replacement(path)).exists():
-            raise OSError(f"save: {new} was not completed; {path} is as it was.")
-        aside = path.with_name(path.name + ".replaced")
-        if path.exists():
-            aside.rmtree(missing_ok=True)
-            path.rename(aside)
-        new.rename(path)
-        aside.rmtree(missing_ok=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"emaopt: replaced {path}")
-
-
 def open_files(
     function: str,
     given: str | os.PathLike,
@@ -86,14 +63,19 @@ def open_files(
     If its record is lost, `at` says where the parameters stand, by the caller's `option`.
     With `lazy`, arrays are not opened before something is asked of them.
     """
-    path = absolute(given)
-    if not path.exists():
-        what = (
-            f"A save over it was cut short: {beside} is complete, move it there."
-            if (beside := replacement(path)).exists()
-            else "Give the directory that was saved; of a CheckpointManager, a step's."
+    _replacing.opening(absolute(given))
+    path, found = absolute(given), _replacing.standing(absolute(given))
+    if found is None:
+        raise FileNotFoundError(
+            f"{function}: there is no checkpoint at {path}. Give the directory that was "
+            "saved; of a CheckpointManager, a step's."
         )
-        raise FileNotFoundError(f"{function}: there is no checkpoint at {path}. {what}")
+    if found != _replacing.followed(path):
+        _log_warning(
+            f"{function}: a save over {path} was cut short; {found} is complete, and is "
+            "read in its place."
+        )
+        path = found
     _finished.refuse_unfinished(function, path)
     directories = _directories(path)
     if not directories:

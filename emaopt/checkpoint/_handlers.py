@@ -9,7 +9,15 @@ import orbax.checkpoint as ocp
 
 from emaopt._places import Choice, Ways
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _checksums, _files, _finished, _record, _restoring, _trees
+from emaopt.checkpoint import (
+    _checksums,
+    _files,
+    _finished,
+    _record,
+    _replacing,
+    _restoring,
+    _trees,
+)
 from emaopt.checkpoint._files import Names
 
 
@@ -189,6 +197,7 @@ class _Swapping:
             custom_metadata={**(args.custom_metadata or {}), **marker},
         )
 
+    @_replacing.whole
     def restore(
         self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
     ) -> Any:

@@ -1,5 +1,6 @@
 """Combinations of checkpoints, and the export of one, leaf by leaf."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,7 +12,8 @@ import numpy as np
 
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
-from emaopt.checkpoint import _files, _record, _selecting, _streaming, _trees
+from emaopt._writing import own_name, writing
+from emaopt.checkpoint import _files, _record, _replacing, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -60,9 +62,9 @@ def combined(
     _selecting.check_alike(function, weights)
     newest = weights[-1]
     _selecting.refuse_optimizer_state(function, newest)
-    place = _files.absolute(out)
+    place = _replacing.followed(_files.absolute(out))
     for one in weights:
-        if place.resolve() in (source := one.files.path.resolve(), *source.parents):
+        if _holds(place, one.files.path):
             raise ValueError(
                 f"{function}: {place} is, or holds, what is combined: {one.files.path}. "
                 "Write it elsewhere."
@@ -91,7 +93,8 @@ def combined(
         for n, leaf in zip(names, leaves, strict=True)
     }
     nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}
-    written = _files.replacement(place) if place.exists() else place
+    # Under a name of its own: others may be making the same, or a save be under way.
+    written = place.parent / os.path.basename(own_name(place.name))
     tree = _selecting.containers(newest, pending | nothing)
     known = newest.files.values
     own = [newest.prefix + n for n, there in newest.places.items() if there in known]
@@ -111,8 +114,22 @@ def combined(
             }
         },
     )
-    if written != place:
-        _files.replace(place)
+    try:
+        _replacing.refuse_replaced()
+    except ValueError:
+        written.rmtree()
+        raise
+    if place.exists() and not force:
+        written.rmtree()
+        raise ValueError(f"{function}: {place} has come to exist; it was left as it is.")
+    _replacing.settle(place, report)
+    if place.exists():
+        new = _replacing.replacement(place)
+        new.rmtree(missing_ok=True)
+        written.rename(new)
+        _replacing.replace(place)
+    else:
+        written.rename(place)
 
 
 def _sums(
@@ -164,6 +181,21 @@ def _sums(
         }
 
 
+def _holds(outer: Any, inner: Any) -> bool:
+    """Whether a path is another, or a directory above it, however they are spelled."""
+    outer, inner = os.fspath(outer), os.path.realpath(os.fspath(inner))
+    above = inner
+    while True:
+        if above == os.path.realpath(outer):
+            return True
+        with contextlib.suppress(OSError):  # such as names that differ in case alone
+            if os.path.samefile(above, outer):
+                return True
+        if (parent := os.path.dirname(above)) == above:
+            return False
+        above = parent
+
+
 def _cast(function: str, dtype: Any) -> Callable[[np.dtype], np.dtype]:
     """What a leaf of a dtype is written as: floating ones in `dtype`, if there is one."""
     if dtype is None:
@@ -190,7 +222,18 @@ def exported(
     """
     _selecting.refuse_optimizer_state(function, weights)
     out = os.path.abspath(os.fspath(out))
-    if os.path.exists(out) and not force:
+    source = weights.files.path
+    if _holds(source, out) or _holds(out, source):
+        raise ValueError(
+            f"{function}: {out} is, holds, or stands in what is exported: {source}. "
+            "Write it elsewhere."
+        )
+    if os.path.isdir(out):
+        raise ValueError(
+            f"{function}: {out} is a directory; give the file to make, such as "
+            f"{os.path.join(out, 'model.safetensors')}."
+        )
+    if os.path.lexists(out) and not force:
         raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
     cast = _cast(function, dtype)
     empty = weights.files.marker.empty if weights.files.marker else {}
@@ -209,6 +252,11 @@ def exported(
                 f"{function}: safetensors has no {kind}; {'/'.join(names)} is."
             )
         name = separator.join(_files.shown(weights.files, names, weights.places[names]))
+        if name == "__metadata__":
+            raise ValueError(
+                f"{function}: a parameter is called {name!r}, which in safetensors is no "
+                "array's name; rename it, or export a part that lacks it: at=."
+            )
         if name in header:
             raise ValueError(
                 f"{function}: two parameters are called {name!r} with the separator "
@@ -227,19 +275,14 @@ def exported(
         functools.partial(_streaming.read, function, [leaves[k] for k in batch])
         for batch in batches
     )
-    done, unfinished = 0, f"{out}.unfinished"
-    os.makedirs(os.path.dirname(out), exist_ok=True)  # as Orbax does for a checkpoint
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for batch, values in zip(batches, arrays, strict=True):
-                for k, array in zip(batch, values, strict=True):
-                    array = array.astype(cast(array.dtype), copy=False)
-                    np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
-                    done += leaves[k].nbytes
-                progress(done, sum(leaf.nbytes for leaf in leaves))
-        os.replace(unfinished, out)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    done = 0
+    with writing(out) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for batch, values in zip(batches, arrays, strict=True):
+            for k, array in zip(batch, values, strict=True):
+                array = array.astype(cast(array.dtype), copy=False)
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                done += leaves[k].nbytes
+            progress(done, sum(leaf.nbytes for leaf in leaves))
+        _replacing.refuse_replaced()
     return weights.said

@@ -185,7 +185,7 @@ def in_order(
     for path in map(_files.absolute, paths):
         inside, unfinished = {}, []
         if path.exists() and not _files.is_checkpoint(path):
-            inside, unfinished = steps_in(path)
+            inside, unfinished = steps_in(function, path)
         for left in unfinished:
             report(f"{function}: {path / left} was not finished, and is left out.")
         found += inside.values() or [path]
@@ -206,19 +206,26 @@ def in_order(
     return found, numbers
 
 
-def steps_in(directory: Any) -> tuple[dict[int, Any], list[str]]:
+def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
     """The steps of a run by number, and the names of those that were not finished."""
     steps, unfinished = {}, []
     for path in sorted(directory.iterdir(), key=lambda path: path.name):
-        if not path.is_dir():
-            continue
         step = step_of(path)
-        if (step is not None or _finished.UNFINISHED in path.name) and (
-            _finished.unfinished(path)
-        ):
+        if (step is None and _finished.UNFINISHED not in path.name) or not path.is_dir():
+            continue
+        local = "://" not in os.fspath(path)
+        if local and not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(
+                f"{function}: {path} may not be entered. Let this user read it, or give "
+                "the steps that are wanted one by one."
+            )
+        if _finished.unfinished(path):
             unfinished.append(path.name)
-        elif step is not None:
-            steps[step] = path
+        elif step is not None and (other := steps.setdefault(step, path)) != path:
+            raise ValueError(
+                f"{function}: {other} and {path} are both of step {step}. Move the one "
+                "that is not a step of the run elsewhere, or give the steps one by one."
+            )
     return dict(sorted(steps.items())), unfinished
 
 

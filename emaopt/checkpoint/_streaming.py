@@ -7,7 +7,6 @@ they come, a few at a time. What is written are Orbax's files of NumPy arrays.
 """
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,19 +124,18 @@ def write(
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
-    Orbax writes into a temporary directory and renames it; after an error nothing of it
-    is left.
+    The path is nobody else's, so what is left of it after an error is removed.
     """
     handler = _handler(Pending, _Writing(arrays))
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(_remove_unfinished, path)
+    try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(
-                path,
-                args=ocp.args.PyTreeSave(tree),
-                force=True,
-                custom_metadata=custom_metadata,
+                path, args=ocp.args.PyTreeSave(tree), custom_metadata=custom_metadata
             )
+    except BaseException:
+        for left in (path, path.with_name(path.name + _finished.UNFINISHED)):
+            left.rmtree(missing_ok=True)
+        raise
 
 
 class _Opening(ocp.type_handlers.NumpyHandler):
@@ -180,8 +178,3 @@ class _Writing(ocp.type_handlers.NumpyHandler):
                 list(batch.values()), [infos[i] for i in rows], [args[i] for i in rows]
             )
         return futures
-
-
-def _remove_unfinished(path: Any) -> None:
-    for left in path.parent.glob(f"{path.name}{_finished.UNFINISHED}*"):
-        left.rmtree()

@@ -8,13 +8,21 @@ import numpy as np
 
 from emaopt._profiles import BadProfile, decay_of, merge_weights, weights_of
 from emaopt._weights import decay_weights
-from emaopt.checkpoint import _files, _merging, _restoring, _selecting, _streaming
+from emaopt.checkpoint import (
+    _files,
+    _merging,
+    _replacing,
+    _restoring,
+    _selecting,
+    _streaming,
+)
 from emaopt.checkpoint._merging import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
 _FAR = 0.1  # the residual from which on there is a warning
 
 
+@_replacing.whole
 def combine(
     paths: Sequence[str | os.PathLike],
     coefficients: Any,
@@ -94,6 +102,7 @@ def combine(
     )
 
 
+@_replacing.whole
 def average(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike,
@@ -180,6 +189,7 @@ class Synthesis(NamedTuple):
     snapshots: list[tuple[str, str, int]]  # checkpoint, average, its number of updates
 
 
+@_replacing.whole
 def synthesize(
     directory: str | os.PathLike,
     out: str | os.PathLike,

@@ -1,0 +1,132 @@
+"""No kill, and no run that starts over after it, takes the only complete checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import multihost_utils
+
+import emaopt
+from emaopt import checkpoint
+from emaopt.checkpoint import _replacing
+
+TX = emaopt.averaged(optax.sgd(1.0), 0.5)
+
+
+def state_of(value):
+    params = {"w": jnp.full(1, float(value))}
+    return {"params": params, "opt_state": TX.init(params)}
+
+
+def value(path):
+    return float(checkpoint.restore(path, state_of(0))["params"]["w"][0])
+
+
+def values_in(directory):
+    return sorted(value(path) for path in directory.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def another_process():
+    """Each test starts as a run does, which has restored nothing."""
+    _replacing._taken_up.clear()
+
+
+# What a kill leaves beside the path: {suffix: value}, and what is then found at it.
+LEFT = {
+    "between the renames": ({".replaced": 500, ".replacement": 501}, 501),
+    "after the first, of an older save": ({".replaced": 500}, 500),
+    "before the first": ({"": 500, ".replacement": 501}, 500),
+    "after the second": ({"": 501, ".replaced": 500}, 501),
+}
+
+
+@pytest.fixture(params=LEFT)
+def killed(request, tmp_path):
+    left, found = LEFT[request.param]
+    for suffix, number in left.items():
+        checkpoint.save(tmp_path / f"c{suffix}", state_of(number))
+    _replacing._taken_up.clear()
+    return tmp_path / "c", found
+
+
+def test_readers_find_what_a_kill_left(killed, caplog):
+    path, found = killed
+    assert value(path) == found
+    assert float(checkpoint.load_averaged(path)["w"][0]) == found
+    assert checkpoint.describe(path).served == "the averages of opt_state/averaging"
+    assert ("cut short" in caplog.text) == (not path.exists())
+
+
+def test_a_run_that_goes_on_leaves_its_checkpoint_alone(killed):
+    path, found = killed
+    restored = checkpoint.restore(path, state_of(0))
+    checkpoint.save(path, restored, force=True)
+    assert [p.name for p in path.parent.iterdir()] == ["c"]
+    assert value(path) == found
+
+
+def test_a_run_that_starts_over_keeps_what_it_has_not_seen(killed, caplog):
+    path, found = killed
+    seen = path.exists()
+    checkpoint.save(path, state_of(0), force=True)
+    checkpoint.save(path, state_of(1), force=True)
+    assert values_in(path.parent) == ([1] if seen else [1, found])
+    assert ("is kept as" in caplog.text) == (not seen)
+
+
+def test_an_average_keeps_what_it_has_not_seen(tmp_path):
+    checkpoint.save(tmp_path / "1", state_of(1))
+    checkpoint.save(tmp_path / "c.replacement", state_of(501))
+    checkpoint.average([tmp_path / "1"], tmp_path / "c", force=True)
+    assert value(tmp_path / "c.kept1") == 501
+
+
+def test_what_is_not_finished_beside_the_path_is_not_read(tmp_path):
+    (tmp_path / "c.replacement").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoint.load_averaged(tmp_path / "c")
+    checkpoint.save(tmp_path / "c.replaced", state_of(500))
+    assert value(tmp_path / "c") == 500
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_of_a_link_its_target_is_replaced(dangling, force, tmp_path):
+    if not dangling:
+        checkpoint.save(tmp_path / "disk", state_of(1))
+    (tmp_path / "latest").symlink_to(tmp_path / "disk")
+    if not dangling and not force:
+        with pytest.raises(ValueError, match="already exists"):
+            checkpoint.save(tmp_path / "latest", state_of(2))
+        return
+    checkpoint.save(tmp_path / "latest", state_of(2), force=force)
+    assert (tmp_path / "latest").is_symlink() and value(tmp_path / "disk") == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "latest"}
+
+
+def test_an_average_over_a_link_replaces_its_target(tmp_path):
+    checkpoint.save(tmp_path / "1", state_of(3))
+    checkpoint.save(tmp_path / "disk", state_of(1))
+    (tmp_path / "latest").symlink_to(tmp_path / "disk")
+    checkpoint.average([tmp_path / "1"], tmp_path / "latest", force=True)
+    assert (tmp_path / "latest").is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} == {"1", "disk", "latest"}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_error_of_the_first_process_is_one_of_all(process, tmp_path, monkeypatch):
+    told = []
+
+    def broadcast(said):
+        told.append(said)
+        return told[0]
+
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    for number in range(process + 1):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with pytest.raises(OSError, match="was not completed"):
+            _replacing.replace(checkpoint._files.absolute(tmp_path / "c"))
+    assert len(told) == process + 1
