@@ -34,7 +34,6 @@ from emaopt.checkpoint._synthesis import average as average
 from emaopt.checkpoint._synthesis import combine as combine
 from emaopt.checkpoint._synthesis import synthesize as synthesize
 
-
 __all__ = [
     "Description",
     "Synthesis",
