@@ -175,8 +175,8 @@ def restore(
       params: Where the parameters of a new average stand in the target, as for `save`,
         if it is not clear.
       rename: Where a part of the saved state belongs in the target, if its place does not
-        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/". Also where it stays, of
-        two that it could be, or with other fields: {"opt_state/1": "opt_state/1"}.
+        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/". Also where it stays,
+        of two that it could be, or with other fields: {"opt_state/1": "opt_state/1"}.
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
         must then be arrays. To start training from a file of parameters alone.
       ignore_extra: Leave out what the target has no place for. With {"params": params}
