@@ -12,8 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import restoring_worker
 from local_worker import CASES, PERIOD, Training, advanced, digests, make_mesh
 from processes import Group, complete_steps
+
+from emaopt import checkpoint
 
 WORKER = Path(__file__).parent / "local_worker.py"
 STEPS = 16  # three exchanges, and one step more
@@ -135,3 +138,21 @@ def test_one_of_two_killed_between_exchanges(tmp_path):
     for case in CASES:
         assert held_by(lines, case, "restored") == expected(2, case, [last])
         assert held_by(lines, case) == expected(2, case, rest)
+
+
+def test_two_processes_restore_what_other_optimizers_saved_as_one_does(tmp_path):
+    directory = tmp_path / "saved"
+    for name, (tx, workers) in restoring_worker.SAVED.items():
+        state = restoring_worker.begin(tx, workers)
+        updates, state["opt_state"] = tx.update(
+            state["params"], state["opt_state"], state["params"]
+        )
+        state["params"] = jax.tree.map(np.add, state["params"], updates)
+        checkpoint.save(directory / name, state, optional=True)
+    program = Path(restoring_worker.__file__)
+    said = []
+    for processes in (1, 2):
+        with Group(program, directory, processes) as group:
+            said += [sorted(map(str, lines)) for lines in group.finish()]
+    assert said[0] == said[1] == said[2]
+    assert len(said[0]) == len(restoring_worker.SAVED) * len(restoring_worker.TARGETS)
