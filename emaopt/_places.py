@@ -52,7 +52,7 @@ def located(
     tree = Tree(state)
     given = _given(function, params, [*chosen], tree)
     places = [
-        _place(function, tree, average, where)
+        _place(function, tree, average, where, len(chosen) > 1)
         for average, where in zip(chosen, given, strict=True)
     ]
     if len({place.swapped for place in places}) > 1:
@@ -163,14 +163,20 @@ def _names(way: str) -> Names:
     return tuple(filter(None, way.split("/")))
 
 
-def _place(function: str, tree: Tree, average: Names, given: Names | None) -> Place:
+def _place(
+    function: str,
+    tree: Tree,
+    average: Names,
+    given: Names | None,
+    several: bool = False,
+) -> Place:
     node = tree.averages[average]
     swapped, field = is_swapped(node), field_of(node)
     averaged = tree.within((*average, field))
     if not averaged:
         return Place(given or (), average, field, swapped, [])
     if given is None:
-        params = _only_tree(function, tree, average, averaged)
+        params = _only_tree(function, tree, average, averaged, several)
     elif not given:
         raise ValueError(
             f"{function}: params='' is the whole state. Put the parameters under a key "
@@ -188,7 +194,11 @@ def _place(function: str, tree: Tree, average: Names, given: Names | None) -> Pl
 
 
 def _only_tree(
-    function: str, tree: Tree, average: Names, averaged: dict[Names, int]
+    function: str,
+    tree: Tree,
+    average: Names,
+    averaged: dict[Names, int],
+    several: bool,
 ) -> Names:
     """The one tree that the average can be of.
 
@@ -213,8 +223,9 @@ def _only_tree(
     if outside:
         raise ValueError(
             f"{function}: the average at {where} could be of any of {_listed(outside)}. "
-            f"Say with params= which, as params={{{where!r}: {_path(outside[0])!r}}}, or "
-            f"params={_path(outside[0])!r} if it is the only one."
+            f"Say with params= which, as params={_path(outside[0])!r}."
+            + f" Of several averages: params={{{where!r}: {_path(outside[0])!r}}}."
+            * several
         )
     slots = (
         f" What has them is taken for the optimizer's own: {_listed(alike)}; say with "

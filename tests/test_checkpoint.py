@@ -634,7 +634,7 @@ def test_target_with_another_shape_or_other_names(tmp_path):
         ),
         (
             {"a": jnp.ones(2), "b": jnp.ones(2), "opt_state": TX.init(jnp.ones(2))},
-            "could be of any of a, b. Say with params= which, as params={'opt_state/1'",
+            "could be of any of a, b. Say with params= which, as params='a'",
         ),
     ],
 )

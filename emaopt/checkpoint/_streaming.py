@@ -1,12 +1,10 @@
 """Leaf by leaf from Orbax's files and into them, in bounded memory.
 
-Orbax restores and saves whole trees. But what a leaf is read or written by is a
-`TypeHandler`, and Orbax takes other handlers for other types. The one for `_Opened`
-reads nothing and keeps what Orbax would read by; the one for `Pending` takes arrays as
-they come, a few at a time. What is written are Orbax's files of NumPy arrays.
+Orbax saves whole trees. But what a leaf is written by is a `TypeHandler`, and Orbax
+takes other handlers for other types: the one for `Pending` takes arrays as they come, a
+few at a time. What is written are Orbax's files of NumPy arrays.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _checksums, _files, _finished
-from emaopt.checkpoint._files import Names, names_of
+from emaopt.checkpoint import _arrays, _checksums, _files, _finished
+from emaopt.checkpoint._files import Names
 
 BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
 _AHEAD = 2  # batches that are read while another is used
@@ -28,7 +26,6 @@ T = TypeVar("T")
 class Stored(NamedTuple):
     """A leaf on disk."""
 
-    info: Any  # what Orbax reads it by
     files: _files.Files
     names: Names
     shape: tuple[int, ...]
@@ -50,31 +47,18 @@ class Pending:
 
 def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[Stored]:
     """Opens the wanted leaves; their arrays are not read."""
-    wanted, found = list(wanted), {}
+    wanted = list(wanted)
     if text := [n for n in wanted if not hasattr(files.saved[n], "dtype")]:
         raise ValueError(
             f"{function}: {files.path} holds text at {_files.listed(text)}, not arrays "
             "alone."
         )
-    handler = _handler(_Opened, _Opening())
-    for prefix, (directory, tree) in files.items.items():
-        if not any(names[: len(prefix)] == prefix for names in wanted):
-            continue
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_Opened), tree)
-        with _files.explained(function, directory):
-            opened = handler.restore(
-                directory, args=ocp.args.PyTreeRestore(restore_args=arguments)
-            )
-        found |= {prefix + names: info for names, info in names_of(opened).items()}
+    with _files.explained(function, files.path):
+        _arrays.open_all(files.saved[names] for names in wanted)
+    leaves = [(names, files.saved[names]) for names in wanted]
     return [
-        Stored(
-            found[names].info,
-            files,
-            names,
-            tuple(files.saved[names].shape),
-            np.dtype(files.saved[names].dtype),
-        )
-        for names in wanted
+        Stored(files, names, tuple(leaf.shape), np.dtype(leaf.dtype))
+        for names, leaf in leaves
     ]
 
 
@@ -92,16 +76,26 @@ def batches(leaves: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
-    """Reads leaves at once. Not where an event loop runs: `prefetched` has threads."""
-    handler = ocp.type_handlers.NumpyHandler()
-    arguments = [ocp.RestoreArgs()] * len(leaves)
+    """Reads leaves at once, numbers as arrays. Also called in threads."""
     files = leaves[0].files
+    arrays = [leaf for leaf in leaves if isinstance(_on_disk(leaf), _arrays.DiskArray)]
+    plans = [(_on_disk(leaf), np.empty(leaf.shape, leaf.dtype)) for leaf in arrays]
     with _files.explained(function, files.path):
-        read = handler.deserialize([leaf.info for leaf in leaves], arguments)
-        arrays = list(asyncio.run(read))  # pyright: ignore[reportArgumentType]
-    values = {leaf.names: array for leaf, array in zip(leaves, arrays, strict=True)}
+        found = list(_arrays.read(plans, sum(leaf.nbytes for leaf in arrays)))
+    values = {leaf.names: array for leaf, array in zip(arrays, found, strict=True)}
     _checksums.check(function, files.path, files.checksums, values)
-    return arrays
+    numbers = {
+        leaf.names: (leaf.names, np.zeros((), leaf.dtype).item())
+        for leaf in leaves
+        if leaf.names not in values
+    }
+    if numbers:
+        values |= _files.read(function, files, numbers)
+    return [np.asarray(values[leaf.names], leaf.dtype) for leaf in leaves]
+
+
+def _on_disk(leaf: Stored) -> Any:
+    return leaf.files.saved[leaf.names]
 
 
 def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -138,26 +132,11 @@ def write(
         raise
 
 
-class _Opening(ocp.type_handlers.NumpyHandler):
-    """Restores what a leaf is read by, in the place of its array."""
-
-    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
-        del args
-        return [_Opened(info) for info in infos]
-
-
 def _handler(kind: type, by: Any) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of trees, with a type of ours; it warns if it knows no others."""
     stock = jax.Array, ocp.type_handlers.ArrayHandler()
     registry = ocp.type_handlers.create_type_handler_registry(stock, (kind, by))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-class _Opened:
-    size, dtype = 0, np.dtype(np.uint8)  # Orbax adds up what it has read
-
-    def __init__(self, info: Any):
-        self.info = info
 
 
 class _Writing(ocp.type_handlers.NumpyHandler):
