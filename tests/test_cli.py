@@ -718,8 +718,10 @@ def test_a_step_in_the_making_is_left_out_with_a_word(run, tmp_path):
 @pytest.mark.parametrize("what", ["average", "export"])
 def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
     out = tmp_path / "out"
-    if force:
+    if force and what == "average":
         succeed("average", run / "100", "--out", out)
+    elif force:
+        out.write_text("of before")
     program = (
         "import os, signal, sys; from emaopt import cli, checkpoint\n"
         "from emaopt.checkpoint import _streaming; _streaming.BATCH = 8\n"
@@ -740,13 +742,17 @@ def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    if force:
+    if not force:
+        assert not out.exists()
+    elif what == "average":
         assert plain(out)["params"]["seen"] == 100
     else:
-        assert not out.exists()
-    if not (force and what == "export"):  # a directory stands there
-        succeed(*arguments)
-        assert out.exists()
+        assert out.read_text() == "of before"
+    succeed(*arguments)
+    if what == "export":
+        assert load_file(out)
+    else:
+        assert plain(out)["params"]["seen"] != 100
 
 
 def test_names_are_whole_in_a_pipe(tmp_path):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import emaopt
 from emaopt import checkpoint
 
-pytestmark = pytest.mark.quick(1000)  # all of them are
+pytestmark = pytest.mark.quick(6)
 
 
 class Equinox(eqx.Module):

@@ -8,7 +8,7 @@ import pytest
 
 import emaopt
 
-pytestmark = pytest.mark.quick(1000)  # all of them are
+pytestmark = pytest.mark.quick(6)
 
 STATIC = ("decay", "every", "start", "mask", "sharding")
 
