@@ -252,7 +252,7 @@ def read(function: str, files: Files, wanted: dict[Names, tuple[Names, Any]]) ->
     whole = {
         wanted[n][0]: value
         for n, value in values.items()
-        if shape(value) == shape(files.saved[wanted[n][0]])
+        if n not in here or shape(value) == here[n][0].shape  # not of other rows
     }
     # In one order in all processes, which go through the checksums together.
     whole = {place: whole[place] for place in files.saved if place in whole}
