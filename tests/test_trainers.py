@@ -24,9 +24,8 @@ from emaopt import checkpoint
 A = ocp.args
 PyTreeHandler = ocp.PyTreeCheckpointHandler
 pytestmark = [
-    # Of Orbax, where a reader restores without a target.
+    # Of Orbax, in readers without a target; of Flax, as emaopt looks into Variables.
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
-    # Of Flax, where emaopt looks at what stands in a Variable.
     pytest.mark.filterwarnings("ignore:.*value. access is now deprecated"),
 ]
 
@@ -121,6 +120,10 @@ def for_items(other, *items, make: Any = PyTreeHandler, **more):
     return {"item_handlers": {**handlers, other: DataHandler()}, **more}
 
 
+def openpi_handlers():
+    return for_items("assets", "train_state", "params")
+
+
 def nanodo_handlers():
     data = ocp.Checkpointer(DataHandler())
     state = ocp.AsyncCheckpointer(PyTreeHandler())
@@ -141,12 +144,7 @@ PART = save_each, functools.partial(restore_each, partial_restore=True)
 STANDARD, EACH = (A.StandardSave, A.StandardRestore), (save_each, restore_each)
 CKPT, CHECKPOINT = {"step_prefix": "ckpt"}, {"step_prefix": "checkpoint"}
 DOORS = {
-    "openpi": Door(
-        lambda: for_items("assets", "train_state", "params"),
-        read_openpi,
-        "assets",
-        {"max_to_keep": 1},
-    ),
+    "openpi": Door(openpi_handlers, read_openpi, "assets", {"max_to_keep": 1}),
     "nanodo": Door(nanodo_handlers, read_nanodo, "data", {"max_to_keep": 3}),
     "Mava": Door(
         lambda: {"checkpointers": ocp.PyTreeCheckpointer()}, read_mava, None, BEST
@@ -197,12 +195,10 @@ TRAINERS = {
 }
 # Where an optimizer's state stands without an average and with it, if that is to be told:
 # no types and no key of an optimizer's, or a level that MaxText gives to some members.
-T5X = {"state/param_states": "state/param_states/0"}
+MU, T5X = "items/opt_state/0/mu/params", {"state/param_states": "state/param_states/0"}
 MOVED: dict[tuple[str, str], dict[str, str]] = {
-    ("MaxText", "kron"): {"items/opt_state/0/mu/params": "items/opt_state/0/0/mu"},
-    ("MaxText", "averaged kron"): {
-        "items/opt_state/0/mu/params": "items/opt_state/inner_state/0/mu"
-    },
+    ("MaxText", "kron"): {MU: "items/opt_state/0/0/mu"},
+    ("MaxText", "averaged kron"): {MU: "items/opt_state/inner_state/0/mu"},
     ("T5X", "adam"): T5X,
     ("T5X", "kron"): T5X,
     ("T5X", "traces"): T5X,
@@ -214,17 +210,19 @@ MOVED: dict[tuple[str, str], dict[str, str]] = {
         "learner_state/opt_states/critic": "learner_state/opt_states/critic/0",
     },
 }
-ALL = ("openpi", "Mava PPO", "MaxText", "T5X")  # with all optimizers, others with two
+ALL = ("openpi", "Mava PPO", "MaxText", "T5X")  # with more than two optimizers
 
 
-def cases(orbax):
+def cases(orbax, *more):
     chosen = [
         (trainer, optimizer)
         for trainer in TRAINERS
-        for optimizer in OPTIMIZERS
+        for optimizer in ("adam", "kron", *more)
         if (TRAINERS[trainer].door is not None) == orbax
-        and (trainer in ALL or optimizer in ("adam", "kron"))
     ]
+    if orbax:
+        rest = ("averaged kron", "traces", "on spikes")
+        chosen += [(trainer, optimizer) for trainer in ALL for optimizer in rest]
     return pytest.mark.parametrize(("trainer", "optimizer"), chosen)
 
 
@@ -312,7 +310,7 @@ def restored(how, door, directory, target, **told):
 
 @pytest.mark.quick(8)
 @pytest.mark.parametrize("how", ["own", "registry"])
-@cases(orbax=True)
+@cases(True)
 def test_readers_get_the_average_and_training_resumes(trainer, optimizer, how, tmp_path):
     items, served = step_of(trainer, optimizer, 0.5)
     _, door, told = TRAINERS[trainer]
@@ -334,7 +332,7 @@ def test_readers_get_the_average_and_training_resumes(trainer, optimizer, how, t
 
 @pytest.mark.quick(8)
 @pytest.mark.parametrize("how", ["own", "registry"])
-@cases(orbax=True)
+@cases(True)
 def test_checkpoints_without_an_average_are_adopted(trainer, optimizer, how, tmp_path):
     _, door, told = TRAINERS[trainer]
     put(door, tmp_path, step_of(trainer, optimizer, None).items)
@@ -344,7 +342,7 @@ def test_checkpoints_without_an_average_are_adopted(trainer, optimizer, how, tmp
 
 
 @pytest.mark.quick(8)
-@cases(orbax=False)
+@cases(False, "skipping")
 def test_a_writer_of_its_own_takes_a_swapped_state(trainer, optimizer, tmp_path):
     state, served = step_of(trainer, optimizer, 0.5)
     told = TRAINERS[trainer].told
@@ -360,7 +358,7 @@ def test_a_writer_of_its_own_takes_a_swapped_state(trainer, optimizer, tmp_path)
 
 
 @pytest.mark.quick(8)
-@cases(orbax=False)
+@cases(False)
 def test_what_has_its_own_writer_goes_through_orbax(trainer, optimizer, tmp_path):
     state, served = step_of(trainer, optimizer, 0.5)
     told = TRAINERS[trainer].told

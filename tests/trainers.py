@@ -1,8 +1,7 @@
 """What public trainers hand to the writers of their checkpoints, in small.
 
-Each builder takes an optimizer, trains a little in the trainer's own containers, and
-returns the trees to write, by item, with what the trainer's reader is to get. Fields are
-in the trainers' own order.
+Builders take an optimizer, train a little in the trainer's own containers, and return
+the trees to write, by item, with what the reader is to get. Fields are in their order.
 """
 
 import dataclasses
@@ -70,6 +69,35 @@ def on_spikes(inner):
     return optax.GradientTransformation(init, update)
 
 
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass
+class Skipping:
+    """Levanter's SkipStepState: the keys of the chain in it stand beside its own."""
+
+    inner: Any
+    losses: Any
+
+    def tree_flatten_with_keys(self):
+        keys = [jax.tree_util.SequenceKey(i) for i in range(len(self.inner))]
+        own = (jax.tree_util.GetAttrKey("losses"), self.losses)
+        return (*zip(keys, self.inner, strict=True), own), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(tuple(children[:-1]), children[-1])
+
+
+def skipping(inner):
+    def init(params) -> Any:
+        return Skipping(inner.init(params), jnp.zeros(4))
+
+    def update(updates, state: Any, params=None) -> Any:
+        updates, within = inner.update(updates, state.inner, params)
+        return updates, Skipping(within, state.losses)
+
+    return optax.GradientTransformation(init, update)
+
+
 def adam():
     return eighths(optax.adam(0.5))
 
@@ -88,6 +116,7 @@ OPTIMIZERS = {  # with an average of that decay, None: without
     "averaged kron": lambda decay: averaged(kron(), decay),
     "traces": lambda decay: chained(traces(), decay),
     "on spikes": lambda decay: on_spikes(chained(adam(), decay)),
+    "skipping": lambda decay: skipping(chained(adam(), decay)),  # Orbax cannot read it
 }
 
 
@@ -111,9 +140,8 @@ def trained(tx: Any, params: Any, steps: int = 2) -> tuple[Any, Any, Any]:
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a / 2 + p / 2, average, params)
-    # Each raw leaf is to be told from the average.
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(average), strict=True)
-    assert all(jnp.all(param != other) for param, other in pairs)
+    assert all(jnp.all(param != other) for param, other in pairs)  # or nothing is shown
     return params, state, average
 
 
@@ -133,10 +161,8 @@ class Step(NamedTuple):
 class Policy(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.backbone, self.action = (
-            nnx.Linear(2, 3, rngs=rngs),
-            nnx.Linear(3, 2, rngs=rngs),
-        )
+        self.backbone = nnx.Linear(2, 3, rngs=rngs)
+        self.action = nnx.Linear(3, 2, rngs=rngs)
 
 
 @struct.dataclass
