@@ -89,7 +89,7 @@ WHERE = {
 }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("file, weights, at", WHERE)
 def test_at_is_obeyed_and_labelled(file, weights, at, served, raw, tmp_path):
     path = {"served": served, "raw": raw}[file]
@@ -130,7 +130,7 @@ READERS = {
 }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("at", NOWHERE)
 @pytest.mark.parametrize("weights", [None, "raw", "average", "averaging"])
 @pytest.mark.parametrize("reader", READERS)

@@ -316,7 +316,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("new", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", LOCAL)
 def test_workers_of_another_number_start_from_the_center(kind, new, tmp_path):
@@ -361,7 +361,7 @@ def test_what_workers_added_up_or_pulled_starts_anew(kind, tmp_path):
         assert not any(np.any(np.asarray(x)) for x in sums)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_run_becomes_one_of_local_updates_and_back(averaged, dtype, tmp_path):

@@ -73,7 +73,7 @@ def exported(path, **options):
     return load_file(out)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @cases
 def test_names_are_the_users_in_exports_and_descriptions(params, names, tmp_path):
     state = saved(tmp_path / "1", params)
@@ -85,7 +85,7 @@ def test_names_are_the_users_in_exports_and_descriptions(params, names, tmp_path
     same(checkpoint.restore(tmp_path / "1", state), state)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @cases
 def test_averages_of_checkpoints_keep_them(params, names, tmp_path):
     saved(tmp_path / "1", params)

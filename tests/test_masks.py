@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import emaopt
 from emaopt import checkpoint
 
-pytestmark = pytest.mark.quick(6)
+pytestmark = pytest.mark.quick(2)
 
 
 class Equinox(eqx.Module):
@@ -213,7 +213,7 @@ def average_of(iterates, decay, **options):
     }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_leaf_that_comes_in_is_averaged_as_if_it_had_stood_still(decay, options):

@@ -148,7 +148,7 @@ def check(tmp_path, inner, params, layout, old, door="restore", **options):
             raise AssertionError(f"{old} to {new}: {error}") from None
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("old", FORMS)
 @pytest.mark.parametrize("slots", [*CONTAINERS, "adam"])
 def test_slots_in_any_container_move_with_their_unit(slots, old, tmp_path):
@@ -156,7 +156,7 @@ def test_slots_in_any_container_move_with_their_unit(slots, old, tmp_path):
     check(tmp_path, inner, {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "params", old)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("old", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_average_is_adopted_and_dropped_below_any_keys(layout, old, tmp_path):
@@ -165,14 +165,14 @@ def test_an_average_is_adopted_and_dropped_below_any_keys(layout, old, tmp_path)
     )
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("old", FORMS)
 @pytest.mark.parametrize("container", PARAMS)
 def test_parameters_in_any_container_may_be_adopted(container, old, tmp_path):
     check(tmp_path, optax.sgd(0.1, momentum=0.9), PARAMS[container](), "train", old)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("old", FORMS)
 @pytest.mark.parametrize("slots", ["dict", "tuple", "adam"])
 @pytest.mark.parametrize("door", ["manager", "v1"])

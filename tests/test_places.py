@@ -219,14 +219,14 @@ def check(container, made, layout):
     same(checkpoint.swap_state(swapped, params=WAYS[layout]), state)
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("container", PARAMS)
 def test_parameters_in_any_container_are_served(container, layout):
     check(container, "adam, chained", layout)
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("made", OPTIMIZERS)
 @pytest.mark.parametrize("container", ["nested", "NamedTuple"])

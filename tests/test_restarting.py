@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import emaopt
 
-pytestmark = pytest.mark.quick(3)
+pytestmark = pytest.mark.quick(2)
 
 # β(t) in float64, by formulae of its own.
 DECAYS = {

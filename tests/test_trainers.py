@@ -308,7 +308,7 @@ def restored(how, door, directory, target, **told):
     return as_items(checkpoint.restore(path, whole(target), **told), target)
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("how", ["own", "registry"])
 @cases(True)
 def test_readers_get_the_average_and_training_resumes(trainer, optimizer, how, tmp_path):
@@ -330,7 +330,7 @@ def test_readers_get_the_average_and_training_resumes(trainer, optimizer, how, t
     same(restored(how, door, tmp_path, zeros(without), rename=moved), without)
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("how", ["own", "registry"])
 @cases(True)
 def test_checkpoints_without_an_average_are_adopted(trainer, optimizer, how, tmp_path):
@@ -341,7 +341,7 @@ def test_checkpoints_without_an_average_are_adopted(trainer, optimizer, how, tmp
     same(restored(how, door, tmp_path, zeros(like), **told), like)
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @cases(False, "skipping")
 def test_a_writer_of_its_own_takes_a_swapped_state(trainer, optimizer, tmp_path):
     state, served = step_of(trainer, optimizer, 0.5)
@@ -357,7 +357,7 @@ def test_a_writer_of_its_own_takes_a_swapped_state(trainer, optimizer, tmp_path)
     same(checkpoint.swap_state(back, **told), state)
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @cases(False)
 def test_what_has_its_own_writer_goes_through_orbax(trainer, optimizer, tmp_path):
     state, served = step_of(trainer, optimizer, 0.5)
@@ -387,7 +387,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("trainer", REFUSED)
 def test_what_could_be_two_things_is_refused(trainer):
     state = step_of(trainer, "adam", 0.5).items

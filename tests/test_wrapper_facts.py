@@ -8,7 +8,7 @@ import pytest
 
 import emaopt
 
-pytestmark = pytest.mark.quick(6)
+pytestmark = pytest.mark.quick(2)
 
 STATIC = ("decay", "every", "start", "mask", "sharding")
 
