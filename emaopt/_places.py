@@ -335,7 +335,7 @@ def shape_of(leaf: Any) -> Any:
 def kind_of(leaf: Any) -> str | None:
     """What kind of numbers a leaf holds; None for what holds none."""
     dtype = getattr(leaf, "dtype", None)
-    if isinstance(leaf, (bool, int, float, complex)):
+    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
         dtype = jnp.result_type(type(leaf))
     if dtype is None:
         return None

@@ -477,3 +477,17 @@ def test_lookahead_around_an_optimizer_without_slots_ends_too(tmp_path):
         tmp_path / "c", state_of(optax.sgd(0.1), None), report=len
     )
     assert bits(restored["params"]) == bits(center_of(old))
+
+
+def test_keys_of_workers_are_dealt_out_too(tmp_path):
+    inner = optax.noisy_sgd(0.1, key=jax.random.key(3))
+    old = state_of(local(4, inner), 4, 4, empty=False)
+    checkpoint.save(tmp_path / "c", old)
+    for workers in (2, 8):
+        target = state_of(local(workers, inner), workers, empty=False)
+        restored = checkpoint.restore(tmp_path / "c", target, report=len)
+        keys = [
+            jax.random.key_data(jax.tree.leaves(state["opt_state"].inner_state)[1])
+            for state in (old, restored)
+        ]
+        np.testing.assert_array_equal(keys[1], keys[0][np.arange(workers) % 4])

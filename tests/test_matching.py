@@ -507,6 +507,33 @@ def test_restore_keeps_kinds_of_numbers(case, tmp_path):
             checkpoint.restore(tmp_path / "c", state | {"x": target})
 
 
+LARGE = 2**40 + 7
+
+
+@pytest.mark.parametrize("target", [jnp.int32(0), np.int32(0), np.zeros((), np.uint8)])
+def test_an_integer_that_a_target_cannot_hold_is_refused(target, tmp_path):
+    state = run(optax.chain(SGD, A))
+    checkpoint.save(tmp_path / "c", state | {"x": LARGE})
+    with pytest.raises(ValueError, match=f"c: x is {LARGE}, which .* cannot hold"):
+        checkpoint.restore(tmp_path / "c", state | {"x": target})
+    large = checkpoint.restore(tmp_path / "c", state | {"x": np.int64(0)})["x"]
+    assert type(large) is np.int64 and large == LARGE
+    params = {"w": jnp.zeros(()), "x": LARGE}
+    tx = emaopt.average_params(0.5, mask={"w": True, "x": False})
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(tmp_path / "p", {"params": params, "opt_state": tx.init(params)})
+    with pytest.raises(ValueError, match=f"x is {LARGE}, which .* cannot hold"):
+        checkpoint.load_averaged(tmp_path / "p", target={"w": jnp.zeros(()), "x": target})
+
+
+def test_scalars_of_numpy_keep_their_types_and_their_nan(tmp_path):
+    state = run(optax.chain(SGD, A))
+    for x in (np.float32("nan"), np.float64(0.1), np.int8(-3), np.bool_(True)):
+        checkpoint.save(tmp_path / "c", state | {"x": x}, force=True)
+        restored = checkpoint.restore(tmp_path / "c", state | {"x": x})["x"]
+        assert type(restored) is type(x) and restored.tobytes() == x.tobytes()
+
+
 def test_load_averaged_keeps_kinds_of_numbers(tmp_path):
     tx = emaopt.averaged(SGD, 0.5)
     params = {"w": jnp.array([1 + 2j])}

@@ -119,7 +119,12 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._units": {"_nodes", "checkpoint._files"},
-    "checkpoint._worker_rows": {"_nodes", "_places", "checkpoint._files"},
+    "checkpoint._worker_rows": {
+        "_nodes",
+        "_places",
+        "checkpoint._arrays",
+        "checkpoint._files",
+    },
     "checkpoint._matching": {
         "_nodes",
         "_optimizer_states",

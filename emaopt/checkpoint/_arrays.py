@@ -127,7 +127,7 @@ def read(leaves: Iterable[tuple[DiskArray, Any]], limit: int) -> Iterator[Any]:
     """Reads arrays as what each is asked for, with at most `limit` bytes under way.
 
     An array is read by the parts that this process's devices hold, each part once. What
-    is asked for may have other rows than the array: see `source`.
+    is asked for may have other rows than the array: see `index_of`.
     """
     running: deque = deque()
     under_way = 0
@@ -147,7 +147,7 @@ def read(leaves: Iterable[tuple[DiskArray, Any]], limit: int) -> Iterator[Any]:
             store = ts.cast(store, plan.dtype)
         under_way += size
         reading = {
-            part: store[source(part, plan.shape, leaf.shape)].read()
+            part: store[index_of(part, plan.shape, leaf.shape)].read()
             for part in set(_parts(plan).values())
         }
         running.append((size, plan, reading))
@@ -161,7 +161,7 @@ _CAST |= {np.dtype(f"float{bits}") for bits in (16, 32, 64)}
 _CAST |= {np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def source(part: Part, wanted: tuple[int, ...], there: tuple[int, ...]) -> Any:
+def index_of(part: Part, wanted: tuple[int, ...], there: tuple[int, ...]) -> Any:
     """The index in an array on disk of a part of what is wanted of it.
 
     It may be wanted with other rows, for other workers: [...] as [W, ...] is the array in
@@ -200,6 +200,17 @@ def _nbytes(leaf: DiskArray, part: Part) -> int:
         (-(-stop // n) - start // n) * n
         for (start, stop), n in zip(bounds, leaf.chunk_shape, strict=True)
     )
+
+
+def of_number(number: int, plan: Any) -> Any:
+    """A Python integer as the array that is asked for; raises OverflowError if cut."""
+    dtype = plan.dtype
+    if not isinstance(plan, np.ndarray):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    bounds = jnp.iinfo(dtype)
+    if not bounds.min <= number <= bounds.max:
+        raise OverflowError(f"{number}, which {dtype} cannot hold.")
+    return _placed(plan, dict.fromkeys(_parts(plan).values(), np.asarray(number, dtype)))
 
 
 def _placed(plan: Any, arrays: dict[Part, np.ndarray]) -> Any:

@@ -244,11 +244,21 @@ def read(function: str, files: Files, wanted: dict[Names, tuple[Names, Any]]) ->
     with explained(function, files.path):
         values = dict(zip(here, _arrays.read(here.values(), limit), strict=True))
     others = {n: read for n, read in wanted.items() if n not in here}
+    numbers = {
+        n: plan for n, (place, plan) in others.items() if _cuts(files, place, plan)
+    }
+    others |= {n: (wanted[n][0], 0) for n in numbers}  # as it is, to see whether it fits
     while others:  # of one that is wanted twice, once more
         now = {place: (names, plan) for names, (place, plan) in others.items()}
         found = _read_others(function, files, {p: plan for p, (_, plan) in now.items()})
         values |= {names: found[place] for place, (names, _) in now.items()}
         others = {n: read for n, read in others.items() if n not in values}
+    for names, plan in numbers.items():
+        try:
+            values[names] = _arrays.of_number(values[names], plan)
+        except OverflowError as error:
+            place = "/".join(wanted[names][0])
+            raise ValueError(f"{function}: {files.path}: {place} is {error}") from None
     whole = {
         wanted[n][0]: value
         for n, value in values.items()
@@ -258,6 +268,14 @@ def read(function: str, files: Files, wanted: dict[Names, tuple[Names, Any]]) ->
     whole = {place: whole[place] for place in files.saved if place in whole}
     _checksums.check(function, files.path, files.checksums, whole)
     return values
+
+
+def _cuts(files: Files, place: Names, plan: Any) -> bool:
+    """Whether a Python integer is wanted in an array, which Orbax would cut it to."""
+    saved = files.saved[place]
+    number = isinstance(saved, ocp.metadata.value.ScalarMetadata)
+    dtypes = [getattr(leaf, "dtype", None) or float for leaf in (saved, plan)]
+    return number and all(jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes)
 
 
 def _read_others(

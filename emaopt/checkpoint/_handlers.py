@@ -204,7 +204,9 @@ class _Swapping:
         target = item if args is None else args.item
         whole = directory.name in _files.WHOLE
         files = _files.open_files(
-            "CheckpointManager.restore", directory if whole else directory.parent
+            "CheckpointManager.restore",
+            directory if whole else directory.parent,
+            at=self._params if isinstance(self._params, str) else None,
         )
         scope: Names = () if whole else (directory.name,)
         if getattr(args, "transforms", None) or getattr(

@@ -56,18 +56,17 @@ def restored(
     # In the target's order, which is that of all processes.
     sources = {n: found.sources[n] for n in targets if n in found.sources}
     seeds = {n: found.seeds[n] for n in targets if n in found.seeds}
-    wanted = {}
+    wanted, dealt = {}, set()
     for name, place in (sources | seeds).items():
         if place is not None and not _trees.is_empty(targets[name]):
-            plan: Any = _trees.as_plan(targets[name], fallback)
+            plan = _trees.as_plan(targets[name], fallback)
             leaf = saved[place]
-            if _trees.is_whole_number(leaf):
-                plan = 0  # as it is: to see whether the target's integers can hold it
             if name not in found.rows | seeds.keys() or _arrays.can_read(leaf, plan):
                 wanted[name] = logical[place], plan
             else:  # of keys, say, whole
                 plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
                 wanted[name] = logical[place], _trees.as_plan(plan, fallback)
+                dealt.add(name)
     read = _files.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
@@ -76,8 +75,8 @@ def restored(
         if name not in read:  # of size 0, or a counter that starts
             values[name] = _trees.zeros(leaf)
         else:
-            value = refit(read[name], leaf) if name in found.rows else read[name]
-            values[name] = _trees.as_target(value, leaf, fallback)
+            value = refit(read[name], leaf) if name in dealt else read[name]
+            values[name] = _trees.as_target(value, leaf)
     if not as_it_is:
         _trees.check_kinds("restore", files.path, values, targets)
     for sentence in found.report:
@@ -128,6 +127,7 @@ def averages(
     read = _files.read("load_averaged", files, plans)
     values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
+        _trees.check_kinds("load_averaged", files.path, values, wanted)
         leaves = [values[n] for n in _below_a_key(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
     return fill_as_on_disk(files, prefix, values)

@@ -247,7 +247,7 @@ def _chosen_at(
         else:  # of the same parameters the one that is served is meant, if none is named
             beside = name is None and any(_overlap(one, s) for s in ours)
             found = found + [one] * (_related(way, one) and not beside)
-    if not found and errors:
+    if errors and not any(_below(way, one.params) for one in ours):
         raise errors[0]
     if not found:
         there = listed([s.average for s in served] + others)

@@ -142,22 +142,8 @@ def as_array(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def is_whole_number(leaf: Any) -> bool:
-    """Whether metadata is of a Python integer."""
-    number = isinstance(leaf, ocp.metadata.value.ScalarMetadata)
-    return number and jnp.issubdtype(leaf.dtype or float, jnp.integer)
-
-
-def as_target(value: Any, leaf: Any, fallback: Any = None) -> Any:
-    """What was read as the leaf of a target; a number that it cannot hold stays."""
-    if isinstance(leaf, np.generic):
-        return type(leaf)(value) if type(leaf)(value) == value else value
-    if isinstance(value, int) and hasattr(leaf, "dtype"):
-        array = np.asarray(value).astype(leaf.dtype)
-        if array != value or isinstance(leaf, np.ndarray):
-            return array if array == value else value
-        return jax.device_put(array, as_plan(leaf, fallback).sharding)
-    return value
+def as_target(value: Any, leaf: Any) -> Any:
+    return type(leaf)(value) if isinstance(leaf, np.generic) else value
 
 
 def check_kinds(

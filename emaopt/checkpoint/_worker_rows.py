@@ -14,6 +14,7 @@ import numpy as np
 
 from emaopt._nodes import as_state, center_nodes
 from emaopt._places import Ways, located_at, shape_of
+from emaopt.checkpoint._arrays import index_of
 from emaopt.checkpoint._files import Names, names_of
 
 # What the exchange that all of a new set of workers start from leaves at zero.
@@ -156,18 +157,10 @@ def _end_workers(
 
 
 def refit(value: Any, like: Any) -> Any:
-    """An array with the rows of another number of workers, if it has not them already.
-
-    [...] to [W, ...]: W rows of it; [V, ...] to [W, ...]: row w is row w % V;
-    [W, ...] to [...]: the first row.
-    """
-    shape, there = tuple(np.shape(like)), tuple(np.shape(value))
-    if len(shape) > len(there):
-        value = jnp.broadcast_to(value, shape)
-    elif len(shape) < len(there):
-        value = value[0]
-    elif shape != there:
-        value = value[np.arange(shape[0]) % there[0]]
+    """An array with the rows of another number of workers, as `index_of` says."""
+    shape = tuple(np.shape(like))
+    part = tuple((0, n) for n in shape)
+    value = jnp.broadcast_to(value[index_of(part, shape, np.shape(value))], shape)
     sharding = getattr(like, "sharding", None)
     return value if sharding is None else jax.device_put(value, sharding)
 
