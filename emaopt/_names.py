@@ -146,6 +146,27 @@ def _may_be_variable(name: Names) -> bool:
     return len(name) > 1 and name[-1] == "value"
 
 
+def split(way: str | None) -> Names:
+    """The names that a user joins with "/"."""
+    return tuple(filter(None, (way or "").split("/")))
+
+
+def joined(names: Names) -> str:
+    """Names as a user reads and says them."""
+    return "/".join(names) or "the root"
+
+
+def is_below(names: Names, way: Names) -> bool:
+    """Whether a way leads to what has the names, or is theirs."""
+    return names[: len(way)] == way
+
+
+def num_common(a: Names, b: Names) -> int:
+    """How many names two ways have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def key_name(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):

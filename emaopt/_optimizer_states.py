@@ -4,10 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from emaopt._names import leaves_with_keys
+from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
-
-Names = tuple[str, ...]
 
 # A key above an optimizer's state: "opt", "opt_state", "actor_optimizer".
 _KEY = re.compile(r"(^|_)opt(im|imizers?)?(_|s?$)")

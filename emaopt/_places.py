@@ -4,11 +4,12 @@ Nothing is guessed. `params=` says where; without it, the parameters are the one
 outside of the optimizer state that has the average's names and shapes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from emaopt._names import Names, joined, num_common, split
 from emaopt._nodes import (
     field_of,
     fits,
@@ -18,7 +19,6 @@ from emaopt._nodes import (
     served_nodes,
 )
 from emaopt._optimizer_states import (
-    Names,
     Tree,
     is_optimizer_state,
     is_optimizers,
@@ -52,7 +52,7 @@ def located(
     tree = Tree(state)
     given = _given(function, params, [*chosen], tree)
     places = [
-        _place(function, tree, average, where, len(chosen) > 1)
+        _place(function, tree, average, where, several=len(chosen) > 1)
         for average, where in zip(chosen, given, strict=True)
     ]
     if len({place.swapped for place in places}) > 1:
@@ -80,22 +80,42 @@ def placed(state: Any, average: Names, params: Names) -> Place:
     return _place("emaopt", tree, average, params)
 
 
-def located_at(function: str, state: Any, average: Names, params: Ways = None) -> Place:
-    """The parameters of the average at these names; of several ways the one that fits."""
-    tree = Tree(state)
-    if params is None or isinstance(params, (str, Mapping)):
-        (given,) = _given(function, params, [average], tree)
-        return _place(function, tree, average, given)
-    ways = [_names(way) for way in params]
-    averaged = tree.within((*average, field_of(tree.averages[average])))
-    fitting = [way for way in ways if way and _misfit(tree, averaged, way) is None]
-    if len(fitting) != 1:
+def located_at(
+    function: str,
+    state: Any,
+    average: Names,
+    params: Ways = None,
+    *,
+    option: str = "params",
+) -> Place:
+    """The parameters of the average at these names; of several ways the one that fits.
+
+    Errors name the option by which the caller is told.
+    """
+    if params is not None and not isinstance(params, (str, Mapping)):
+        found = fitting(state, average, map(split, params))
+        if len(found) == 1:
+            return found[0]
+        way = found[0].params if found else split(params[0])
         raise ValueError(
-            f"{function}: the average at {'/'.join(average)} is of {len(fitting)} of "
+            f"{function}: the average at {joined(average)} is of {len(found)} of "
             f"params={tuple(params)}; it must be of one. Say which, as params="
-            f"{{{_path(average)!r}: {_path((fitting or ways)[0])!r}}}."
+            f"{{{joined(average)!r}: {joined(way)!r}}}."
         )
-    return _place(function, tree, average, fitting[0])
+    tree = Tree(state)
+    (given,) = _given(function, params, [average], tree)
+    return _place(function, tree, average, given, option=option)
+
+
+def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
+    """Those of the ways that lead to what can be the parameters of the average."""
+    tree = Tree(state)
+    averaged = tree.within((*average, field_of(tree.averages[average])))
+    return [
+        _place("emaopt", tree, average, way)
+        for way in ways
+        if way and _misfit(tree, averaged, way) is None
+    ]
 
 
 def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
@@ -135,13 +155,13 @@ def _given(
 ) -> list[Names | None]:
     """Where the parameters of each average are said to be."""
     if params is None or isinstance(params, str):
-        return [None if params is None else _names(params)] * len(averages)
+        return [None if params is None else split(params)] * len(averages)
     if isinstance(params, Mapping):
-        told = {_names(name): _names(way) for name, way in params.items()}
+        told = {split(name): split(way) for name, way in params.items()}
         for name in told:
             if not any(average[: len(name)] == name for average in tree.averages):
                 raise ValueError(
-                    f"{function}: params={dict(params)}: {_path(name)!r} leads to no "
+                    f"{function}: params={dict(params)}: {joined(name)!r} leads to no "
                     f"average; there are {_listed([*tree.averages])}."
                 )
         return [
@@ -156,11 +176,7 @@ def _given(
             f"stand, for {len(averages)} averages: give one for all, or one for each "
             "name."
         )
-    return [_names(way) for way in params]
-
-
-def _names(way: str) -> Names:
-    return tuple(filter(None, way.split("/")))
+    return [split(way) for way in params]
 
 
 def _place(
@@ -168,7 +184,9 @@ def _place(
     tree: Tree,
     average: Names,
     given: Names | None,
+    *,
     several: bool = False,
+    option: str = "params",
 ) -> Place:
     node = tree.averages[average]
     swapped, field = is_swapped(node), field_of(node)
@@ -176,7 +194,7 @@ def _place(
     if not averaged:
         return Place(given or (), average, field, swapped, [])
     if given is None:
-        params = _only_tree(function, tree, average, averaged, several)
+        params = _only_tree(function, tree, average, averaged, several, option)
     elif not given:
         raise ValueError(
             f"{function}: params='' is the whole state. Put the parameters under a key "
@@ -199,6 +217,7 @@ def _only_tree(
     average: Names,
     averaged: dict[Names, int],
     several: bool,
+    option: str,
 ) -> Names:
     """The one tree that the average can be of.
 
@@ -209,7 +228,7 @@ def _only_tree(
     root = optimizer_root(tree, average)
     outside = [p for p in alike if not _is_slot(tree, p, average, root)]
     if len(outside) > 1:
-        near = max(_common(p, average) for p in outside)
+        near = max(num_common(p, average) for p in outside)
         beside = [p for p in outside if p == (*average[:near], "params")]
         outside = beside or outside
     elif outside and outside[0][-1:] != ("params",):
@@ -223,13 +242,13 @@ def _only_tree(
     if outside:
         raise ValueError(
             f"{function}: the average at {where} could be of any of {_listed(outside)}. "
-            f"Say with params= which, as params={_path(outside[0])!r}."
-            + f" Of several averages: params={{{where!r}: {_path(outside[0])!r}}}."
+            f"Say with {option}= which, as {option}={joined(outside[0])!r}."
+            + f" Of several averages: params={{{where!r}: {joined(outside[0])!r}}}."
             * several
         )
     slots = (
         f" What has them is taken for the optimizer's own: {_listed(alike)}; say with "
-        f"params= if it is not, as params={_path(alike[0])!r}."
+        f"{option}= if it is not, as {option}={joined(alike[0])!r}."
         if alike
         else ""
     )
@@ -246,7 +265,7 @@ def _is_shown(tree: Tree, params: Names, average: Names) -> bool:
     Deeper in it, it may as well be a slot: ({"mu": momentum}, AveragedState) is the state
     of a chain, and (params, AveragedState) a training state.
     """
-    common = _common(params, average)
+    common = num_common(params, average)
     return len(params) == common + 1 or not is_sequence(tree.node(params[:common]))
 
 
@@ -300,7 +319,7 @@ def _containers(tree: Tree, inside: Names, averaged: dict[Names, int]) -> list[A
 
 def _is_slot(tree: Tree, params: Names, average: Names, root: int) -> bool:
     """Whether a tree belongs to this or another optimizer's state."""
-    common = _common(params, average)
+    common = num_common(params, average)
     if common >= root:
         return True
     for i in range(common, len(params)):
@@ -312,17 +331,8 @@ def _is_slot(tree: Tree, params: Names, average: Names, root: int) -> bool:
     return "opt_state" in params[-1] if len(params) > common else False
 
 
-def _common(a: Names, b: Names) -> int:
-    """How many names two ways have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-
-
 def _listed(ways: list[Names]) -> str:
-    return ", ".join(map(_path, ways))
-
-
-def _path(names: Names) -> str:
-    return "/".join(names)
+    return ", ".join(map(joined, ways))
 
 
 def shape_of(leaf: Any) -> Any:

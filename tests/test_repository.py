@@ -72,7 +72,7 @@ LAYERS = {
         "_workers",
     },
     "_optimizer_states": {"_names", "_nodes"},
-    "_places": {"_nodes", "_optimizer_states"},
+    "_places": {"_names", "_nodes", "_optimizer_states"},
     "_swapping": {"_names", "_nodes", "_places"},
     "_constraint": {"_recursion", "_rounding"},
     "_gates": set(),
@@ -110,7 +110,7 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._finished": {"orbax"},
-    "checkpoint._locating": {"_places"},
+    "checkpoint._locating": {"_names", "_places"},
     "checkpoint._handlers": {
         "_places",
         "_swapping",
@@ -118,14 +118,16 @@ LAYERS = {
         "checkpoint._files",
         "orbax",
     },
-    "checkpoint._units": {"_nodes", "checkpoint._files"},
+    "checkpoint._units": {"_names", "_nodes", "checkpoint._files"},
     "checkpoint._worker_rows": {
+        "_names",
         "_nodes",
         "_places",
         "checkpoint._arrays",
         "checkpoint._files",
     },
     "checkpoint._matching": {
+        "_names",
         "_nodes",
         "_optimizer_states",
         "_places",
@@ -158,6 +160,7 @@ LAYERS = {
         "checkpoint._files",
     },
     "checkpoint._standing": {
+        "_names",
         "_nodes",
         "_places",
         "checkpoint",

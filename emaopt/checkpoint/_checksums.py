@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from emaopt._names import leaves_with_keys
+from emaopt._names import Names, leaves_with_keys
 
-Names = tuple[str, ...]
 Checksum = tuple[str, int]  # the array's dtype, the sum
 
 _PART = 1 << 16  # words of a NumPy array that are summed at once

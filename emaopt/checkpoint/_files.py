@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from emaopt._names import leaves_with_keys, own_values
+from emaopt._names import leaves_with_keys, own_values, split
 from emaopt._nodes import (
     average_nodes,
     center_nodes,
@@ -26,7 +26,7 @@ from emaopt._nodes import (
 )
 from emaopt._places import Names
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
-from emaopt.checkpoint._locating import located_in, ways
+from emaopt.checkpoint._locating import located_in
 
 _log_warning = logging.getLogger("emaopt").warning
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
@@ -174,7 +174,7 @@ def _lost_marker(
     """The marker again, if it is lost: a swapped state says itself what it is."""
     tree = whole_tree(files)
     places = [
-        located_in(function, tree, names, at=ways(at), option=option)
+        located_in(function, tree, names, at=split(at), option=option)
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._names import is_below, joined, split
 from emaopt._nodes import as_state, average_nodes, center_nodes
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, kind_of, located_at, shape_of
@@ -151,7 +152,7 @@ def _sources(
     roots = _outermost(
         optimizer_roots(target, typed=True), optimizer_roots(disk, typed=False)
     )
-    inside = {n for n in wanted | saved if any(n[: len(r)] == r for r in roots)}
+    inside = {n for n in wanted | saved if any(is_below(n, r) for r in roots)}
     sources = {new: old for new, old in sources.items() if new not in inside - {*told}}
     outside = (names_of(target).keys() | names_of(disk).keys()) - inside
     here, there = units(wanted, roots, outside), units(saved, roots, outside)
@@ -173,11 +174,11 @@ def _told(
     """The leaves that `rename` speaks of."""
     told: dict[Names, Names] = {}
     for old, new in rename.items():
-        before, after = (tuple(filter(None, way.split("/"))) for way in (old, new))
+        before, after = split(old), split(new)
         moved = {
             after + names[len(before) :]: names
             for names in saved
-            if names[: len(before)] == before
+            if is_below(names, before)
         }
         moved = {name: names for name, names in moved.items() if name in wanted}
         if not moved or told.keys() & moved.keys():
@@ -201,7 +202,7 @@ def _outermost(some: list[Names], others: list[Names]) -> list[Names]:
 
 def _unclear(function: str, path: Any, group: Group) -> str:
     """What names and places do not tell, and the argument that does."""
-    here, there = ([_path(unit.way) for unit in side] for side in group)
+    here, there = ([joined(unit.way) for unit in side] for side in group)
     fields = sorted(group[0][0].kind)
     what = "averages" if fields == ["average"] else f"states of {', '.join(fields)}"
     return (
@@ -213,26 +214,22 @@ def _unclear(function: str, path: Any, group: Group) -> str:
     )
 
 
-def _path(names: Names) -> str:
-    return "/".join(names) or "the root"
-
-
 def _move(new: Names, old: Names) -> tuple[str, str]:
     """The parts of two names that differ, with what stands before them."""
     same = 0
     while same < min(len(new), len(old)) - 1 and new[-1 - same] == old[-1 - same]:
         same += 1
-    return _path(new[: len(new) - same]), _path(old[: len(old) - same])
+    return joined(new[: len(new) - same]), joined(old[: len(old) - same])
 
 
 def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
-    return {names: x for names, x in leaves.items() if names[: len(scope)] == scope}
+    return {names: x for names, x in leaves.items() if is_below(names, scope)}
 
 
 def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> str:
     """What to do about leaves that do not fit, where it is known."""
     if changed:
-        way = _path(changed[0])
+        way = joined(changed[0])
         return (
             f"At {way} stands a state of other fields. If it is of the same optimizer, "
             f"say rename={{{way!r}: {way!r}}}."
@@ -246,9 +243,9 @@ def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> s
         whole = {average + names for names in names_of(as_state(node))}
         if whole & missing and not whole <= missing:
             return (
-                f"The average at {_path(average)} is of fewer leaves there: restore with "
-                "the optimizer that saved it, and then call emaopt.change_mask with the "
-                "new one."
+                f"The average at {joined(average)} is of fewer leaves there: restore "
+                "with the optimizer that saved it, and then call emaopt.change_mask with "
+                "the new one."
             )
     return ""
 
@@ -268,7 +265,7 @@ def _seeds(
     """
     seeds: dict[Names, Names | None] = {}
     for average, node in average_nodes(target).items():
-        ours = {names for names in missing if names[: len(average)] == average}
+        ours = {names for names in missing if is_below(names, average)}
         whole = {average + names for names in names_of(as_state(node))}
         inside = {names for names in ours if names[len(average)] == "average"}
         if not ours or not (ours == whole or (in_part and ours == inside)):
@@ -304,7 +301,7 @@ def _misfits(sources: dict, wanted: dict, saved: dict, rows: Any) -> list[str]:
     """What differs in shape or kind, in words; `rows` may have another first axis."""
     said = []
     for new, old in sorted(sources.items()):
-        here, there, name = wanted[new], saved[old], _path(new)
+        here, there, name = wanted[new], saved[old], joined(new)
         shapes = _shape(here), shape_of(there)
         if new in rows and None not in shapes:
             shapes = _without_rows(*shapes)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from emaopt._names import is_below, num_common, split
 from emaopt._nodes import (
     average_nodes,
     center_nodes,
@@ -16,7 +17,7 @@ from emaopt._nodes import (
 from emaopt._places import located
 from emaopt.checkpoint import _files, _record, _trees
 from emaopt.checkpoint._files import Names, listed
-from emaopt.checkpoint._locating import located_in, ways
+from emaopt.checkpoint._locating import located_in
 
 
 class Average(NamedTuple):
@@ -42,13 +43,13 @@ class Averaged(NamedTuple):
 
 def way_to(function: str, files: _files.Files, at: str | None) -> Names:
     """The names that `at` says, or an error if nothing stands there; () for None."""
-    names, present = ways(at), _files.all_leaves(files)
-    if not names or any(_below(n, names) for n in present):
+    names, present = split(at), _files.all_leaves(files)
+    if not names or any(is_below(n, names) for n in present):
         return names
     if names[-1] == "value" and names[:-1] in files.values:
         return names[:-1]
-    depth = max((_common(n, names) for n in present), default=0)
-    beside = sorted({n[depth] for n in present if _below(n, names[:depth], 1)})
+    depth = max((num_common(n, names) for n in present), default=0)
+    beside = sorted({n[depth] for n in present if is_below(n[:-1], names[:depth])})
     where = f"at {'/'.join(names[:depth])}" if depth else "at the top"
     there = f"stand {', '.join(beside)}" if beside else "stands an array"
     raise ValueError(f"{function}: {files.path} has nothing at {at!r}; {where} {there}.")
@@ -64,27 +65,27 @@ def averages_at(
     way, present = way_to(function, files, at), _files.all_leaves(files)
     if name is None and files.marker is None and _record.RECORD in files.custom:
         prefix = way or tuple(files.custom[_record.RECORD]["params"])
-        places = {n[len(prefix) :]: n for n in present if _below(n, prefix)}
+        places = {n[len(prefix) :]: n for n in present if is_below(n, prefix)}
         return Averaged(prefix, set(places), places)
     chosen = _chosen(function, files, name, at, way)
-    if own := [one for one in chosen if way and _below(way, one.inside)]:
+    if own := [one for one in chosen if way and is_below(way, one.inside)]:
         (one,) = own  # the place that its state keeps it in
         there = one.params if one.served else one.inside
         cut = len(one.inside)
-        places = {n[len(way) :]: there + n[cut:] for n in present if _below(n, way)}
+        places = {n[len(way) :]: there + n[cut:] for n in present if is_below(n, way)}
         return Averaged(way, set(places), places)
     prefix = way or chosen[0].params
     states = [*average_nodes(_files.whole_tree(files))]
     states += center_nodes(_files.whole_tree(files))
     places, averaged = {}, set()
     for names, raw in _files.logical_names(files).items():
-        if not _below(names, prefix) or any(_below(names, state) for state in states):
+        if not is_below(names, prefix) or any(is_below(names, state) for state in states):
             continue
         rest = names[len(prefix) :]
         places[rest] = raw
         for one in chosen:
             below = names[len(one.params) :]
-            if _below(names, one.params) and one.inside + below in present:
+            if is_below(names, one.params) and one.inside + below in present:
                 places[rest] = names if one.served else one.inside + below
                 averaged.add(rest)
     return Averaged(prefix, averaged, places)
@@ -114,14 +115,14 @@ def said_of(
     for n in places:
         if holds := [one for one in everything if _holds(one, n, present)]:
             averages |= dict.fromkeys(holds)
-        elif any(one.served and _below(n, one.inside) for one in everything):
+        elif any(one.served and is_below(n, one.inside) for one in everything):
             of_others = True
-        elif not any(one.params and _below(n, one.params) for one in everything):
+        elif not any(one.params and is_below(n, one.params) for one in everything):
             left.append(n)
     others = bool(left) and not (raw and not averages)
     if others:  # found out at last, because it is slow
         trees = [_parameters_of(files, one) for one in everything if not one.served]
-        others = not all(any(_below(n, tree) for tree in trees if tree) for n in left)
+        others = not all(any(is_below(n, tree) for tree in trees if tree) for n in left)
     if not averages:
         if files.marker is None and _record.RECORD in files.custom:
             record = files.custom[_record.RECORD]
@@ -139,13 +140,13 @@ def said_of(
 def refuse_averages(function: str, files: _files.Files, at: str, way: Names) -> bool:
     """Whether raw parameters stand in an average's place; raises if averages do."""
     for one in _everything(files):
-        if _below(way, one.inside) and not one.served:
+        if is_below(way, one.inside) and not one.served:
             raise ValueError(
                 f"{function}: at {at!r}, {files.path} holds the averages of "
                 f"{'/'.join(one.average)}, no raw parameters. Say with at= where the "
                 "parameters stand."
             )
-    return any(one.served and _below(way, one.inside) for one in _everything(files))
+    return any(one.served and is_below(way, one.inside) for one in _everything(files))
 
 
 def _everything(files: _files.Files) -> list[Average]:
@@ -169,8 +170,8 @@ def _parameters_of(files: _files.Files, one: Average) -> Names:
 def _holds(one: Average, n: Names, present: Any) -> bool:
     """Whether what stands at a name is of the average."""
     if not one.served:
-        return _below(n, one.inside)
-    return _below(n, one.params) and one.inside + n[len(one.params) :] in present
+        return is_below(n, one.inside)
+    return is_below(n, one.params) and one.inside + n[len(one.params) :] in present
 
 
 def _served(files: _files.Files) -> list[Average]:
@@ -189,7 +190,7 @@ def _chosen(
     nodes, ours = served_nodes(tree, name), _served(files)
     served = [s for s in ours if name is None or s.average in nodes]
     # One that is masked everywhere decides nothing where there are others.
-    full = [s for s in served if any(_below(n, s.inside) for n in present)]
+    full = [s for s in served if any(is_below(n, s.inside) for n in present)]
     served = full or [s._replace(params=s.params or way) for s in served]
     served = [s for s in served if s.params]
     others = [n for n in nodes if n not in {s.average for s in ours}]
@@ -238,7 +239,7 @@ def _chosen_at(
     errors = []
     for names in others:
         one = Average((), names, field_of(nodes[names]), False)
-        if _below(way, one.inside):
+        if is_below(way, one.inside):
             return [one]
         try:
             one = one._replace(params=_located(function, files, names, way).params)
@@ -247,7 +248,7 @@ def _chosen_at(
         else:  # of the same parameters the one that is served is meant, if none is named
             beside = name is None and any(_overlap(one, s) for s in ours)
             found = found + [one] * (_related(way, one) and not beside)
-    if errors and not any(_below(way, one.params) for one in ours):
+    if errors and not any(is_below(way, one.params) for one in ours):
         raise errors[0]
     if not found:
         there = listed([s.average for s in served] + others)
@@ -267,12 +268,12 @@ def _chosen_at(
 
 def _related(way: Names, one: Average) -> bool:
     """Whether a place is above, in or below an average's parameters, or in its own."""
-    near = _below(way, one.params) or _below(one.params, way)
-    return near or _below(way, one.inside)
+    near = is_below(way, one.params) or is_below(one.params, way)
+    return near or is_below(way, one.inside)
 
 
 def _overlap(a: Average, b: Average) -> bool:
-    return _below(a.params, b.params) or _below(b.params, a.params)
+    return is_below(a.params, b.params) or is_below(b.params, a.params)
 
 
 def _located(function: str, files: _files.Files, average: Names, way: Names) -> Any:
@@ -286,12 +287,3 @@ def _located(function: str, files: _files.Files, average: Names, way: Names) -> 
 def _logical(files: _files.Files) -> Any:
     physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
     return _trees.raw_by(physical, files.marker)
-
-
-def _below(names: Names, way: Names, by: int = 0) -> bool:
-    return names[: len(way)] == way and len(names) >= len(way) + by
-
-
-def _common(a: Names, b: Names) -> int:
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

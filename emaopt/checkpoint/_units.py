@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from emaopt._names import is_below, num_common
 from emaopt._nodes import as_state, field_of
 from emaopt.checkpoint._files import Names
 
@@ -22,11 +23,9 @@ WRAPPERS = {
     "inner_state",
     "inner_states",
     "opt_state",
-    "outer_state",
 }
-
-
-_OF_ITS_OWN = {"outer_state"}  # what is in it is no other optimizer's
+# And one that tells what is in it from the states of others.
+_OUTER = "outer_state"
 
 
 class Unit(NamedTuple):
@@ -56,10 +55,10 @@ def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[
     for root in roots:
         tree: Any = {}
         for names in leaves:
-            if names[: len(root)] == root:
+            if is_below(names, root):
                 _put(tree, names[len(root) :])
         for way, kind, below in _walk(tree, (), parameters):
-            named = [n for n in way if n not in WRAPPERS - _OF_ITS_OWN]
+            named = [n for n in way if n not in WRAPPERS]
             labels = (*root, *(n for n in named if not n.isdigit()))
             short = (*root, *named)
             found.append(Unit(root + way, kind, labels, short, frozenset(below)))
@@ -95,7 +94,7 @@ def _passages(tree: dict, parameters: Callable[[dict], bool]) -> set[str]:
         return set()
     if all(name.isdigit() for name in tree):
         return set(tree)  # a chain
-    if wrapped := WRAPPERS & set(tree):
+    if wrapped := (WRAPPERS | {_OUTER}) & set(tree):
         return wrapped
     averages = {name for name, child in tree.items() if as_state(child)}
     if parameters(tree) or any(map(_is_leaf, tree.values())):
@@ -183,7 +182,7 @@ def _related(ours: list[Unit], theirs: list[Unit]) -> list[Group]:
 def _could_be(a: Unit, b: Unit) -> bool:
     """An average may be of the center here and of the parameters there, slots may not."""
     is_average = a.kind == {"average"}
-    sides = {"outer_state" in a.labels, "outer_state" in b.labels}
+    sides = {_OUTER in a.labels, _OUTER in b.labels}
     return _nested(a.labels, b.labels) and (is_average or len(sides) == 1)
 
 
@@ -232,10 +231,7 @@ def _more(a: Unit, b: Unit) -> frozenset[tuple[str, int]]:
 def _below_common(group: list[Unit]) -> list[Names]:
     """Where units stand below what leads to all of them."""
     first, *_, last = sorted(unit.short for unit in group)
-    differs = (
-        i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1
-    )
-    common = next(differs, min(len(first), len(last)))
+    common = num_common(first, last)
     return [unit.short[common:] for unit in group]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, center_nodes
 from emaopt._places import Ways, located_at, shape_of
 from emaopt.checkpoint._arrays import index_of
@@ -58,18 +59,16 @@ def fit_workers(
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
     ours, theirs = _locals(function, target, params), _locals(function, disk, None)
     wanted = names_of(target)
-    before = {one.center: one for one in theirs}
     for local in ours:
-        centers = [n for n in wanted if _below(n, local.center)]
+        centers = [n for n in wanted if is_below(n, local.center)]
         if not centers:
             continue
-        there = sources.get(centers[0])
-        old = next((one for c, one in before.items() if there and _below(there, c)), None)
-        if old is not None:
-            del before[old.center]
+        there = sources.get(centers[0], ())
+        old = next((one for one in theirs if is_below(there, one.center)), None)
+        theirs = [one for one in theirs if one is not old]
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
-    for old in before.values():
+    for old in theirs:
         _end_workers(rows, old, wanted, saved, ignore_extra)
     return rows
 
@@ -94,7 +93,7 @@ def _start_workers(
 ) -> None:
     """Starts all workers from the center, or from the parameters of a run without any."""
     for names in wanted:
-        if _below(names, local.center):
+        if is_below(names, local.center):
             rest = names[len(local.center) :]
             param = local.params + rest
             source = rows.sources.get(param if old is None else names)
@@ -105,7 +104,7 @@ def _start_workers(
                     rows.sources[leaf] = source
                     rows.rows.add(leaf)
             rows.sources[names] = source
-        elif _below(names, local.way):
+        elif is_below(names, local.way):
             field = names[len(local.way)]
             if field in _SINCE_EXCHANGE or (field in _COUNTS and old is None):
                 rows.sources.pop(names, None)
@@ -117,13 +116,13 @@ def _start_workers(
     if old is None:
         rows.report.append(
             f"started {local.workers or 'the'} workers from the parameters, at "
-            f"{_path(local.way)}"
+            f"{joined(local.way)}"
         )
         return
-    rows.left.update(n for n in saved if _below(n, old.params) or _below(n, old.way))
+    rows.left.update(_all_of(old, saved))
     rows.report.append(
         f"started {local.workers} workers from the center of {old.workers}, at "
-        f"{_path(local.way)}; their optimizers' own slots are those of the workers of "
+        f"{joined(local.way)}; their optimizers' own slots are those of the workers of "
         "the same numbers"
     )
 
@@ -136,24 +135,29 @@ def _end_workers(
     Not to who asks for the parameters alone, in the workers' shapes: they are those.
     """
     inner = (*old.way, "inner_state")
-    goes_on = not ignore_extra or any(_below(s, inner) for s in rows.sources.values())
+    goes_on = not ignore_extra or any(is_below(s, inner) for s in rows.sources.values())
     if not goes_on and old.workers is None:
         return
     ended = False
     for names, source in list(rows.sources.items()):
         center = old.center + source[len(old.params) :]
-        if _below(source, old.params) and center in saved:
+        if is_below(source, old.params) and center in saved:
             if goes_on or len(shape_of(wanted[names])) < len(saved[source].shape):
                 rows.sources[names] = center
                 ended = True
-        elif _below(source, inner):
+        elif is_below(source, inner):
             rows.rows.add(names)
     if ended:
-        rows.left.update(n for n in saved if _below(n, old.params) or _below(n, old.way))
+        rows.left.update(_all_of(old, saved))
         rows.report.append(
-            f"took the center at {_path(old.way)} for the parameters, and the first "
+            f"took the center at {joined(old.way)} for the parameters, and the first "
             "worker's slots"
         )
+
+
+def _all_of(old: _Local, saved: dict) -> list[Names]:
+    """The leaves of local updates and of their workers."""
+    return [n for n in saved if is_below(n, old.params) or is_below(n, old.way)]
 
 
 def refit(value: Any, like: Any) -> Any:
@@ -163,11 +167,3 @@ def refit(value: Any, like: Any) -> Any:
     value = jnp.broadcast_to(value[index_of(part, shape, np.shape(value))], shape)
     sharding = getattr(like, "sharding", None)
     return value if sharding is None else jax.device_put(value, sharding)
-
-
-def _below(names: Names, way: Names) -> bool:
-    return names[: len(way)] == way
-
-
-def _path(names: Names) -> str:
-    return "/".join(names) or "the root"
