@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from emaopt._names import Names, leaves_with_keys
+from emaopt._names import Names, leaves_with_keys, path_leaves
 from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 
 # A key above an optimizer's state: "opt", "opt_state", "actor_optimizer".
@@ -20,7 +20,7 @@ class Tree:
         self.position = {names: i for i, (names, _) in enumerate(self.leaves)}
         self.stacked = bool(center_nodes(state))
         self.averages = average_nodes(state) | center_nodes(state)
-        self._members: dict[Names, dict[str, Any]] = {}  # of mappings, by their keys
+        self._children: dict[Names, dict[str, Any]] = {}  # of nodes, by their names
 
     def within(self, inside: Names) -> dict[Names, int]:
         """The positions of the leaves below a name, by the rest of their names."""
@@ -32,17 +32,14 @@ class Tree:
         }
 
     def node(self, names: Names) -> Any:
-        """What stands at a name, None where the containers cannot be walked."""
+        """What stands at a name, None where nothing does."""
         if not names:
             return self.state
-        node = self.node(names[:-1])
-        if isinstance(node, Mapping):
-            if names[:-1] not in self._members:
-                self._members[names[:-1]] = {str(k): child for k, child in node.items()}
-            return self._members[names[:-1]].get(names[-1])
-        if isinstance(node, (list, tuple)) and names[-1].isdigit():
-            return node[int(names[-1])] if int(names[-1]) < len(node) else None
-        return getattr(node, names[-1], None)
+        if names[:-1] not in self._children:
+            node = self.node(names[:-1])
+            children = path_leaves(node, is_leaf=lambda child: child is not node)
+            self._children[names[:-1]] = {way[0]: child for way, child in children if way}
+        return self._children[names[:-1]].get(names[-1])
 
 
 def optimizer_roots(state: Any, *, typed: bool) -> list[Names]:

@@ -288,7 +288,7 @@ def _alike(tree: Tree, average: Names, averaged: dict[Names, int]) -> list[Names
             found.append(params)
     own = _containers(tree, (*average, field_of(tree.averages[average])), averaged)
     same = [p for p in found if _containers(tree, p, averaged) == own]
-    return found if type(None) in own else same or found  # None: they cannot be walked
+    return same or found
 
 
 def _misfit(tree: Tree, averaged: dict[Names, int], params: Names) -> str | None:

@@ -26,7 +26,6 @@ PyTreeHandler = ocp.PyTreeCheckpointHandler
 pytestmark = [
     # Of Orbax, in readers without a target; of Flax, as emaopt looks into Variables.
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
-    pytest.mark.filterwarnings("ignore:.*value. access is now deprecated"),
 ]
 
 
