@@ -311,3 +311,48 @@ def test_an_error_of_an_asynchronous_save_ends_the_process_at_once(error, tmp_pa
         "of jax": "has been deleted",
     }
     assert run.returncode == 1 and said[error] in run.stderr
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Spliced:
+    """A node with the members of a tuple beside one of its own."""
+
+    def __init__(self, members, own):
+        self.members, self.own = members, own
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.SequenceKey, range(len(self.members)))
+        own = jax.tree_util.GetAttrKey("own"), self.own
+        return [*zip(keys, self.members, strict=True), own], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(tuple(children[:-1]), children[-1])
+
+
+def test_what_orbax_writes_and_cannot_read_is_refused(tmp_path):
+    params = {"w": jnp.ones(3)}
+    tx = optax.chain(optax.adam(0.1), emaopt.average_params(0.5))
+    state = {"params": params, "opt_state": Spliced(tx.init(params), jnp.zeros(2))}
+    said = "the node at opt_state has positions and names for keys"
+    with pytest.raises(ValueError, match=said):
+        checkpoint.save(tmp_path / "c", state, params="params")
+    with manager(tmp_path / "run", params="params") as ours:
+        with pytest.raises(ValueError, match=said):
+            ours.save(1, args=A.StandardSave(state))
+            ours.wait_until_finished()
+
+
+@pytest.mark.parametrize("item", ["state", "train"])
+def test_a_lone_item_of_any_name_is_read_by_its_record(item, tmp_path):
+    params, opt_state = trained()
+    items = {item: {"params": params, "opt_state": opt_state}}
+    handlers = {item: ocp.PyTreeCheckpointHandler()}
+    swapped = checkpoint.swap_state(items)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as theirs:
+        args = {name: A.PyTreeSave(tree) for name, tree in swapped.items()}
+        record = checkpoint.metadata(swapped)
+        theirs.save(1, args=A.Composite(**args), custom_metadata=record)
+        theirs.wait_until_finished()
+    same(checkpoint.restore(tmp_path / "1", items), items)
+    same(checkpoint.load_averaged(tmp_path / "1"), emaopt.get_average(opt_state))

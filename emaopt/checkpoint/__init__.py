@@ -116,6 +116,7 @@ def save(
             "record; take another key."
         )
     state, places = _trees.served("save", state, name, params, optional)
+    _trees.refuse_mixed_keys("save", state)
     marker = {}
     if places:
         marker, state = _trees.marker(state, places), _trees.without_empty(state)

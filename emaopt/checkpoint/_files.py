@@ -77,7 +77,8 @@ def open_files(
         )
         path = found
     _finished.refuse_unfinished(function, path)
-    directories = _directories(path)
+    custom = _step_metadata(function, path)
+    directories = _directories(path, custom)
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
@@ -88,7 +89,7 @@ def open_files(
             "take another step."
         )
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
-    items, saved, custom = {}, {}, _step_metadata(function, path)
+    items, saved = {}, {}
     lost: set[Names] = set()
     checksums = _recorded((), custom)
     for prefix, directory in directories.items():
@@ -183,10 +184,15 @@ def _lost_marker(
 
 def is_checkpoint(path: Any) -> bool:
     """Whether anything of a checkpoint's stands there, be it complete or not."""
-    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path))
+    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path, {}))
 
 
-def _directories(path: Any) -> dict[Names, Any]:
+def _directories(path: Any, custom: dict[str, Any]) -> dict[Names, Any]:
+    """The directories of the items, by their names; () for that of a whole tree.
+
+    A lone item is one if it has a name of Orbax's for that, but for a record of the step
+    that says what stands in the item.
+    """
     if (path / "_METADATA").exists():
         return {(): path}
     if not path.is_dir():
@@ -198,8 +204,19 @@ def _directories(path: Any) -> dict[Names, Any]:
         and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
     }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
-        return {(): found[name]}
+        if not _speaks_of(custom.get(_record.KEY), name, found[name]):
+            return {(): found[name]}
     return {(name,): found[name] for name in sorted(found)}
+
+
+def _speaks_of(record: Any, item: str, directory: Any) -> bool:
+    """Whether a record names an item, which is no key of the tree that is in it."""
+    ways = [record.get(key) for key in ("params", "average")] if record else []
+    tops = {way[0] for way in ways if isinstance(way, list) and way}
+    if tops != {item}:
+        return False
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
 
 
 def _step_metadata(function: str, path: Any) -> dict[str, Any]:

@@ -175,6 +175,7 @@ class _Swapping:
         state, places = _trees.served(
             "CheckpointManager.save", state, self._name, self._params, self._optional
         )
+        _trees.refuse_mixed_keys("CheckpointManager.save", state)
         if not places:
             return args  # no average: as it is
         marker = _trees.marker(state, places)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt._names import own_values, path_leaves
+from emaopt._names import joined, key_name, own_values, path_leaves
 from emaopt._nodes import served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swapping import exchange
@@ -36,6 +36,21 @@ def served(
                 "to one file, because it joins names with dots. Rename one of them."
             )
     return (state if places[0].swapped else exchange(state, places)), places
+
+
+def refuse_mixed_keys(function: str, state: Any) -> None:
+    """Raises where Orbax would write what it cannot read: it sorts the keys of a node."""
+    kinds: dict[Any, bool] = {}  # whether the keys of a node are positions
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        for i, key in enumerate(path):
+            is_position = isinstance(key, jax.tree_util.SequenceKey)
+            if kinds.setdefault(path[:i], is_position) != is_position:
+                node = joined(tuple(map(key_name, path[:i])))
+                raise ValueError(
+                    f"{function}: the node at {node} has positions and names for keys, "
+                    "which Orbax writes and cannot read. Keep its members in a tuple or a "
+                    "dict of their own."
+                )
 
 
 def raw(state: Any, params: Ways) -> tuple[Any, list[tuple[Names, Names]]]:
