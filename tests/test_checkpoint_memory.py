@@ -113,11 +113,14 @@ def test_restore_holds_little_more_than_the_state(tmp_path):
 
 
 def test_save_holds_no_more_than_orbax_does(tmp_path):
-    peaks = {
-        what: max(measure(what, tmp_path / f"{what}{i}")["peak"] for i in range(4))
+    runs = {
+        what: [measure(what, tmp_path / f"{what}{i}") for i in range(4)]
         for what in ("save", "save_plain")
     }
-    assert peaks["save"] <= 1.02 * peaks["save_plain"]
+    peaks = {what: max(run["peak"] for run in runs[what]) for what in runs}
+    # A copy of the parameters and the average would be 12 of the state's 26 bytes. Which
+    # arrays Orbax's threads hold at one time makes up to 0.1 of the state.
+    assert peaks["save"] - peaks["save_plain"] <= 0.25 * runs["save"][0]["size"]
 
 
 def test_load_averaged_reads_the_parameters_alone(large, tmp_path):

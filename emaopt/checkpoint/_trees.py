@@ -48,8 +48,8 @@ def refuse_mixed_keys(function: str, state: Any) -> None:
                 node = joined(tuple(map(key_name, path[:i])))
                 raise ValueError(
                     f"{function}: the node at {node} has positions and names for keys, "
-                    "which Orbax writes and cannot read. Keep its members in a tuple or a "
-                    "dict of their own."
+                    "which Orbax writes and cannot read. Keep its members in a tuple or "
+                    "a dict of their own."
                 )
 
 
