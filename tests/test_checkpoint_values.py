@@ -1,6 +1,5 @@
 """What a user calls "value" keeps its name, and Flax's variables have none of theirs."""
 
-import json
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from models import Net
+from records import edit, record_of
 from safetensors.numpy import load_file
 from test_places import same
 
@@ -20,6 +20,7 @@ import emaopt
 from emaopt import checkpoint
 
 TX = emaopt.averaged(optax.adam(1.0), 0.5, zero_init=True)
+FILE = "_CHECKPOINT_METADATA"
 
 
 class Scalar(eqx.Module):
@@ -110,16 +111,11 @@ def test_masks_and_variables_know_the_names(params, names):
     assert sorted(checkpoint.average_names(params).values()) == names
 
 
-def record_of(path):
-    metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-    return metadata["custom_metadata"]["emaopt"]
-
-
 def test_the_record_holds_what_is_not_clear_alone(tmp_path):
     for number, (params, _) in enumerate(PARAMS.values()):
         saved(tmp_path / str(number), params)
     found = {
-        name: record_of(tmp_path / str(number)).get("values")
+        name: record_of(tmp_path / str(number) / FILE).get("values")
         for number, name in enumerate(PARAMS)
     }
     clear = ("beside nothing", "NamedTuple", "variables", "boxed")
@@ -136,10 +132,7 @@ def test_a_file_without_the_record_is_read_as_before(tmp_path):
     """As one that was written before, or by Orbax alone: it may hold variables."""
     params = {"dense": {"value": array()}, "v": {"value": array(), "x": array()}}
     state = saved(tmp_path / "1", params)
-    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
-    metadata = json.loads(file.read_text())
-    del metadata["custom_metadata"]["emaopt"]["values"]
-    file.write_text(json.dumps(metadata))
+    edit(tmp_path / "1" / FILE, lambda record: record.pop("values"))
     assert sorted(exported(tmp_path / "1")) == ["dense", "v/value", "v/x"]
     same(checkpoint.restore(tmp_path / "1", state), state)
     same(checkpoint.load_averaged(tmp_path / "1"), state["opt_state"].averaging.average)

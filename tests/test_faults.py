@@ -3,7 +3,6 @@
 Real processes on this machine's CPU; `training_worker` is what they run.
 """
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 from processes import Group, as_numpy, complete_steps, digest
+from records import edit, record_of
 from training_worker import abstract, shardings
 
 from emaopt import checkpoint
@@ -109,8 +109,7 @@ def test_two_processes_record_the_checksums_that_one_does(of_two, tmp_path):
     run(tmp_path / "steps", 1)
 
     def recorded(directory):
-        item = directory / str(STEPS) / "default" / "_METADATA"
-        return json.loads(item.read_text())["custom_metadata"]["emaopt"]["checksums"]
+        return record_of(directory / str(STEPS) / "default" / "_METADATA")["checksums"]
 
     assert recorded(of_two[0]) == recorded(tmp_path / "steps")
     assert len(recorded(of_two[0])) == len(jax.tree.leaves(target(1, 1)))
@@ -120,10 +119,12 @@ def test_two_processes_refuse_an_array_that_has_changed(of_two, tmp_path):
     directory = tmp_path / "steps"
     shutil.copytree(of_two[0], directory)
     item = directory / str(STEPS) / "default" / "_METADATA"
-    content = json.loads(item.read_text())
-    names, _, total = entry = content["custom_metadata"]["emaopt"]["checksums"][0]
-    entry[2] = total ^ 1
-    item.write_text(json.dumps(content))
+    names, *_ = record_of(item)["checksums"][0]
+
+    def change(record):
+        record["checksums"][0][2] ^= 1
+
+    edit(item, change)
     with start(directory, 2) as group:
         assert all(member.wait() for member in group.members)
     error = f"holds other numbers at {'/'.join(names)} than were saved"

@@ -101,15 +101,17 @@ LAYERS = {
     },
     "checkpoint._describing": {"_profiles", "_weights", "checkpoint"},
     "checkpoint._checksums": {"_names"},
+    "checkpoint._agreement": {"_names", "_nodes", "checkpoint._record"},
     "checkpoint._files": {
         "_names",
         "_nodes",
         "_places",
         "checkpoint",
+        "checkpoint._agreement",
         "checkpoint._locating",
         "orbax",
     },
-    "checkpoint._finished": {"orbax"},
+    "checkpoint._finished": {"checkpoint._record", "orbax"},
     "checkpoint._locating": {"_names", "_places"},
     "checkpoint._handlers": {
         "_places",

@@ -117,17 +117,18 @@ def save(
         )
     state, places = _trees.served("save", state, name, params, optional)
     _trees.refuse_mixed_keys("save", state)
-    marker = {}
-    if places:
-        marker, state = _trees.marker(state, places), _trees.without_empty(state)
     place = _replacing.followed(_files.absolute(path))
     if place.exists() and not force:
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
     if force:
         _replacing.settle(place, _restoring.log_warning)
     written = _replacing.replacement(place) if force else place
-    if checksums and places:
-        marker[_record.KEY]["checksums"] = _checksums.checksums(state)
+    marker = {}
+    if places:
+        stored, more = _trees.without_empty(state), {}
+        if checksums:
+            more["checksums"] = _checksums.checksums(stored)
+        marker, state = _trees.marker(state, places, **more), stored
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             written,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from emaopt._profiles import decay_of
 from emaopt._weights import WeightSummary, decay_weights, weight_summary
-from emaopt.checkpoint import _files, _record, _replacing, _selecting, _synthesis
+from emaopt.checkpoint import _files, _replacing, _selecting, _synthesis
 
 
 class Leaf(NamedTuple):
@@ -89,7 +89,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         served,
         leaves,
         averages,
-        files.custom.get(_record.RECORD, {}),
+        files.combination or {},
         _size(files.path),
     )
 

@@ -18,14 +18,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from emaopt._names import leaves_with_keys, own_values, split
-from emaopt._nodes import (
-    average_nodes,
-    center_nodes,
-    is_swapped,
-    swapped_nodes,
-)
+from emaopt._nodes import swapped_nodes
 from emaopt._places import Names
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
+from emaopt.checkpoint._agreement import agreed
 from emaopt.checkpoint._locating import located_in
 
 _log_warning = logging.getLogger("emaopt").warning
@@ -40,7 +36,7 @@ class Files(NamedTuple):
     items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
     saved: dict[Names, Any]  # metadata of every leaf
     marker: _record.Marker | None
-    custom: dict[str, Any]  # custom_metadata of other keys
+    combination: dict[str, Any] | None  # the record of what `combine` wrote
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
     values: frozenset[Names]  # leaves whose users call them "value", on record
 
@@ -77,8 +73,9 @@ def open_files(
         )
         path = found
     _finished.refuse_unfinished(function, path)
-    custom = _step_metadata(function, path)
-    directories = _directories(path, custom)
+    step = path / "_CHECKPOINT_METADATA"
+    custom = _step_metadata(function, step)
+    directories = _directories(path, _record.checked(function, step, custom, _record.KEY))
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
@@ -91,68 +88,79 @@ def open_files(
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
     items, saved = {}, {}
     lost: set[Names] = set()
-    checksums = _recorded((), custom)
+    said: list[tuple[Names, Any, dict[str, Any]]] = [((), step, custom)]
     for prefix, directory in directories.items():
-        try:
-            metadata = _arrays.metadata(directory)
-            if not lazy:
-                _arrays.open_all(jax.tree.leaves(metadata.tree))
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(
-                f"{function}: the metadata in {directory} cannot be read, "
-                f"{_brief(error)}. Take another step."
-            ) from error
-        checksums |= _recorded(prefix, metadata.custom_metadata or {})
-        custom = (metadata.custom_metadata or {}) | custom
+        metadata = _metadata(function, directory, lazy)
+        said.append((prefix, directory / "_METADATA", metadata.custom_metadata or {}))
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
         lost |= {prefix + names for names in own_values(metadata.tree)}
-    record = custom.pop(_record.KEY, None)
-    marker = _record.read_marker(function, path, record)
-    own = (record or custom.get(_record.RECORD) or {}).get("values", ())
+    record, checksums = _one_of(function, said, _record.KEY)
+    combination, sums = _one_of(function, said, _record.RECORD)
+    own = (record or combination or {}).get("values", ())
     values = frozenset(lost if own is True else lost & set(map(tuple, own)))
-    files = Files(path, items, saved, marker, custom, checksums, values)
-    if files.marker is None:
-        return files._replace(marker=_lost_marker(function, files, at, option))
-    if () in items and _is_item(path, files.marker):
-        return open_files(function, path.parent, at=at, option=option, lazy=lazy)
-    _check_marker(function, files)
-    return files
+    files = Files(path, items, saved, None, combination, checksums | sums, values)
+    if record is None:
+        marker = _lost_marker(function, files, at, option)
+    else:
+        marker = _record.as_marker(record)
+        if () in items and _is_item(path, marker):
+            return open_files(function, path.parent, at=at, option=option, lazy=lazy)
+        marker = agreed(function, path, marker, whole_tree(files), saved, items)
+    _refuse_lost(function, files)
+    return files._replace(marker=marker)
 
 
-def _check_marker(function: str, files: Files) -> None:
-    """Raises unless the swapped states stand where the marker says."""
-    tree = whole_tree(files)
-    nodes = average_nodes(tree) | center_nodes(tree)
-    found = [names for names, node in nodes.items() if is_swapped(node)]
-    says = f"by its record in custom_metadata[{_record.KEY!r}], {files.path} has"
-    for served in files.marker.served if files.marker else ():
-        if served.average in found:
-            continue
-        if served.average in nodes:
-            raise ValueError(
-                f"{function}: {says} its averages under the parameters' names, but "
-                f"{'/'.join(served.average)} was saved in its own place: the record went "
-                "with a state that emaopt.checkpoint.swap_state had not swapped. Its "
-                "parameters are raw."
-            )
-        if not found:
-            continue  # not even a part of it is left
-        there = ", ".join("/".join(names) for names in found)
+def _metadata(function: str, directory: Any, lazy: bool) -> Any:
+    """Orbax's metadata of an item; with all arrays opened, if it is not lazy."""
+    try:
+        metadata = _arrays.metadata(directory)
+        if not lazy:
+            _arrays.open_all(jax.tree.leaves(metadata.tree))
+        return metadata
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # not of the files
+    except Exception as error:
         raise ValueError(
-            f"{function}: {says} a swapped average at {'/'.join(served.average)}, but it "
-            f"has one at {there}. "
-            "The record is of another tree than the one that was saved: give to "
-            "emaopt.checkpoint.metadata the whole that is saved, with the names of its "
-            "items, such as metadata({'state': state})."
+            f"{function}: the metadata in {directory} cannot be read, {_brief(error)}. "
+            "Take another step."
+        ) from error
+
+
+def _one_of(
+    function: str, said: list[tuple[Names, Any, dict[str, Any]]], key: str
+) -> tuple[dict[str, Any] | None, dict[Names, _checksums.Checksum]]:
+    """The record of a step, which each of its items may have, and all its checksums.
+
+    Those of an item name what is in the item.
+    """
+    checksums: dict[Names, _checksums.Checksum] = {}
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for prefix, file, custom in said:
+        if (record := _record.checked(function, file, custom, key)) is None:
+            continue
+        found.append((file, record))
+        if record["version"] > 2:  # before, they were others
+            entries = _checksums.recorded(record.get("checksums", ()))
+            checksums |= {prefix + names: entry for names, entry in entries.items()}
+        first, content = found[0]
+        own = ("checksums", "sum")
+        if any(content.get(k) != record.get(k) for k in content | record if k not in own):
+            raise ValueError(
+                f"{function}: {first} and {file} have records that differ: they are of "
+                "two saves, or damaged. Take another step."
+            )
+    return (found[0][1] if found else None), checksums
+
+
+def _refuse_lost(function: str, files: Files) -> None:
+    """Raises if something is not there whose checksum is on record."""
+    here = [n for n in files.checksums if () in files.items or n[:1] in files.items]
+    if odd := [names for names in here if names not in files.saved]:
+        raise ValueError(
+            f"{function}: {files.path} lacks {listed(odd)}, of which its record has "
+            "checksums. Its files are damaged, take another step."
         )
-
-
-def _recorded(prefix: Names, custom: dict) -> dict[Names, _checksums.Checksum]:
-    """The checksums in custom_metadata; those of an item name what is in the item."""
-    marker = custom.get(_record.KEY)
-    entries = marker.get("checksums", ()) if isinstance(marker, dict) else ()
-    return {prefix + n: found for n, found in _checksums.recorded(entries).items()}
 
 
 def _is_item(path: Any, marker: _record.Marker) -> bool:
@@ -184,10 +192,10 @@ def _lost_marker(
 
 def is_checkpoint(path: Any) -> bool:
     """Whether anything of a checkpoint's stands there, be it complete or not."""
-    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path, {}))
+    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path, None))
 
 
-def _directories(path: Any, custom: dict[str, Any]) -> dict[Names, Any]:
+def _directories(path: Any, record: dict[str, Any] | None) -> dict[Names, Any]:
     """The directories of the items, by their names; () for that of a whole tree.
 
     A lone item is one if it has a name of Orbax's for that, but for a record of the step
@@ -204,28 +212,30 @@ def _directories(path: Any, custom: dict[str, Any]) -> dict[Names, Any]:
         and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
     }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
-        if not _speaks_of(custom.get(_record.KEY), name, found[name]):
+        if record is None or not _speaks_of(record, name, found[name]):
             return {(): found[name]}
     return {(name,): found[name] for name in sorted(found)}
 
 
-def _speaks_of(record: Any, item: str, directory: Any) -> bool:
+def _speaks_of(record: dict[str, Any], item: str, directory: Any) -> bool:
     """Whether a record names an item, which is no key of the tree that is in it."""
-    ways = [record.get(key) for key in ("params", "average")] if record else []
-    tops = {way[0] for way in ways if isinstance(way, list) and way}
-    if tops != {item}:
+    if {way[0] for key in ("params", "average") if (way := record[key])} != {item}:
         return False
-    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
-    return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
+    try:
+        tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+        return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
+    except Exception:
+        return False  # damaged, as its reading says
 
 
-def _step_metadata(function: str, path: Any) -> dict[str, Any]:
+def _step_metadata(function: str, file: Any) -> dict[str, Any]:
     """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
-    if not (file := path / "_CHECKPOINT_METADATA").exists():
+    if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text()).get("custom_metadata") or {}
-    except (OSError, ValueError, AttributeError) as error:
+        custom = json.loads(file.read_text()).get("custom_metadata") or {}
+        return dict(custom.items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
             "remove the file: all arrays but those of size 0 can be had without it."

@@ -7,9 +7,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from emaopt.checkpoint._record import IN_PLACE
+
 UNFINISHED = ".orbax-checkpoint-tmp"  # in a name, until Orbax renames the directory
 MARK = "commit_success.txt"  # is there, once it has finished what it writes in place
-IN_PLACE = "in_place"  # in our record: of one whose name never told anything
 _STEP = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_timestamp_nsecs"
 
@@ -81,6 +82,6 @@ def _json(file: Any) -> dict[str, Any]:
     """What a file holds; nothing if it cannot be read, for whoever needs it says that."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -178,14 +178,15 @@ class _Swapping:
         _trees.refuse_mixed_keys("CheckpointManager.save", state)
         if not places:
             return args  # no average: as it is
-        marker = _trees.marker(state, places)
-        if in_place:
-            marker[_record.KEY][_finished.IN_PLACE] = True
-        if self._metrics_of is not None:
-            marker[_record.KEY]["metrics_of"] = self._metrics_of
         item = _trees.without_empty(state[key] if prefix else state)
+        more: dict[str, Any] = {}
+        if in_place:
+            more[_record.IN_PLACE] = True
+        if self._metrics_of is not None:
+            more["metrics_of"] = self._metrics_of
         if self._checksums:
-            marker[_record.KEY]["checksums"] = _checksums.checksums(item)
+            more["checksums"] = _checksums.checksums(item)
+        marker = _trees.marker(state, places, **more)
         each = args.save_args
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)

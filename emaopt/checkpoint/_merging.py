@@ -103,15 +103,16 @@ def combined(
         tree,
         arrays,
         {
-            _record.RECORD: {
-                "version": _record.VERSION,
-                "params": list(newest.prefix),
-                "weights": newest.said,
-                "checkpoints": [str(one.files.path) for one in weights],
-                "coefficients": [float(c) for c in coefficients],
-                **_trees.values(own, own_values(tree)),
-                **record,
-            }
+            _record.RECORD: _record.sealed(
+                {
+                    "params": list(newest.prefix),
+                    "weights": newest.said,
+                    "checkpoints": [str(one.files.path) for one in weights],
+                    "coefficients": [float(c) for c in coefficients],
+                    **_trees.values(own, own_values(tree)),
+                    **record,
+                }
+            )
         },
     )
     try:

@@ -1,17 +1,26 @@
-"""Our record in a checkpoint: that the averages stand under the names, and where."""
+"""Our record in a checkpoint: that the averages stand under the names, and where.
 
-from collections.abc import Sequence
+It decides what is taken for the average and what for raw, so it is not believed: it has a
+checksum of its own, each field is checked, and what it says must be what stands on disk,
+where a state that was swapped says so itself.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from emaopt._nodes import counter_of
+from emaopt._nodes import (
+    counter_of,
+)
 from emaopt._places import Names, Place
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # there, too, of what `combine` writes
-VERSION = 2  # 2: several averages, in "more"
+VERSION = 3  # 2: several averages, in "more"; 3: a checksum over the record, in "sum"
+IN_PLACE = "in_place"  # of a save whose directory never had another name
 
 
 class Served(NamedTuple):
@@ -33,9 +42,14 @@ class Marker(NamedTuple):
     empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
 
 
-def write_marker(places: Sequence[Place], empty: list, values: Any) -> dict[str, Any]:
-    """The marker as custom_metadata; `values` as `_trees.values` makes it."""
-    first, *more = (
+def marker(
+    places: Sequence[Place],
+    empty: list[Any],
+    values: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record as custom_metadata; `values` as `_trees.values` makes it."""
+    first, *others = (
         {
             "params": list(place.params),
             "average": list(place.average),
@@ -43,33 +57,176 @@ def write_marker(places: Sequence[Place], empty: list, values: Any) -> dict[str,
         }
         for place in places
     )
-    record = {"version": 2 if more else 1, **first, "empty": empty, **values}
-    return {KEY: record | {"more": more} if more else record}
+    record = {**first, "empty": empty, **values, **more}
+    return {KEY: sealed(record | {"more": others} if others else record)}
 
 
-def read_marker(function: str, path: Any, marker: Any) -> Marker | None:
-    if marker is None:
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its version and the checksum over it."""
+    read = json.loads(json.dumps({"version": VERSION, **record}))
+    return {**read, "sum": _sum(read)}
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in record.items() if key != "sum"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def checked(
+    function: str, file: Any, custom: Mapping[str, Any], key: str
+) -> dict[str, Any] | None:
+    """A record that stands under a key of custom_metadata, or an error."""
+    record = custom.get(key)
+    if record is None:
         return None
-    if not isinstance(marker, dict) or not isinstance(marker.get("version"), int):
+    where = f"{function}: {file} has in custom_metadata[{key!r}] a record"
+    if not isinstance(record, dict) or not _is_count(record.get("version")):
         raise ValueError(
-            f"{function}: {path} has custom_metadata[{KEY!r}] of another writer: "
-            f"{marker!r}. emaopt keeps its record under that key."
+            f"{where} of another writer, or a damaged one: {_short(record)}. emaopt "
+            "keeps its own under that key."
         )
-    if marker["version"] > VERSION:
+    if record["version"] > VERSION:
         raise ValueError(
-            f"{function}: {path} was written by a newer emaopt (format "
-            f"{marker['version']}, this one reads up to {VERSION}). Upgrade emaopt."
+            f"{where} of format {record['version']}, as if it was written by a newer "
+            f"emaopt; this one reads up to {VERSION}. Upgrade emaopt."
         )
+    try:
+        fault = _fault(record, _FIELDS if key == KEY else _COMBINATION)
+    except RecursionError:
+        fault = "it is nested too deep"
+    if fault:
+        raise ValueError(f"{where} that is damaged: {fault}. {_ADVICE}")
+    return record
+
+
+_ADVICE = (
+    "Take another step; nothing was read of this one. Without the record, all but arrays "
+    "of size 0 can be had."
+)
+
+
+def _fault(record: dict[str, Any], fields: Mapping[str, Any]) -> str | None:
+    """What shows that a record is not as it was written."""
+    if record["version"] > 2 and record.get("sum") != _sum(record):
+        return "its checksum is of another content"
+    if record["version"] < 3 and "sum" in record:
+        return f"of format {record['version']}, it has a checksum"
+    for name, (is_right, needed) in fields.items():
+        if name in record and not is_right(record[name]):
+            return f"its {name} is {_short(record[name])}"
+        if needed and name not in record:
+            return f"it has no {name}"
+    if fields is _FIELDS and (odd := sorted(record.keys() - fields.keys())):
+        return f"it has fields that emaopt does not write, {_short(odd)}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _all(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_place(value: Any) -> bool:
+    fields = {"params": _is_names, "average": _is_names, "field": _is_field}
+    return (
+        isinstance(value, dict)
+        and value.keys() == fields.keys()
+        and all(is_right(value[name]) for name, is_right in fields.items())
+    )
+
+
+def _is_field(value: Any) -> bool:
+    return value in ("average", "center")
+
+
+def _is_empty(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and _is_names(value[0])
+        and isinstance(value[1], list)
+        and all(type(n) is int and 0 <= n < 2**31 for n in value[1])
+        and 0 in value[1]
+        and _is_dtype(value[2])
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and str(jax.numpy.dtype(value)) == value
+    except TypeError:
+        return False
+
+
+def _is_checksum(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and _is_names(value[0])
+        and _is_text(value[1])
+        and type(value[2]) is int
+        and 0 <= value[2] < 2**32
+    )
+
+
+def _is_values(value: Any) -> bool:
+    return value is True or _all(_is_names)(value)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {  # and whether it is needed
+    "version": (_is_count, True),
+    "params": (_is_names, True),
+    "average": (_is_names, True),
+    "field": (_is_field, False),
+    "more": (_all(_is_place), False),
+    "empty": (_all(_is_empty), True),
+    "values": (_is_values, False),
+    "checksums": (_all(_is_checksum), False),
+    "metrics_of": (lambda value: value in ("raw", "averaged"), False),
+    IN_PLACE: (lambda value: value is True, False),
+    "sum": (_is_text, False),
+}
+_COMBINATION = {  # with what their users add
+    "version": (_is_count, True),
+    "params": (_is_names, True),
+    "weights": (_is_text, True),
+    "values": (_is_values, False),
+    "checksums": (_all(_is_checksum), False),
+}
+
+
+OF_COMBINATIONS = {*_COMBINATION, "checkpoints", "coefficients", "sum"}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def as_marker(record: dict[str, Any]) -> Marker:
+    """What a record says that was checked."""
     return Marker(
         served=tuple(
             Served(
                 tuple(one["params"]), tuple(one["average"]), one.get("field", "average")
             )
-            for one in (marker, *marker.get("more", ()))
+            for one in (record, *record.get("more", ()))
         ),
         empty={
-            tuple(names): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-            for names, shape, dtype in marker["empty"]
+            tuple(names): jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
+            for names, shape, dtype in record["empty"]
         },
     )
 

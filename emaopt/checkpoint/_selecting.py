@@ -9,7 +9,7 @@ import numpy as np
 
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _files, _finished, _record, _restoring, _standing, _trees
+from emaopt.checkpoint import _files, _finished, _restoring, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -39,7 +39,7 @@ def select(
     present = _files.all_leaves(files)
     if which == "served":
         tree = _files.whole_tree(files)
-        holds = files.marker or _record.RECORD in files.custom or served_nodes(tree)
+        holds = files.marker or files.combination or served_nodes(tree)
         which = "average" if holds else None
     if which not in (None, "raw"):
         name = None if which == "average" else which

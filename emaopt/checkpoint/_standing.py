@@ -15,7 +15,7 @@ from emaopt._nodes import (
     served_nodes,
 )
 from emaopt._places import located
-from emaopt.checkpoint import _files, _record, _trees
+from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed
 from emaopt.checkpoint._locating import located_in
 
@@ -63,8 +63,8 @@ def averages_at(
     What they leave out is taken raw.
     """
     way, present = way_to(function, files, at), _files.all_leaves(files)
-    if name is None and files.marker is None and _record.RECORD in files.custom:
-        prefix = way or tuple(files.custom[_record.RECORD]["params"])
+    if name is None and files.marker is None and files.combination:
+        prefix = way or tuple(files.combination["params"])
         places = {n[len(prefix) :]: n for n in present if is_below(n, prefix)}
         return Averaged(prefix, set(places), places)
     chosen = _chosen(function, files, name, at, way)
@@ -95,8 +95,8 @@ def parameters(function: str, files: _files.Files) -> list[Names]:
     """The ways to the parameters of each average in a checkpoint, or [] without any."""
     if files.marker is not None:
         return sorted({one.params for one in files.marker.served})
-    if _record.RECORD in files.custom:
-        return [tuple(files.custom[_record.RECORD]["params"])]
+    if files.combination:
+        return [tuple(files.combination["params"])]
     nodes = served_nodes(_files.whole_tree(files))
     return sorted({_located(function, files, n, ()).params for n in nodes})
 
@@ -124,8 +124,8 @@ def said_of(
         trees = [_parameters_of(files, one) for one in everything if not one.served]
         others = not all(any(is_below(n, tree) for tree in trees if tree) for n in left)
     if not averages:
-        if files.marker is None and _record.RECORD in files.custom:
-            record = files.custom[_record.RECORD]
+        if files.marker is None and files.combination:
+            record = files.combination
             return f"a combination of {record['weights']}", ()
         if not others:
             return "the raw parameters", ()

@@ -11,6 +11,7 @@ from emaopt._weights import decay_weights
 from emaopt.checkpoint import (
     _files,
     _merging,
+    _record,
     _replacing,
     _restoring,
     _selecting,
@@ -89,6 +90,11 @@ def combine(
         )
     if not np.all(np.isfinite(coefficients)):
         raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
+    if odd := sorted(_record.OF_COMBINATIONS.intersection(custom_metadata or {})):
+        raise ValueError(
+            f"combine: custom_metadata has {odd}, which the record has of its own; take "
+            "other keys."
+        )
     _merging.combined(
         "combine",
         _selecting.select_alike("combine", paths, weights, at),

@@ -66,7 +66,8 @@ def raw_by(state: Any, marker: _record.Marker | None) -> Any:
     return exchange(state, [placed(state, one.average, one.params) for one in served])
 
 
-def marker(state: Any, places: list[Place]) -> dict[str, Any]:
+def marker(state: Any, places: list[Place], **more: Any) -> dict[str, Any]:
+    """The record of a state as it goes to disk, with more fields of it."""
     empty = [
         [list(names), list(leaf.shape), str(leaf.dtype)]
         for names, leaf in names_of(state).items()
@@ -74,7 +75,7 @@ def marker(state: Any, places: list[Place]) -> dict[str, Any]:
     ]
     own = own_values(state)
     lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
-    return _record.write_marker(places, empty, values(own, lost))
+    return _record.marker(places, empty, values(own, lost), more)
 
 
 def values(own: Collection[Names], lost: Collection[Names]) -> dict[str, Any]:

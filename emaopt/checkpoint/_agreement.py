@@ -1,0 +1,92 @@
+"""Whether our record says what stands on disk, where swapped states say it themselves."""
+
+from collections.abc import Collection
+from typing import Any
+
+from emaopt._names import Names, is_below, leaves_with_keys
+from emaopt._nodes import average_nodes, center_nodes, field_of, is_swapped
+from emaopt.checkpoint._record import KEY, Marker, Served
+
+
+def agreed(
+    function: str,
+    path: Any,
+    marker: Marker,
+    tree: Any,
+    saved: Collection[Names],
+    items: Collection[Names],
+) -> Marker:
+    """The record, without the empty arrays of items that are not there; or an error.
+
+    A state or parameters whose whole item is not there may be missing: somebody kept the
+    parameters alone.
+    """
+
+    def is_here(names: Names) -> bool:
+        return () in items or names[:1] in items
+
+    nodes = average_nodes(tree) | center_nodes(tree)
+    swapped = [names for names, node in nodes.items() if is_swapped(node)]
+    says = f"{function}: by its record in custom_metadata[{KEY!r}], {path} has"
+    for served in marker.served:
+        name = _joined(served.average)
+        if served.average in nodes and served.average not in swapped:
+            raise ValueError(
+                f"{says} its averages under the parameters' names, but {name} was saved "
+                "in its own place: the record went with a state that "
+                "emaopt.checkpoint.swap_state had not swapped. Its parameters are raw."
+            )
+        if served.average in swapped:
+            if (field := field_of(nodes[served.average])) != served.field:
+                raise ValueError(
+                    f"{says} the {served.field} of {name} under the parameters' names, "
+                    f"but that state holds the {field}. {_OTHER_TREE}"
+                )
+        elif is_here(served.average):
+            there = ", ".join(map(_joined, swapped))
+            has = f"it has one at {there}" if swapped else "nothing is swapped there"
+            raise ValueError(
+                f"{says} a swapped average at {name}, but {has}. {_OTHER_TREE}"
+            )
+        if is_here(served.params) and (missing := _missing(served, saved)):
+            raise ValueError(
+                f"{says} the averages of {name} at {_joined(served.params)}, but there "
+                f"is no {_joined(missing)}. {_OTHER_TREE}"
+            )
+    ours = [served.average for served in marker.served]
+    if others := [_joined(names) for names in swapped if names not in ours]:
+        raise ValueError(
+            f"{says} the averages of {', '.join(map(_joined, ours))} under the "
+            f"parameters' names, but swapped are {', '.join(others)}, too. {_OTHER_TREE}"
+        )
+    empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
+    holes = _holes(tree) if empty else set()
+    if odd := [_joined(names) for names in empty if names not in holes]:
+        raise ValueError(
+            f"{says} an array of size 0 at {odd[0]}, where none is. {_OTHER_TREE}"
+        )
+    return marker._replace(empty=empty)
+
+
+_OTHER_TREE = (
+    "The record is of another tree than the one that was saved: give to "
+    "emaopt.checkpoint.metadata the whole that is saved, with the names of its items, "
+    "such as metadata({'state': state})."
+)
+
+
+def _joined(names: Names) -> str:
+    return "/".join(names) or "the top"
+
+
+def _missing(served: Served, saved: Collection[Names]) -> Names | None:
+    """What the state holds the raw values of, but is not among the parameters."""
+    cut = len(served.inside)
+    ways = (served.params + n[cut:] for n in saved if is_below(n, served.inside))
+    return next((way for way in ways if way not in saved), None)
+
+
+def _holes(tree: Any) -> set[Names]:
+    """Where nothing is, which takes the place of an empty array."""
+    leaves = leaves_with_keys(tree, is_leaf=lambda leaf: leaf is None)
+    return {names for names, leaf in leaves if leaf is None}
