@@ -61,7 +61,7 @@ def save(
     optional: bool = False,
     force: bool = False,
     custom_metadata: dict[str, Any] | None = None,
-    checksums: bool = False,
+    checksums: bool = True,
 ) -> None:
     """Saves a training state with the averages under the parameters' names.
 

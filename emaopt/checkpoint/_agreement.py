@@ -18,8 +18,7 @@ def agreed(
 ) -> Marker:
     """The record, without the empty arrays of items that are not there; or an error.
 
-    A state or parameters whose whole item is not there may be missing: somebody kept the
-    parameters alone.
+    An average's state may be missing with its whole item: somebody kept the parameters.
     """
 
     def is_here(names: Names) -> bool:
@@ -48,7 +47,12 @@ def agreed(
             raise ValueError(
                 f"{says} a swapped average at {name}, but {has}. {_OTHER_TREE}"
             )
-        if is_here(served.params) and (missing := _missing(served, saved)):
+        if not is_here(served.params):
+            raise ValueError(
+                f"{says} the averages of {name} in the item {served.params[0]}, which is "
+                "not there."
+            )
+        if missing := _missing(served, saved):
             raise ValueError(
                 f"{says} the averages of {name} at {_joined(served.params)}, but there "
                 f"is no {_joined(missing)}. {_OTHER_TREE}"
@@ -60,8 +64,8 @@ def agreed(
             f"parameters' names, but swapped are {', '.join(others)}, too. {_OTHER_TREE}"
         )
     empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
-    holes = _holes(tree) if empty else set()
-    if odd := [_joined(names) for names in empty if names not in holes]:
+    free = holes(tree) if empty else set()
+    if odd := [_joined(names) for names in empty if names not in free]:
         raise ValueError(
             f"{says} an array of size 0 at {odd[0]}, where none is. {_OTHER_TREE}"
         )
@@ -86,7 +90,7 @@ def _missing(served: Served, saved: Collection[Names]) -> Names | None:
     return next((way for way in ways if way not in saved), None)
 
 
-def _holes(tree: Any) -> set[Names]:
+def holes(tree: Any) -> set[Names]:
     """Where nothing is, which takes the place of an empty array."""
     leaves = leaves_with_keys(tree, is_leaf=lambda leaf: leaf is None)
     return {names for names, leaf in leaves if leaf is None}

@@ -29,7 +29,11 @@ def checksums(tree: Any) -> list[list[Any]]:
 
     All processes call it. Arrays are not held when it returns.
     """
-    sums = [(list(names), _checksum(leaf)) for names, leaf in leaves_with_keys(tree)]
+    return of_leaves(leaves_with_keys(tree))
+
+
+def of_leaves(leaves: Iterable[tuple[Names, Any]]) -> list[list[Any]]:
+    sums = [(list(names), _checksum(leaf)) for names, leaf in leaves]
     return [[names, s[0], int(s[1])] for names, s in sums if s is not None]
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from emaopt._names import leaves_with_keys, own_values, split
+from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._places import Names
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
-from emaopt.checkpoint._agreement import agreed
+from emaopt.checkpoint._agreement import agreed, holes
 from emaopt.checkpoint._locating import located_in
 
 _log_warning = logging.getLogger("emaopt").warning
@@ -86,6 +86,7 @@ def open_files(
             "take another step."
         )
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
+    _refuse_bare(function, path, directories)
     items, saved = {}, {}
     lost: set[Names] = set()
     said: list[tuple[Names, Any, dict[str, Any]]] = [((), step, custom)]
@@ -108,7 +109,10 @@ def open_files(
             return open_files(function, path.parent, at=at, option=option, lazy=lazy)
         marker = agreed(function, path, marker, whole_tree(files), saved, items)
     _refuse_lost(function, files)
-    return files._replace(marker=marker)
+    if combination is not None:
+        own = ("checksums", "sum")
+        combination = {k: v for k, v in combination.items() if k not in own}
+    return files._replace(marker=marker, combination=combination)
 
 
 def _metadata(function: str, directory: Any, lazy: bool) -> Any:
@@ -187,7 +191,27 @@ def _lost_marker(
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
+    nothing = holes(tree) if served and not at else ()
+    if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
+        raise ValueError(
+            f"{function}: {files.path} lost its record in custom_metadata"
+            f"[{_record.KEY!r}], which says whether arrays of size 0 stand at "
+            f"{listed(odd)}. Take another step; or say with {option}= where the "
+            "parameters stand, and do without them."
+        )
     return _record.Marker(served, {}) if served else None
+
+
+def _refuse_bare(function: str, path: Any, directories: dict[Names, Any]) -> None:
+    """Raises if an item has its arrays, but no metadata."""
+    if () in directories and directories[()] == path:
+        return
+    for p in path.iterdir():
+        if p not in directories.values() and (p / "manifest.ocdbt").exists():
+            raise ValueError(
+                f"{function}: {p} has arrays, but lacks its _METADATA. It is damaged, "
+                "take another step."
+            )
 
 
 def is_checkpoint(path: Any) -> bool:

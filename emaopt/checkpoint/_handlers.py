@@ -30,7 +30,7 @@ def handler_registry(
     items: Iterable[str] = (),
     metrics_of: Literal["raw", "averaged"] | None = None,
     report: Callable[[str], Any] | None = None,
-    checksums: bool = False,
+    checksums: bool = True,
 ) -> ocp.handlers.CheckpointHandlerRegistry:
     """Makes a CheckpointManager serve the average; its calls stay as they are.
 

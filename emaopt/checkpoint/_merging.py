@@ -13,7 +13,7 @@ import numpy as np
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
 from emaopt._writing import own_name, writing
-from emaopt.checkpoint import _files, _record, _replacing, _selecting, _streaming, _trees
+from emaopt.checkpoint import _files, _replacing, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -98,23 +98,15 @@ def combined(
     tree = _selecting.containers(newest, pending | nothing)
     known = newest.files.values
     own = [newest.prefix + n for n, there in newest.places.items() if there in known]
-    _streaming.write(
-        written,
-        tree,
-        arrays,
-        {
-            _record.RECORD: _record.sealed(
-                {
-                    "params": list(newest.prefix),
-                    "weights": newest.said,
-                    "checkpoints": [str(one.files.path) for one in weights],
-                    "coefficients": [float(c) for c in coefficients],
-                    **_trees.values(own, own_values(tree)),
-                    **record,
-                }
-            )
-        },
-    )
+    said = {
+        "params": list(newest.prefix),
+        "weights": newest.said,
+        "checkpoints": [str(one.files.path) for one in weights],
+        "coefficients": [float(c) for c in coefficients],
+        **_trees.values(own, own_values(tree)),
+        **record,
+    }
+    _streaming.write(written, tree, arrays, said, newest.prefix)
     try:
         _replacing.refuse_replaced()
     except ValueError:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _arrays, _checksums, _files, _finished
+from emaopt.checkpoint import _arrays, _checksums, _files, _finished, _record
 from emaopt.checkpoint._files import Names
 
 BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
@@ -114,13 +114,27 @@ def write(
     path: Any,
     tree: Any,
     arrays: Iterator[dict[Names, np.ndarray]],
-    custom_metadata: dict[str, Any],
+    record: dict[str, Any],
+    prefix: Names,
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
-    The path is nobody else's, so what is left of it after an error is removed.
+    Their names on disk have the prefix before them. The path is nobody else's, so what is
+    left of it after an error is removed.
     """
-    handler = _handler(Pending, _Writing(arrays))
+    custom_metadata: dict[str, Any] = {}
+
+    def summed() -> Iterator[dict[Names, np.ndarray]]:
+        checksums = []
+        for batch in arrays:
+            named = ((prefix + names, array) for names, array in batch.items())
+            checksums += _checksums.of_leaves(named)
+            yield batch
+        # Orbax writes it down after the arrays.
+        sealed = _record.sealed({**record, "checksums": checksums})
+        custom_metadata[_record.RECORD] = sealed
+
+    handler = _handler(Pending, _Writing(summed()))
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(
