@@ -131,7 +131,7 @@ def change_sum(file, i):
 @pytest.mark.slow
 def test_every_leaf_is_checked(tmp_path):
     state = mixed()
-    checkpoint.save(tmp_path / "c", state, checksums=True)
+    checkpoint.save(tmp_path / "c", state)
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
     file = tmp_path / "c" / "_CHECKPOINT_METADATA"
     entries = record_of(file)["checksums"]
@@ -150,7 +150,7 @@ def test_every_leaf_is_checked(tmp_path):
 
 def test_a_checkpoint_without_checksums_is_read(tmp_path):
     state = mixed()
-    checkpoint.save(tmp_path / "c", state)
+    checkpoint.save(tmp_path / "c", state, checksums=False)
     assert "checksums" not in record_of(tmp_path / "c" / "_CHECKPOINT_METADATA")
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
 
@@ -199,7 +199,7 @@ READERS = {
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_that_orbax_does_not_notice_is_an_error(tmp_path):
     path = tmp_path / "c"
-    checkpoint.save(path, small(), checksums=True)
+    checkpoint.save(path, small())
     right, unnoticed = plain(path), 0
     for read in flips(path, 499):
         if read == right:
@@ -218,7 +218,7 @@ def test_a_flipped_bit_that_orbax_does_not_notice_is_an_error(tmp_path):
 def damaged(tmp_path):
     """A checkpoint whose averages have a flipped bit that Orbax does not notice."""
     path = tmp_path / "c"
-    checkpoint.save(path, small(), checksums=True)
+    checkpoint.save(path, small())
     with ocp.StandardCheckpointer() as checkpointer:
         right = np.asarray(checkpointer.restore(path)["params"]["w"])
     for read in flips(path, 499):
@@ -239,9 +239,15 @@ def test_every_reader_of_ours_checks(reader, damaged, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_another_dtype_than_was_saved_is_not_checked(damaged):
-    loaded = checkpoint.load_averaged(damaged, dtype=jnp.bfloat16)
+def test_what_is_read_as_another_dtype_is_checked_but_in_parts(damaged):
+    with pytest.raises(ValueError, match=r"holds other numbers at params/w than"):
+        checkpoint.load_averaged(damaged, dtype=jnp.bfloat16)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    parts = NamedSharding(mesh, PartitionSpec("a"))
+    loaded = checkpoint.load_averaged(damaged, dtype=jnp.bfloat16, sharding=parts)
     assert loaded["w"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"holds other numbers at params/w than"):
+        checkpoint.load_averaged(damaged, sharding=parts)
 
 
 @pytest.mark.parametrize("composite", [False, True])
@@ -258,7 +264,7 @@ def test_a_manager_records_and_checks(asynchronous, composite, tmp_path):
     with ocp.CheckpointManager(
         tmp_path,
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous),
-        handler_registry=checkpoint.handler_registry(checksums=True),
+        handler_registry=checkpoint.handler_registry(),
     ) as manager:
         donated = jax.tree.map(jnp.copy, args)
         manager.save(1, args=wrap(ocp.args.StandardSave, donated))

@@ -60,7 +60,7 @@ cases = pytest.mark.parametrize("params, names", PARAMS.values(), ids=PARAMS)
 
 def saved(path, params):
     state = {"params": params, "opt_state": TX.init(params)}
-    checkpoint.save(path, state, checksums=True)
+    checkpoint.save(path, state)
     return state
 
 

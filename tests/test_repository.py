@@ -111,6 +111,7 @@ LAYERS = {
         "checkpoint._locating",
         "orbax",
     },
+    "checkpoint._reading": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._finished": {"checkpoint._record", "orbax"},
     "checkpoint._locating": {"_names", "_places"},
     "checkpoint._handlers": {

@@ -210,7 +210,18 @@ def of_number(number: int, plan: Any) -> Any:
     bounds = jnp.iinfo(dtype)
     if not bounds.min <= number <= bounds.max:
         raise OverflowError(f"{number}, which {dtype} cannot hold.")
-    return _placed(plan, dict.fromkeys(_parts(plan).values(), np.asarray(number, dtype)))
+    return placed(plan, np.asarray(number, dtype))
+
+
+def is_cast_whole(leaf: DiskArray, plan: Any) -> bool:
+    """Whether this process reads all of an array, as another dtype than was saved."""
+    whole = tuple((0, n) for n in leaf.shape)
+    return plan.dtype != leaf.dtype and set(_parts(plan).values()) == {whole}
+
+
+def placed(plan: Any, array: np.ndarray) -> Any:
+    """A whole array as what was asked for."""
+    return _placed(plan, {part: array for part in _parts(plan).values()})
 
 
 def _placed(plan: Any, arrays: dict[Part, np.ndarray]) -> Any:

@@ -1,4 +1,4 @@
-"""What stands on disk: names, shapes, our marker; and reading of chosen leaves.
+"""What stands on disk: names, shapes, our record.
 
 A checkpoint is a tree. Orbax keeps it in one directory, or, as CheckpointManager's
 Composite does, in a directory for each of its top-level keys; here both are one tree.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from etils import epath
 
 from emaopt._names import is_below, leaves_with_keys, own_values, split
@@ -25,7 +24,6 @@ from emaopt.checkpoint._agreement import agreed, holes
 from emaopt.checkpoint._locating import located_in
 
 _log_warning = logging.getLogger("emaopt").warning
-MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
 WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
 
@@ -191,13 +189,14 @@ def _lost_marker(
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
-    nothing = holes(tree) if served and not at else ()
+    step = "_CHECKPOINT_METADATA"  # which Orbax always writes
+    is_damaged = not any((p / step).exists() for p in (files.path, files.path.parent))
+    nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
         raise ValueError(
-            f"{function}: {files.path} lost its record in custom_metadata"
-            f"[{_record.KEY!r}], which says whether arrays of size 0 stand at "
-            f"{listed(odd)}. Take another step; or say with {option}= where the "
-            "parameters stand, and do without them."
+            f"{function}: {files.path} lost its {step}, which says whether arrays of "
+            f"size 0 stand at {listed(odd)}. Take another step; or say with {option}= "
+            "where the parameters stand, and do without them."
         )
     return _record.Marker(served, {}) if served else None
 
@@ -257,13 +256,21 @@ def _step_metadata(function: str, file: Any) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        custom = json.loads(file.read_text()).get("custom_metadata") or {}
-        return dict(custom.items())
+        content = json.loads(file.read_text())
+        custom = dict((content.get("custom_metadata") or {}).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
             "remove the file: all arrays but those of size 0 can be had without it."
         ) from error
+    others = {**content, **custom}
+    for key in others.keys() - {"custom_metadata", _record.KEY}:
+        if _record.looks_like_one(others[key]):
+            raise ValueError(
+                f"{function}: {file} has emaopt's record under {key!r}: it is damaged. "
+                "Take another step."
+            )
+    return custom
 
 
 def logical_names(files: Files) -> dict[Names, Names]:
@@ -279,77 +286,6 @@ def logical_names(files: Files) -> dict[Names, Names]:
 def all_leaves(files: Files) -> dict[Names, Any]:
     """Metadata of every leaf, those of size 0 too, by name on disk."""
     return files.saved | files.marker.empty if files.marker else files.saved
-
-
-def read(function: str, files: Files, wanted: dict[Names, tuple[Names, Any]]) -> Any:
-    """Reads leaves, and nothing else: where each stands and as what, by any names."""
-    with explained(function, files.path):
-        _arrays.open_all(files.saved[place] for place, _ in wanted.values())
-    here = {
-        names: (files.saved[place], plan)
-        for names, (place, plan) in wanted.items()
-        if _arrays.can_read(files.saved[place], plan)
-    }
-    sizes = [_arrays.nbytes_read(*leaf) for leaf in here.values()]
-    limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])
-    with explained(function, files.path):
-        values = dict(zip(here, _arrays.read(here.values(), limit), strict=True))
-    others = {n: read for n, read in wanted.items() if n not in here}
-    numbers = {
-        n: plan for n, (place, plan) in others.items() if _cuts(files, place, plan)
-    }
-    others |= {n: (wanted[n][0], 0) for n in numbers}  # as it is, to see whether it fits
-    while others:  # of one that is wanted twice, once more
-        now = {place: (names, plan) for names, (place, plan) in others.items()}
-        found = _read_others(function, files, {p: plan for p, (_, plan) in now.items()})
-        values |= {names: found[place] for place, (names, _) in now.items()}
-        others = {n: read for n, read in others.items() if n not in values}
-    for names, plan in numbers.items():
-        try:
-            values[names] = _arrays.of_number(values[names], plan)
-        except OverflowError as error:
-            place = "/".join(wanted[names][0])
-            raise ValueError(f"{function}: {files.path}: {place} is {error}") from None
-    whole = {
-        wanted[n][0]: value
-        for n, value in values.items()
-        if n not in here or shape(value) == here[n][0].shape  # not of other rows
-    }
-    # In one order in all processes, which go through the checksums together.
-    whole = {place: whole[place] for place in files.saved if place in whole}
-    _checksums.check(function, files.path, files.checksums, whole)
-    return values
-
-
-def _cuts(files: Files, place: Names, plan: Any) -> bool:
-    """Whether a Python integer is wanted in an array, which Orbax would cut it to."""
-    saved = files.saved[place]
-    number = isinstance(saved, ocp.metadata.value.ScalarMetadata)
-    dtypes = [getattr(leaf, "dtype", None) or float for leaf in (saved, plan)]
-    return number and all(jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes)
-
-
-def _read_others(
-    function: str, files: Files, wanted: dict[Names, Any]
-) -> dict[Names, Any]:
-    """Reads numbers, text, and whatever else Orbax knows."""
-    values = {}
-    handler = ocp.PyTreeCheckpointHandler()
-    for prefix, (directory, tree) in files.items.items():
-        names = [prefix + names for names in names_of(tree)]
-        if not any(name in wanted for name in names):
-            continue
-        plan = jax.tree.unflatten(
-            jax.tree.structure(tree), [wanted.get(n, ocp.PLACEHOLDER) for n in names]
-        )
-        arguments = ocp.args.PyTreeRestore(
-            item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
-        )
-        with explained(function, directory):
-            restored = handler.restore(directory, args=arguments)
-        leaves = names_of(restored)
-        values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
-    return values
 
 
 @contextlib.contextmanager

@@ -100,6 +100,15 @@ def checked(
     return record
 
 
+def looks_like_one(found: Any) -> bool:
+    """Whether something under another key is a record, or holds one under its key."""
+    needed = {"params", "average", "sum"}
+    return isinstance(found, dict) and (
+        needed <= found.keys()
+        or (isinstance(found.get(KEY), dict) and needed <= found[KEY].keys())
+    )
+
+
 _ADVICE = (
     "Take another step; nothing was read of this one. Without the record, all but arrays "
     "of size 0 can be had."

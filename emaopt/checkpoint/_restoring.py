@@ -10,7 +10,7 @@ import numpy as np
 
 from emaopt._places import Ways, placed
 from emaopt._swapping import exchange
-from emaopt.checkpoint import _arrays, _files, _standing, _trees
+from emaopt.checkpoint import _arrays, _files, _reading, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._matching import Rename, check_fit, match
 from emaopt.checkpoint._worker_rows import refit
@@ -67,7 +67,7 @@ def restored(
                 plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
                 wanted[name] = logical[place], _trees.as_plan(plan, fallback)
                 dealt.add(name)
-    read = _files.read("restore", files, wanted)
+    read = _reading.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
     for name in sources | seeds:
@@ -124,7 +124,7 @@ def averages(
         _arrays.open_all(saved.values())
     wanted = _wanted(files.path, saved, target, sharding, dtype)
     plans = {n: (there[n], x) for n, x in wanted.items() if not _trees.is_empty(x)}
-    read = _files.read("load_averaged", files, plans)
+    read = _reading.read("load_averaged", files, plans)
     values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
         _trees.check_kinds("load_averaged", files.path, values, wanted)

@@ -14,7 +14,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint import _arrays, _checksums, _files, _finished, _record
+from emaopt.checkpoint import (
+    _arrays,
+    _checksums,
+    _files,
+    _finished,
+    _reading,
+    _record,
+)
 from emaopt.checkpoint._files import Names
 
 BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
@@ -90,7 +97,7 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
         if leaf.names not in values
     }
     if numbers:
-        values |= _files.read(function, files, numbers)
+        values |= _reading.read(function, files, numbers)
     return [np.asarray(values[leaf.names], leaf.dtype) for leaf in leaves]
 
 
