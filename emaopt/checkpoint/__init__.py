@@ -91,9 +91,11 @@ def save(
         `restore` finds. A save by a run that has not restored it keeps it, as
         `path`.kept1, and says so.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
-      checksums: Record a checksum of each array, by which whatever of emaopt reads it in
-        its own dtype notices a changed bit. Saving and reading each go once more through
-        what they save or read; on CPUs, with one array's worth of memory, of 32 bits.
+      checksums: Record a checksum of each array, by which whatever of emaopt reads it
+        notices a changed bit; but not if it is read split over devices in another dtype,
+        or for another number of workers. Saving and reading each go once more through
+        what they save or read; of an array that is split over CPUs they hold another
+        copy, of 32 bits.
 
     Raises:
       ValueError: If the state holds no average, several, or no parameters that it is the
