@@ -53,6 +53,26 @@ def averages(state):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.quick(20)
+@pytest.mark.parametrize("name", ["default", "state", "pytree"])
+def test_what_orbax_calls_a_lone_item_is_one_as_any_beside_others(name, tmp_path):
+    state, x = trained(), {"x": jnp.arange(3.0)}
+    apart = {name: {"opt_state": state["opt_state"]}, "params": state["params"]}
+    registry = checkpoint.handler_registry()
+    steps = [apart, {name: state, "extra": x}, {name: x, "train": state}]
+    with ocp.CheckpointManager(tmp_path, handler_registry=registry) as m:
+        for step, items in enumerate(steps):
+            m.save(
+                step, args=ocp.args.Composite(**{k: Save(x) for k, x in items.items()})
+            )
+            m.wait_until_finished()
+            for k, item in items.items():
+                back = m.restore(step, args=ocp.args.Composite(**{k: Restore(item)}))
+                assert_same(back[k], item)
+    with ocp.StandardCheckpointer() as plain:
+        assert_same(plain.restore(tmp_path / "0" / "params"), averages(state))
+
+
 @pytest.mark.parametrize("make", [trained, as_dict, as_train_state])
 def test_one_tree(make, asynchronous, tmp_path):
     state = make()

@@ -203,12 +203,13 @@ class _Swapping:
         self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
     ) -> Any:
         target = item if args is None else args.item
-        whole = directory.name in _files.WHOLE
+        # The step, and not the item: beside others, `default` or `state` is one as any.
         files = _files.open_files(
             "CheckpointManager.restore",
-            directory if whole else directory.parent,
+            directory.parent,
             at=self._params if isinstance(self._params, str) else None,
         )
+        whole = () in files.items
         scope: Names = () if whole else (directory.name,)
         if getattr(args, "transforms", None) or getattr(
             args, "legacy_transform_fn", None
