@@ -43,6 +43,7 @@ def match(
     keep_missing: bool = False,
     ignore_extra: bool = False,
     params: Ways = None,
+    known: dict[Names, Names],
     rename: Rename = None,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
@@ -58,13 +59,16 @@ def match(
       keep_missing: Whether leaves that are not there may keep the target's values.
       ignore_extra: Whether leaves that the target has no place for may be left out.
       params: Where the parameters of a new average stand in the target.
+      known: Where the parameters of averages in the saved state stand, by its record.
       rename: Where what stands at some name now belongs.
     """
     everything = names_of(target)
     sources, changed = _sources(
         function, path, target, disk, {*everything}, {*saved}, rename
     )
-    rows = fit_workers(function, target, disk, saved, sources, params, ignore_extra)
+    rows = fit_workers(
+        function, target, disk, saved, sources, params, known, ignore_extra
+    )
     wanted, there = _within(scope, everything), _within(scope, saved)
     sources = _within(scope, sources)
     report = []

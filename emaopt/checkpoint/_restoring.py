@@ -51,6 +51,7 @@ def restored(
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
         params=params,
+        known={o.average: o.params for o in files.marker.served} if files.marker else {},
         rename=rename,
     )
     # In the target's order, which is that of all processes.

@@ -6,6 +6,7 @@ the same number; if there are more than before, the slots are dealt out again fr
 first.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ import numpy as np
 
 from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, center_nodes
-from emaopt._places import Ways, located_at, shape_of
+from emaopt._places import Place, Ways, located_at, shape_of, told_ways
 from emaopt.checkpoint._arrays import index_of
 from emaopt.checkpoint._files import Names, names_of
+from emaopt.checkpoint._locating import located_in
 
 # What the exchange that all of a new set of workers start from leaves at zero.
 _SINCE_EXCHANGE = ("since_exchange", "accumulated", "residual")
@@ -53,18 +55,36 @@ def fit_workers(
     saved: dict[Names, Any],
     sources: dict[Names, Names],
     params: Ways,
+    known: dict[Names, Names],
     ignore_extra: bool,
 ) -> Rows:
-    """The sources of a target's leaves, from a state with other workers."""
+    """The sources of a target's leaves, from a state with other workers.
+
+    Where the parameters stand is told of the target, and `known` of the saved state.
+    """
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
-    ours, theirs = _locals(function, target, params), _locals(function, disk, None)
+
+    def recorded(way: Names) -> list[Names]:
+        return [known[way]] if way in known else []
+
+    def here(way: Names) -> Place:
+        if params is not None:
+            return located_at(function, target, way, params)
+        return located_in(function, target, way, known=recorded(way), option="params")
+
+    def there(way: Names) -> Place:
+        ways = recorded(way) or told_ways(params, way)
+        return located_in(function, disk, way, known=ways, option="params")
+
+    ours, theirs = _locals(target, here), _locals(disk, there)
     wanted = names_of(target)
     for local in ours:
         centers = [n for n in wanted if is_below(n, local.center)]
         if not centers:
             continue
-        there = sources.get(centers[0], ())
-        old = next((one for one in theirs if is_below(there, one.center)), None)
+        # Any of them that is there: the first leaf of a center may be a new one.
+        source = next((sources[n] for n in centers if n in sources), ())
+        old = next((one for one in theirs if is_below(source, one.center)), None)
         theirs = [one for one in theirs if one is not old]
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
@@ -73,13 +93,13 @@ def fit_workers(
     return rows
 
 
-def _locals(function: str, state: Any, params: Ways) -> list[_Local]:
+def _locals(state: Any, located: Callable[[Names], Place]) -> list[_Local]:
     found = []
     for way, node in center_nodes(state).items():
         below = names_of(as_state(node).center)
         if not below:
             continue
-        place = located_at(function, state, way, params)
+        place = located(way)
         leaves = names_of(state)
         rest, center = next(iter(below.items()))
         shape: Any = shape_of(leaves[place.params + rest]) or ()
