@@ -128,6 +128,18 @@ def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
     ]
 
 
+def has_namesake(state: Any, average: Names, way: Names) -> bool:
+    """Whether what else the average can be of has a name of its that the way has not."""
+    tree = Tree(state)
+    averaged = tree.within((*average, field_of(tree.averages[average])))
+    root = optimizer_root(tree, average)
+    return any(
+        ({*average} & {*other}) - {*way}
+        for other in _alike(tree, average, averaged)
+        if not _is_slot(tree, other, average, root)
+    )
+
+
 def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
     """The nodes of these names, one for each."""
     names: list[str | None] = [name] if name is None or isinstance(name, str) else [*name]
@@ -167,9 +179,8 @@ def _given(
     if params is None or isinstance(params, str):
         return [None if params is None else split(params)] * len(averages)
     if isinstance(params, Mapping):
-        told = {split(name): split(way) for name, way in params.items()}
-        for name in told:
-            if not any(average[: len(name)] == name for average in tree.averages):
+        for name in map(split, params):
+            if not any(is_below(average, name) for average in tree.averages):
                 raise ValueError(
                     f"{function}: params={dict(params)}: {joined(name)!r} leads to no "
                     f"average; there are {_listed([*tree.averages])}."

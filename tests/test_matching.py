@@ -629,3 +629,50 @@ def test_one_code_saves_with_an_average_and_without(tmp_path):
     same(checkpoint.swap_state(run(SGD), optional=True), run(SGD))
     with pytest.raises(ValueError, match="optional=True"):
         checkpoint.metadata(run(SGD))
+@pytest.mark.parametrize("layout", ["by network", "by kind"])
+def test_an_average_is_not_taken_for_that_of_a_twin_on_record(layout, tmp_path):
+    head = emaopt.average_params(0.5, mask=emaopt.by_name("w"))
+    params = {n: {"w": jnp.full(2, x), "v": jnp.full(2, x)} for n, x in TWINS.items()}
+    states = {name: moved(head.init(p)) for name, p in params.items()}
+    right = {n: p | {"w": states[n].average["w"]} for n, p in params.items()}
+    if layout == "by network":
+        state = {n: {"params": params[n], "opt_state": states[n]} for n in TWINS}
+        checkpoint.save(tmp_path / "c", state, name="actor")
+        critic = "critic/params"
+        same(checkpoint.load_averaged(tmp_path / "c", name="critic"), right["critic"])
+        above = checkpoint.load_averaged(tmp_path / "c", at="critic")
+        same(above["params"], right["critic"])
+        assert not jax.tree.leaves(above["opt_state"])  # the average's own, left out
+    else:
+        state = {"params": params, "opt_state": states}
+        critic = "params/critic"
+        checkpoint.save(tmp_path / "c", state, name="actor", params="params/actor")
+        for options in ({"name": "critic"}, {"at": "params"}):
+            with pytest.raises(ValueError, match="any of params/actor, params/critic"):
+                checkpoint.load_averaged(tmp_path / "c", **options)
+    same(checkpoint.load_averaged(tmp_path / "c"), right["actor"])
+    same(checkpoint.load_averaged(tmp_path / "c", at=critic), right["critic"])
+
+
+def test_an_average_of_leaves_by_other_names_is_not_said_to_be_one_of_fewer(tmp_path):
+    params = {"w": jnp.ones(2)}
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": A.init(params)})
+    deeper = {"model": params}
+    target = {"params": deeper, "opt_state": A.init(deeper)}
+    with pytest.raises(ValueError, match=r"lacks opt_state/average/model/w") as raised:
+        checkpoint.restore(tmp_path / "c", target)
+    assert "change_mask" not in str(raised.value)
+    moved = {"params": "params/model", "opt_state/average": "opt_state/average/model"}
+    same(checkpoint.restore(tmp_path / "c", target, rename=moved, report=quiet), target)
+
+
+def test_what_is_said_of_one_average_goes_before_what_is_of_all():
+    params = {"a": {"w": jnp.zeros(2)}, "b": {"w": jnp.ones(2)}}
+    state = {"params": params, "opt_state": {name: A.init(params["a"]) for name in "ab"}}
+    told = {"opt_state": "params/a", "opt_state/b": "params/b"}
+    for params in (told, dict(reversed(told.items()))):
+        swapped = checkpoint.swap_state(state, name="b", params=params)
+        same(swapped["params"]["b"], state["params"]["a"])
+        same(swapped["params"]["a"], state["params"]["a"])
+
+

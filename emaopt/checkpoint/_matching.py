@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._names import is_below, joined, split
-from emaopt._nodes import as_state, average_nodes, center_nodes
+from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, kind_of, located_at, shape_of
 from emaopt._recursion import AverageState
@@ -244,7 +244,8 @@ def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> s
             "arrays, as tx.init makes them, not shapes alone."
         )
     for average, node in average_nodes(target).items():
-        whole = {average + names for names in names_of(as_state(node))}
+        averaged = (*average, field_of(node))
+        whole = {names for names in names_of(target) if is_below(names, averaged)}
         if whole & missing and not whole <= missing:
             return (
                 f"The average at {joined(average)} is of fewer leaves there: restore "
