@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,6 @@ def averages(state):
     return emaopt.get_average(state["opt_state"])
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.quick(20)
 @pytest.mark.parametrize("name", ["default", "state", "pytree"])
 def test_what_orbax_calls_a_lone_item_is_one_as_any_beside_others(name, tmp_path):
@@ -73,6 +73,7 @@ def test_what_orbax_calls_a_lone_item_is_one_as_any_beside_others(name, tmp_path
         assert_same(plain.restore(tmp_path / "0" / "params"), averages(state))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("make", [trained, as_dict, as_train_state])
 def test_one_tree(make, asynchronous, tmp_path):
     state = make()
@@ -135,6 +136,28 @@ def test_restore_without_arguments_gives_raw_parameters_in_their_place(tmp_path)
         restored = m.restore(1)
     assert_same(restored["params"], state["params"])
     assert_same(restored["opt_state"]["averaging"]["average"], averages(state))
+
+
+def test_a_registry_keeps_nothing_of_what_it_saved(tmp_path):
+    state = trained()
+    with manager(tmp_path, enable_async_checkpointing=False) as m:
+        m.save(1, args=ocp.args.Composite(**{k: Save(state[k]) for k in state}))
+        left = weakref.ref(state["params"]["scale"])
+        del state
+        gc.collect()
+        assert left() is None
+
+
+def test_save_args_of_a_swapped_state_hold_where_they_are_given(tmp_path):
+    state = checkpoint.swap_state(trained())
+    told = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    told["params"]["scale"] = ocp.SaveArgs(dtype=jnp.dtype("bfloat16"))
+    with manager(tmp_path) as m:
+        m.save(1, args=ocp.args.PyTreeSave(state, save_args=told))
+    with ocp.StandardCheckpointer() as plain:
+        back = plain.restore(tmp_path / "1" / "default")
+    assert back["params"]["scale"].dtype == jnp.bfloat16
+    assert back["opt_state"]["averaging"]["average"]["scale"].dtype == jnp.float32
 
 
 def test_donated_buffers_are_saved_as_they_were(tmp_path):

@@ -236,6 +236,16 @@ def trace(decay):
     return optax.trace(decay)
 
 
+CLIP = optax.clip(9.0)
+
+
+def below(tx, *positions):
+    """A chain of a chain ..., with the transformation at these positions."""
+    for position in reversed(positions):
+        tx = optax.chain(*[CLIP] * position, tx)
+    return tx
+
+
 def run(tx, steps=3) -> Any:
     params = {"w": jnp.zeros(())}
     state = tx.init(params)
@@ -290,6 +300,10 @@ CROSSED = {
     "nested the other way round": (
         optax.chain(optax.chain(SGD, A), B),
         optax.chain(B, optax.chain(SGD, A)),
+    ),
+    "momenta that could be one of the two only": (
+        optax.chain(CLIP, optax.chain(CLIP, CLIP, trace(0.5)), CLIP, trace(0.9)),
+        optax.chain(CLIP, CLIP, below(trace(0.5), 1, 3, 1), below(trace(0.9), 1, 3)),
     ),
     "momenta nested the other way round": (
         optax.chain(optax.chain(trace(0.5)), optax.clip(9.0), trace(0.9)),
@@ -359,6 +373,34 @@ def test_what_names_and_places_tell_is_restored(case, tmp_path):
     old, new, right = TOLD[case]
     restored, state = moves(tmp_path, old, new)
     same(restored, right(state))
+
+
+WRAPPED = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "averaged": lambda tx: emaopt.averaged(tx, 0.5),
+    "lookahead": lambda tx: optax.lookahead(tx, 5, 0.5),
+    "masked": lambda tx: optax.masked(tx, {"w": True}),
+    "MultiSteps": multi,
+    "our lookahead": lambda tx: emaopt.lookahead(tx, period=3),
+    "partition": lambda tx: optax.partition({"all": tx}, {"w": "all"}),
+    "sam": lambda tx: optax.contrib.sam(tx, SGD),
+    "sam's other": lambda tx: optax.contrib.sam(SGD, tx),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+}
+
+
+@pytest.mark.quick(20)
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_slots_move_inside_of_any_wrapper(wrapper, tmp_path):
+    params: Any = {"w": jnp.ones(2)}
+    of = optax.LookaheadParams(params, params) if wrapper == "lookahead" else params
+    old, new = map(WRAPPED[wrapper], (trace(0.9), optax.chain(CLIP, trace(0.9))))
+    saved = moved(old.init(of))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"params": params, "opt_state": saved})
+    target = {"params": params, "opt_state": new.init(of)}
+    back = checkpoint.restore(tmp_path / "c", target, report=quiet)["opt_state"]
+    assert bits(back) == bits(saved)
 
 
 def test_a_second_average_is_adopted_by_its_name(tmp_path):
@@ -489,6 +531,8 @@ KINDS = {
     "a number to int32": (7, jnp.int32(0), True),
     "int32 to a number": (jnp.int32(7), 0, True),
     "a number to float32": (7, jnp.float32(0), False),
+    "float32 to text": (jnp.float32(7), "", False),
+    "a number to text": (7, "", False),
 }
 
 
@@ -505,6 +549,16 @@ def test_restore_keeps_kinds_of_numbers(case, tmp_path):
     else:
         with pytest.raises(ValueError, match=r"x is .* there and .* in the target"):
             checkpoint.restore(tmp_path / "c", state | {"x": target})
+
+
+@pytest.mark.parametrize("target", [jnp.float32(0), 0])
+def test_text_is_no_number(target, tmp_path):
+    state = run(optax.chain(SGD, A))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", state | {"x": "7"})
+    with pytest.raises(ValueError, match=r"x is text there and .* in the target"):
+        checkpoint.restore(tmp_path / "c", state | {"x": target})
+    assert checkpoint.restore(tmp_path / "c", state | {"x": ""})["x"] == "7"
 
 
 LARGE = 2**40 + 7
@@ -589,6 +643,20 @@ def test_an_average_of_more_leaves_starts_from_the_parameters_or_is_refused(tmp_
     same(average["head"], state["opt_state"].average["head"])
 
 
+TWINS = {"actor": 1.0, "critic": 2.0}
+
+
+def test_of_an_average_without_a_counter_what_is_kept_is_the_targets(tmp_path):
+    params = {"w": jnp.ones(2)}
+    old = moved(A.init(params))
+    with ocp.StandardCheckpointer() as plain:
+        there = {k: x for k, x in old._asdict().items() if k != "num_skipped"}
+        plain.save(tmp_path / "c", {"params": params, "opt_state": there})
+    target = {"params": params, "opt_state": moved(moved(A.init(params)))}
+    back = checkpoint.restore(tmp_path / "c", target, keep_missing=True, report=quiet)
+    same(back["opt_state"], old._replace(num_skipped=target["opt_state"].num_skipped))
+
+
 def two_networks():
     params = {"actor": {"w": jnp.ones(3)}, "critic": {"v": jnp.ones(2)}}
     tx = optax.chain(SGD, A)
@@ -619,16 +687,6 @@ def test_a_way_to_no_average_is_refused():
         )
 
 
-def test_one_code_saves_with_an_average_and_without(tmp_path):
-    for tx in (SGD, optax.chain(SGD, A)):
-        state = run(tx)
-        swapped = checkpoint.swap_state(state, optional=True)
-        record = checkpoint.metadata(state, optional=True)
-        v1.save(tmp_path / str(len(record)), swapped, custom_metadata=record)
-        same(checkpoint.restore(tmp_path / str(len(record)), state), state)
-    same(checkpoint.swap_state(run(SGD), optional=True), run(SGD))
-    with pytest.raises(ValueError, match="optional=True"):
-        checkpoint.metadata(run(SGD))
 @pytest.mark.parametrize("layout", ["by network", "by kind"])
 def test_an_average_is_not_taken_for_that_of_a_twin_on_record(layout, tmp_path):
     head = emaopt.average_params(0.5, mask=emaopt.by_name("w"))
@@ -676,3 +734,13 @@ def test_what_is_said_of_one_average_goes_before_what_is_of_all():
         same(swapped["params"]["a"], state["params"]["a"])
 
 
+def test_one_code_saves_with_an_average_and_without(tmp_path):
+    for tx in (SGD, optax.chain(SGD, A)):
+        state = run(tx)
+        swapped = checkpoint.swap_state(state, optional=True)
+        record = checkpoint.metadata(state, optional=True)
+        v1.save(tmp_path / str(len(record)), swapped, custom_metadata=record)
+        same(checkpoint.restore(tmp_path / str(len(record)), state), state)
+    same(checkpoint.swap_state(run(SGD), optional=True), run(SGD))
+    with pytest.raises(ValueError, match="optional=True"):
+        checkpoint.metadata(run(SGD))
