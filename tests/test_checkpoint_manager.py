@@ -160,6 +160,15 @@ def test_save_args_of_a_swapped_state_hold_where_they_are_given(tmp_path):
     assert back["opt_state"]["averaging"]["average"]["scale"].dtype == jnp.float32
 
 
+def test_save_args_may_be_of_arrays_of_size_0_too(tmp_path):
+    state = trained() | {"empty": jnp.zeros((0, 3))}
+    told = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    with manager(tmp_path) as m:
+        m.save(1, args=ocp.args.PyTreeSave(state, save_args=told))
+        m.wait_until_finished()
+        assert_same(m.restore(1, args=Restore(state)), state)
+
+
 def test_donated_buffers_are_saved_as_they_were(tmp_path):
     state = trained()
     kept = jax.tree.map(np.asarray, state)
