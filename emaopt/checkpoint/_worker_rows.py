@@ -64,17 +64,15 @@ def fit_workers(
     """
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
 
-    def recorded(way: Names) -> list[Names]:
-        return [known[way]] if way in known else []
-
     def here(way: Names) -> Place:
         if params is not None:
             return located_at(function, target, way, params)
-        return located_in(function, target, way, known=recorded(way), option="params")
+        at = known.get(way, ())
+        return located_in(function, target, way, at=at, option="params")
 
     def there(way: Names) -> Place:
-        ways = recorded(way) or told_ways(params, way)
-        return located_in(function, disk, way, known=ways, option="params")
+        at, told = known.get(way, ()), told_ways(params, way)
+        return located_in(function, disk, way, at=at, known=told, option="params")
 
     ours, theirs = _locals(target, here), _locals(disk, there)
     wanted = names_of(target)
