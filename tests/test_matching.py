@@ -19,6 +19,7 @@ from test_places import CONTAINERS, LAYOUTS, PARAMS, WAYS, heavy_ball, same
 
 import emaopt
 from emaopt import checkpoint
+from emaopt._optimizer_states import optimizer_roots
 
 AVERAGE = emaopt.average_params(0.5)
 MULTI = optax.MultiSteps(optax.sgd(0.1), 1).init({"x": jnp.ones(1)})
@@ -223,6 +224,21 @@ def test_every_optimizer_adopts_and_drops_an_average(name, old, tmp_path):
     inner = (OPTIMIZERS | PRECONDITIONED)[name](0.1)
     params = {"a": jnp.ones((2, 3)), "b": {"c": jnp.ones((2, 2)), "d": jnp.ones(3)}}
     check(tmp_path, inner, params, "params", old)
+
+
+def test_keys_of_optimizers_are_told_from_words_that_hold_them():
+    for key in (
+        "opt",
+        "opts",
+        "opt_state",
+        "actor_opt",
+        "optim",
+        "optimizers",
+        "q_opt_1",
+    ):
+        assert optimizer_roots({key: {"x": 1.0}}, typed=False) == [(key,)], key
+    for key in ("adopt", "option", "optic_flow", "topt_state", "opto"):
+        assert optimizer_roots({key: {"x": 1.0}}, typed=False) == [], key
 
 
 # What could be two things
