@@ -161,12 +161,18 @@ def test_save_args_of_a_swapped_state_hold_where_they_are_given(tmp_path):
 
 
 def test_save_args_may_be_of_arrays_of_size_0_too(tmp_path):
-    state = trained() | {"empty": jnp.zeros((0, 3))}
+    state = trained() | {"empty": jnp.zeros((0, 3)), "x": jnp.ones(2), "y": jnp.ones(2)}
     told = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    told["x"] = ocp.SaveArgs(dtype=jnp.dtype("bfloat16"))
     with manager(tmp_path) as m:
         m.save(1, args=ocp.args.PyTreeSave(state, save_args=told))
         m.wait_until_finished()
         assert_same(m.restore(1, args=Restore(state)), state)
+    with ocp.StandardCheckpointer() as plain:
+        back = plain.restore(tmp_path / "1" / "default")
+    kinds = jax.tree.map(lambda leaf: str(leaf.dtype), back)
+    assert (kinds["x"], kinds["y"]) == ("bfloat16", "float32")
+    assert kinds["params"] == {"dense": {"kernel": "float32"}, "scale": "float32"}
 
 
 def test_donated_buffers_are_saved_as_they_were(tmp_path):

@@ -183,17 +183,12 @@ class _Swapping:
             marker[_record.KEY][_finished.IN_PLACE] = True
         if self._metrics_of is not None:
             marker[_record.KEY]["metrics_of"] = self._metrics_of
-        whole = state[key] if prefix else state
-        item = _trees.without_empty(whole)
+        item = _trees.without_empty(state[key] if prefix else state)
         if self._checksums:
             marker[_record.KEY]["checksums"] = _checksums.checksums(item)
         each = args.save_args
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)
-        if each is not None:
-            each = jax.tree.map(
-                lambda leaf, one: None if _trees.is_empty(leaf) else one, whole, each
-            )
         return dataclasses.replace(
             args,
             item=item,
