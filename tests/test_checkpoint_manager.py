@@ -3,6 +3,9 @@
 import gc
 import json
 import re
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import jax
@@ -313,6 +316,36 @@ def test_state_without_an_average_is_not_saved(asynchronous, tmp_path):
     m.wait_until_finished()
     assert m.all_steps() == [2]
     m.close()
+
+
+FAILING = {
+    "no average": "A.StandardSave({'w': jnp.ones(2)})",
+    "save_args of another tree": "A.PyTreeSave(state, save_args={'w': ocp.SaveArgs()})",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAILING)
+def test_a_process_ends_whose_save_fails_in_the_background(case, tmp_path):
+    program = f"""
+        import jax.numpy as jnp, optax, orbax.checkpoint as ocp
+        import emaopt
+        from emaopt import checkpoint
+
+        A, params = ocp.args, {{"w": jnp.ones(2)}}
+        tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+        state = {{"params": params, "opt_state": tx.init(params)}}
+        registry = checkpoint.handler_registry()
+        manager = ocp.CheckpointManager({str(tmp_path)!r}, handler_registry=registry)
+        try:
+            manager.save(1, args={FAILING[case]})
+            manager.wait_until_finished()
+        except Exception as error:
+            print("failed", error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, timeout=100, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith("failed"), ended
 
 
 def test_registry_checks_its_argument():
