@@ -430,6 +430,10 @@ def test_lookahead_ends_with_its_slow_weights(tmp_path):
     restored = checkpoint.restore(tmp_path / "c", state_of(INNER, None), report=len)
     assert bits(restored["params"]) == bits(center_of(old))
     assert bits(restored["opt_state"]) == bits(old["opt_state"].inner_state)
+    again = checkpoint.restore(
+        tmp_path / "c", state_of(INNER, None), ignore_extra=True, report=len
+    )
+    assert bits(again) == bits(restored)
     back = checkpoint.restore(tmp_path / "c", state_of(tx, None), report=len)
     assert bits(back) == bits(old)
 

@@ -427,6 +427,23 @@ def test_a_second_average_is_adopted_by_its_name(tmp_path):
     same(restored["slow"], B.init({"w": jnp.full((), 3.0)}))
 
 
+def test_an_average_that_another_one_replaces_is_told_how_it_would_go_on(tmp_path):
+    old = optax.named_chain(("sgd", SGD), ("ema", A))
+    new = optax.named_chain(("sgd", SGD), ("average", A))
+    state, said = run(old), []
+    checkpoint.save(tmp_path / "c", state)
+    target = run(new, 0)
+    checkpoint.restore(tmp_path / "c", target, report=said.append)
+    rename = {"opt_state/ema": "opt_state/average"}
+    assert sum(f"say rename={rename}" in one for one in said) == 1
+    back = checkpoint.restore(tmp_path / "c", target, rename=rename, report=quiet)
+    same(back["opt_state"]["average"], state["opt_state"]["ema"])
+    said.clear()
+    checkpoint.restore(tmp_path / "c", run(SGD, 0), report=said.append)
+    assert any("the target has none" in one for one in said)
+    assert not any("rename=" in one for one in said)
+
+
 def test_rename_says_which_is_which(tmp_path):
     old = optax.chain(SGD, A, B)
     new = optax.chain(optax.clip(9.0), SGD, A, B)

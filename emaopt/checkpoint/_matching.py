@@ -97,7 +97,11 @@ def match(
         names for names in extra if _belongs_to_dropped_average(names, there, extra)
     }
     if dropped:
-        report.append(f"left out an average, the target has none: {listed(dropped)}")
+        why = "the target has none"
+        if seeds and (new := _counted(seeds)):
+            same = {joined(_counted(dropped)[0]): joined(new[0])}
+            why = f"and began another; if they are the same, say rename={same}"
+        report.append(f"left out an average, {why}: {listed(dropped)}")
     if ignore_extra and extra - dropped:
         report.append(f"left out {listed(extra - dropped)}")
         dropped = extra
@@ -291,6 +295,11 @@ def _origin(function: str, target: Any, average: Names, told: Ways) -> Names:
         if (*center, "outer_state") == average[: len(center) + 1]:
             return (*center, "center")
     return located_at(function, target, average, told).params
+
+
+def _counted(leaves: Any) -> list[Names]:
+    """The averages whose counters are among the leaves."""
+    return sorted(n[:-1] for n in leaves if n[-1] == AverageState._fields[0])
 
 
 def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:
