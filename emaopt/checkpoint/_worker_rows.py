@@ -154,8 +154,6 @@ def _end_workers(
     """
     inner = (*old.way, "inner_state")
     goes_on = not ignore_extra or any(is_below(s, inner) for s in rows.sources.values())
-    if not goes_on and old.workers is None:
-        return
     ended = False
     for names, source in list(rows.sources.items()):
         center = old.center + source[len(old.params) :]
