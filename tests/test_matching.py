@@ -244,7 +244,7 @@ def test_keys_of_optimizers_are_told_from_words_that_hold_them():
 def test_states_are_told_by_their_members():
     x, count = jnp.ones(2), jnp.int32(0)
     average = {"num_updates": count, "num_skipped": count, "pending": x, "average": x}
-    of_ours = {"tx": {"inner_state": {"mu": x}, "averaging": average}}
+    of_ours = {"params": x, "tx": {"inner_state": {"mu": x}, "averaging": average}}
     assert optimizer_roots(of_ours, typed=False) == [("tx",)]
     # A list of states has one for each network; another one is a state's own.
     states = {"opts": [A.init(x), A.init(x)]}
