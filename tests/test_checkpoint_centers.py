@@ -322,7 +322,8 @@ LOCAL = {
 def test_workers_of_another_number_start_from_the_center(kind, new, tmp_path):
     old = state_of(local(4, **LOCAL[kind]), 4, steps=7)  # one step after an exchange
     name = "center" if kind == "averaged center" else None
-    checkpoint.save(tmp_path / "c", old, name=name)
+    # Of other rows than there, checksums tell nothing.
+    checkpoint.save(tmp_path / "c", old, name=name, checksums=True)
     target = state_of(local(new, **LOCAL[kind]), new)
     said = []
     restored = checkpoint.restore(tmp_path / "c", target, report=said.append)

@@ -247,9 +247,10 @@ def test_states_are_told_by_their_members():
     of_ours = {"params": x, "tx": {"inner_state": {"mu": x}, "averaging": average}}
     assert optimizer_roots(of_ours, typed=False) == [("tx",)]
     # A list of states has one for each network; another one is a state's own.
-    states = {"opts": [A.init(x), A.init(x)]}
+    states = {"params": x, "opts": [A.init(x), A.init(x)]}
     assert optimizer_roots(states, typed=True) == [("opts", "0"), ("opts", "1")]
-    assert optimizer_roots({"opts": [x, {"mu": x}]}, typed=True) == [("opts",)]
+    state = {"params": x, "opts": [x, {"mu": x}]}
+    assert optimizer_roots(state, typed=True) == [("opts",)]
 
 
 # What could be two things
@@ -575,6 +576,7 @@ KINDS = {
     "a number to int32": (7, jnp.int32(0), True),
     "int32 to a number": (jnp.int32(7), 0, True),
     "a number to float32": (7, jnp.float32(0), False),
+    "a fraction to float32": (2.5, jnp.float32(0), True),
     "float32 to text": (jnp.float32(7), "", False),
     "a number to text": (7, "", False),
 }
@@ -608,7 +610,15 @@ def test_text_is_no_number(target, tmp_path):
 LARGE = 2**40 + 7
 
 
-@pytest.mark.parametrize("target", [jnp.int32(0), np.int32(0), np.zeros((), np.uint8)])
+@pytest.mark.parametrize(
+    "target",
+    [
+        jnp.int32(0),
+        np.int32(0),
+        np.zeros((), np.uint8),
+        jax.ShapeDtypeStruct((), np.int64),  # JAX makes an int32 of it
+    ],
+)
 def test_an_integer_that_a_target_cannot_hold_is_refused(target, tmp_path):
     state = run(optax.chain(SGD, A))
     checkpoint.save(tmp_path / "c", state | {"x": LARGE})
