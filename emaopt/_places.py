@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from emaopt._names import Names, joined, num_common, split
+from emaopt._names import Names, is_below, joined, num_common, split
 from emaopt._nodes import (
     field_of,
     fits,
@@ -107,6 +107,16 @@ def located_at(
     return _place(function, tree, average, given, option=option)
 
 
+def told_ways(params: Ways, average: Names) -> list[Names]:
+    """The ways that an average is said to be of, or may be of one of."""
+    if isinstance(params, Mapping):
+        told = {split(name): split(way) for name, way in params.items()}
+        # What is said of the average itself goes before what is of all below a name.
+        name = max((n for n in told if is_below(average, n)), key=len, default=None)
+        return [] if name is None else [told[name]]
+    return [*map(split, [params] if isinstance(params, str) else params or ())]
+
+
 def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
     """Those of the ways that lead to what can be the parameters of the average."""
     tree = Tree(state)
@@ -116,6 +126,18 @@ def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
         for way in ways
         if way and _misfit(tree, averaged, way) is None
     ]
+
+
+def has_namesake(state: Any, average: Names, way: Names) -> bool:
+    """Whether what else the average can be of has a name of its that the way has not."""
+    tree = Tree(state)
+    averaged = tree.within((*average, field_of(tree.averages[average])))
+    root = optimizer_root(tree, average)
+    return any(
+        ({*average} & {*other}) - {*way}
+        for other in _alike(tree, average, averaged)
+        if not _is_slot(tree, other, average, root)
+    )
 
 
 def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
@@ -157,19 +179,14 @@ def _given(
     if params is None or isinstance(params, str):
         return [None if params is None else split(params)] * len(averages)
     if isinstance(params, Mapping):
-        told = {split(name): split(way) for name, way in params.items()}
-        for name in told:
-            if not any(average[: len(name)] == name for average in tree.averages):
+        for name in map(split, params):
+            if not any(is_below(average, name) for average in tree.averages):
                 raise ValueError(
                     f"{function}: params={dict(params)}: {joined(name)!r} leads to no "
                     f"average; there are {_listed([*tree.averages])}."
                 )
-        return [
-            next(
-                (way for name, way in told.items() if average[: len(name)] == name), None
-            )
-            for average in averages
-        ]
+        told = [told_ways(params, average) for average in averages]
+        return [ways[0] if ways else None for ways in told]
     if len(params) != len(averages):
         raise ValueError(
             f"{function}: params={tuple(params)} says of {len(params)} trees where they "

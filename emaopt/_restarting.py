@@ -115,7 +115,7 @@ def change_mask(
     Raises:
       ValueError: If there is no average, several, or a swapped one, in the state or in
         what `optimizer.init` returns; if it is of other parameters; if one of the two is
-        de-biased; if the optimizer's slots have other shapes.
+        de-biased; if the optimizer has other counts, or slots of other shapes.
       TypeError: If `optimizer` is none.
 
     Example:
@@ -156,12 +156,23 @@ def change_mask(
     # hold it: optax.masked leaves out whole parts of a tree.
     average = map_with_keys(entry, had if old.keys() == new.keys() else has)
     changed = replace(opt_state, node, in_place_of(node, state._replace(average=average)))
-    return _with_slots(changed, begun) if type(changed) is type(begun) else changed
+    if type(changed) is not type(begun):
+        return changed
+    return _with_slots(changed, begun, params)
 
 
-def _with_slots(state: Any, begun: Any) -> Any:
+def _with_slots(state: Any, begun: Any, params: Any) -> Any:
     """The state with the slots that an optimizer for more or fewer leaves has."""
     have, need = dict(leaves_with_keys(state)), leaves_with_keys(begun)
+    # What has no parameter's name, such as a count, no mask changes. Where slots have
+    # positions in the place of names, another mask would give them to other leaves.
+    other = [n for n in have.keys() ^ dict(need).keys() if not _is_named(n, params)]
+    if other:
+        names = ", ".join(map("/".join, sorted(other)))
+        raise ValueError(
+            f"change_mask: of the state and the optimizer, only one has {names}: it was "
+            "made by another optimizer, or by one whose slots no names tell apart."
+        )
     for names, leaf in need:
         if np.shape(have.get(names, leaf)) != np.shape(leaf):
             raise ValueError(
@@ -173,6 +184,15 @@ def _with_slots(state: Any, begun: Any) -> Any:
         return state  # in its own containers
     leaves = [have.get(names, leaf) for names, leaf in need]
     return jax.tree.unflatten(jax.tree.structure(begun), leaves)
+
+
+def _is_named(names: tuple[str, ...], params: Any) -> bool:
+    """Whether a name has a parameter's in it."""
+    return any(
+        names[i : i + len(rest)] == rest
+        for rest, _ in leaves_with_keys(params)
+        for i in range(len(names) - len(rest) + 1)
+    )
 
 
 def _whole(average: Any) -> Any:

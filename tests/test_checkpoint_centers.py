@@ -322,7 +322,8 @@ LOCAL = {
 def test_workers_of_another_number_start_from_the_center(kind, new, tmp_path):
     old = state_of(local(4, **LOCAL[kind]), 4, steps=7)  # one step after an exchange
     name = "center" if kind == "averaged center" else None
-    checkpoint.save(tmp_path / "c", old, name=name)
+    # Of other rows than there, checksums tell nothing.
+    checkpoint.save(tmp_path / "c", old, name=name, checksums=True)
     target = state_of(local(new, **LOCAL[kind]), new)
     said = []
     restored = checkpoint.restore(tmp_path / "c", target, report=said.append)
@@ -430,6 +431,10 @@ def test_lookahead_ends_with_its_slow_weights(tmp_path):
     restored = checkpoint.restore(tmp_path / "c", state_of(INNER, None), report=len)
     assert bits(restored["params"]) == bits(center_of(old))
     assert bits(restored["opt_state"]) == bits(old["opt_state"].inner_state)
+    again = checkpoint.restore(
+        tmp_path / "c", state_of(INNER, None), ignore_extra=True, report=len
+    )
+    assert bits(again) == bits(restored)
     back = checkpoint.restore(tmp_path / "c", state_of(tx, None), report=len)
     assert bits(back) == bits(old)
 
@@ -467,6 +472,74 @@ def test_slots_of_the_inner_and_the_outer_optimizer_do_not_mix(kind, tmp_path):
     if kind != "agn":
         with pytest.raises(ValueError, match="give arrays, as tx"):
             checkpoint.restore(tmp_path / "2", jax.eval_shape(lambda: target), report=len)
+
+
+def test_workers_go_on_beside_leaves_that_their_center_gets(tmp_path):
+    old = state_of(local(4), 4, 7)
+    checkpoint.save(tmp_path / "c", old)
+    new = one_worker() | {"a": jnp.ones(2), "z": jnp.ones(2)}
+    target = emaopt.stack_workers(new, 4)
+    target = {"params": target, "opt_state": local(4).init(target)}
+    said = []
+    restored = checkpoint.restore(
+        tmp_path / "c", target, keep_missing=True, report=said.append
+    )
+    assert not any("started" in one for one in said)
+    params, center = restored["params"], restored["opt_state"].center
+    for there, ours in ((old["params"], params), (old["opt_state"].center, center)):
+        assert bits({name: ours[name] for name in there}) == bits(there)
+
+
+@pytest.mark.parametrize("new", [2, 4])
+def test_a_target_network_beside_workers_is_not_taken_for_them(new, tmp_path):
+    def with_target(state):
+        online, target = state["params"], jax.tree.map(lambda p: p + 1, state["params"])
+        return state | {"params": {"online": online, "target": target}}
+
+    old = with_target(state_of(local(4), 4, 7, empty=False))
+    checkpoint.save(tmp_path / "c", old, params="params/online")
+    told = {"params": "params/online", "report": len}
+    if new == 4:
+        target = jax.tree.map(jnp.zeros_like, old)
+        assert bits(checkpoint.restore(tmp_path / "c", target)) == bits(old)
+    else:
+        target = state_of(local(new), new, empty=False)
+        # The optimizer does not know of the target network: it takes as it is.
+        target["params"] = {"online": target["params"], "target": old["params"]["target"]}
+        restored = checkpoint.restore(tmp_path / "c", target, **told)["params"]
+        online = {"params": old["params"]["online"], "opt_state": old["opt_state"]}
+        assert bits(restored["online"]) == bits(
+            emaopt.stack_workers(center_of(online), new)
+        )
+        assert bits(restored["target"]) == bits(old["params"]["target"])
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(tmp_path / "p", old)
+    target = jax.tree.map(jnp.zeros_like, old)
+    assert bits(checkpoint.restore(tmp_path / "p", target, **told)) == bits(old)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_twins_workers_start_from_their_own_centers(recorded, tmp_path):
+    def twins(workers):
+        both = {"params": {}, "opt_state": {}}
+        for name, x in (("actor", 1.0), ("critic", 2.0)):
+            params = emaopt.stack_workers({"w": jnp.full(2, x)}, workers)
+            both["opt_state"][name] = local(workers).init(params)
+            both["params"][name] = jax.tree.map(lambda p: p + 1, params)
+        return both
+
+    told = {f"opt_state/{name}": f"params/{name}" for name in ("actor", "critic")}
+    if recorded:
+        checkpoint.save(tmp_path / "c", twins(4), name="actor", params="params/actor")
+    else:
+        with ocp.StandardCheckpointer() as plain:
+            plain.save(tmp_path / "c", twins(4))
+    restored = checkpoint.restore(tmp_path / "c", twins(2), params=told, report=len)
+    for name, x in (("actor", 1.0), ("critic", 2.0)):
+        assert bits(restored["params"][name]) == bits({"w": jnp.full((2, 2), x)})
+        assert bits(restored["opt_state"][name].center) == bits({"w": jnp.full(2, x)})
+    with pytest.raises(ValueError, match="critic could be of any of params/actor"):
+        checkpoint.restore(tmp_path / "c", twins(2), params="params/actor")
 
 
 def test_lookahead_around_an_optimizer_without_slots_ends_too(tmp_path):

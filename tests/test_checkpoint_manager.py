@@ -1,8 +1,10 @@
 """CheckpointManager and the v1 API serve the average; the user's calls do not change."""
 
+import asyncio
 import gc
 import json
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors
+from etils import epath
 from flax import nnx
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
@@ -50,6 +53,26 @@ def manager(path, **options):
 
 def averages(state):
     return emaopt.get_average(state["opt_state"])
+
+
+@pytest.mark.quick(20)
+@pytest.mark.parametrize("name", ["default", "state", "pytree"])
+def test_what_orbax_calls_a_lone_item_is_one_as_any_beside_others(name, tmp_path):
+    state, x = trained(), {"x": jnp.arange(3.0)}
+    apart = {name: {"opt_state": state["opt_state"]}, "params": state["params"]}
+    registry = checkpoint.handler_registry()
+    steps = [apart, {name: state, "extra": x}, {name: x, "train": state}]
+    with ocp.CheckpointManager(tmp_path, handler_registry=registry) as m:
+        for step, items in enumerate(steps):
+            m.save(
+                step, args=ocp.args.Composite(**{k: Save(x) for k, x in items.items()})
+            )
+            m.wait_until_finished()
+            for k, item in items.items():
+                back = m.restore(step, args=ocp.args.Composite(**{k: Restore(item)}))
+                assert_same(back[k], item)
+    with ocp.StandardCheckpointer() as plain:
+        assert_same(plain.restore(tmp_path / "0" / "params"), averages(state))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -115,6 +138,43 @@ def test_restore_without_arguments_gives_raw_parameters_in_their_place(tmp_path)
         restored = m.restore(1)
     assert_same(restored["params"], state["params"])
     assert_same(restored["opt_state"]["averaging"]["average"], averages(state))
+
+
+def test_a_registry_keeps_nothing_of_what_it_saved(tmp_path):
+    state = trained()
+    with manager(tmp_path, enable_async_checkpointing=False) as m:
+        m.save(1, args=ocp.args.Composite(**{k: Save(state[k]) for k in state}))
+        left = weakref.ref(state["params"]["scale"])
+        del state
+        gc.collect()
+        assert left() is None
+
+
+def test_save_args_of_a_swapped_state_hold_where_they_are_given(tmp_path):
+    state = checkpoint.swap_state(trained())
+    told = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    told["params"]["scale"] = ocp.SaveArgs(dtype=jnp.dtype("bfloat16"))
+    with manager(tmp_path) as m:
+        m.save(1, args=ocp.args.PyTreeSave(state, save_args=told))
+    with ocp.StandardCheckpointer() as plain:
+        back = plain.restore(tmp_path / "1" / "default")
+    assert back["params"]["scale"].dtype == jnp.bfloat16
+    assert back["opt_state"]["averaging"]["average"]["scale"].dtype == jnp.float32
+
+
+def test_save_args_may_be_of_arrays_of_size_0_too(tmp_path):
+    state = trained() | {"empty": jnp.zeros((0, 3)), "x": jnp.ones(2), "y": jnp.ones(2)}
+    told = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    told["x"] = ocp.SaveArgs(dtype=jnp.dtype("bfloat16"))
+    with manager(tmp_path) as m:
+        m.save(1, args=ocp.args.PyTreeSave(state, save_args=told))
+        m.wait_until_finished()
+        assert_same(m.restore(1, args=Restore(state)), state)
+    with ocp.StandardCheckpointer() as plain:
+        back = plain.restore(tmp_path / "1" / "default")
+    kinds = jax.tree.map(lambda leaf: str(leaf.dtype), back)
+    assert (kinds["x"], kinds["y"]) == ("bfloat16", "float32")
+    assert kinds["params"] == {"dense": {"kernel": "float32"}, "scale": "float32"}
 
 
 def test_donated_buffers_are_saved_as_they_were(tmp_path):
@@ -255,6 +315,26 @@ def test_state_without_an_average_is_not_saved(asynchronous, tmp_path):
     m.wait_until_finished()
     assert m.all_steps() == [2]
     m.close()
+
+
+FAILING = {
+    "no average": (Save({"w": jnp.ones(2)}), ValueError),
+    "save_args of another tree": (
+        ocp.args.PyTreeSave(trained(0), save_args={"w": ocp.SaveArgs()}),
+        IndexError,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_an_error_in_saving_is_raised_by_the_future_alone(case, tmp_path):
+    """From the coroutine, it may let threads of Orbax wait when the process is to end."""
+    args, kind = FAILING[case]
+    handler = checkpoint.handler_registry().get("default", type(args))
+    directory = epath.Path(tmp_path / "1.orbax-checkpoint-tmp" / "default")
+    (future,) = asyncio.run(handler.async_save(directory, args=args))
+    with pytest.raises(kind):
+        future.result()
 
 
 def test_registry_checks_its_argument():

@@ -157,6 +157,31 @@ def test_steps_before_the_marks_came_are_read_and_later_ones_without_are_not(tmp
     checkpoint.describe(tmp_path / "3")
 
 
+def test_a_lone_step_says_itself_that_it_was_written_in_place(tmp_path):
+    step = run_of(tmp_path, in_place=True, steps=(1,)) / "1"
+    without_marks(step)
+    with pytest.raises(ValueError, match="by its record it was written in place"):
+        checkpoint.describe(step)
+
+
+def test_marks_of_what_is_no_step_of_the_run_tell_nothing(tmp_path):
+    run_of(tmp_path, in_place=False, ours=False, steps=(1, 2))
+    without_marks(tmp_path)
+    (tmp_path / "1" / MARK).touch()
+    (tmp_path / "1").rename(tmp_path / "best-1")
+    checkpoint.describe(tmp_path / "2")
+    checkpoint.save(tmp_path / "2" / "kept", state_of(3))  # a checkpoint by itself
+    (tmp_path / "2" / "kept" / MARK).touch()
+    checkpoint.describe(tmp_path / "2")
+
+
+def test_an_item_of_a_step_that_has_its_mark_needs_none(tmp_path):
+    step = run_of(tmp_path, in_place=True) / "2"
+    (step / "default" / MARK).unlink(missing_ok=True)
+    found = checkpoint.restore(step / "default", state_of(0))
+    np.testing.assert_array_equal(found["params"]["w"], [2.0, 2.0])
+
+
 def test_a_checkpoint_without_times_or_marks_is_read(tmp_path):
     """Such as Orbax wrote before it had metadata of steps, or a copy of the arrays."""
     checkpoint.save(tmp_path / "1", state_of(1))

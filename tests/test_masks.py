@@ -389,6 +389,10 @@ def test_mask_of_sizes_is_that_of_whole_parameters_where_few_rows_move():
     )
     assert params["table"][3, 0] == 0 and params["table"][2, 0] == 1
     assert state.averaging.average["table"] == optax.MaskedNode()
+    # Of whole parameters, later, a mask that changed is still refused.
+    other = emaopt.averaged(optax.sgd(1.0), 0.5)
+    with pytest.raises(ValueError, match="the mask is not the one"):
+        other.update({"table": jnp.ones((8, 2)), "w": jnp.ones(2)}, state, params)
 
 
 def test_what_comes_in_is_where_the_optimizer_puts_it():

@@ -19,6 +19,7 @@ from test_places import CONTAINERS, LAYOUTS, PARAMS, WAYS, heavy_ball, same
 
 import emaopt
 from emaopt import checkpoint
+from emaopt._optimizer_states import optimizer_roots
 
 AVERAGE = emaopt.average_params(0.5)
 MULTI = optax.MultiSteps(optax.sgd(0.1), 1).init({"x": jnp.ones(1)})
@@ -225,6 +226,33 @@ def test_every_optimizer_adopts_and_drops_an_average(name, old, tmp_path):
     check(tmp_path, inner, params, "params", old)
 
 
+def test_keys_of_optimizers_are_told_from_words_that_hold_them():
+    for key in (
+        "opt",
+        "opts",
+        "opt_state",
+        "actor_opt",
+        "optim",
+        "optimizers",
+        "q_opt_1",
+    ):
+        assert optimizer_roots({key: {"x": 1.0}}, typed=False) == [(key,)], key
+    for key in ("adopt", "option", "optic_flow", "topt_state", "opto"):
+        assert optimizer_roots({key: {"x": 1.0}}, typed=False) == [], key
+
+
+def test_states_are_told_by_their_members():
+    x, count = jnp.ones(2), jnp.int32(0)
+    average = {"num_updates": count, "num_skipped": count, "pending": x, "average": x}
+    of_ours = {"params": x, "tx": {"inner_state": {"mu": x}, "averaging": average}}
+    assert optimizer_roots(of_ours, typed=False) == [("tx",)]
+    # A list of states has one for each network; another one is a state's own.
+    states = {"params": x, "opts": [A.init(x), A.init(x)]}
+    assert optimizer_roots(states, typed=True) == [("opts", "0"), ("opts", "1")]
+    state = {"params": x, "opts": [x, {"mu": x}]}
+    assert optimizer_roots(state, typed=True) == [("opts",)]
+
+
 # What could be two things
 
 
@@ -234,6 +262,16 @@ SGD = optax.sgd(1.0)
 
 def trace(decay):
     return optax.trace(decay)
+
+
+CLIP = optax.clip(9.0)
+
+
+def below(tx, *positions):
+    """A chain of a chain ..., with the transformation at these positions."""
+    for position in reversed(positions):
+        tx = optax.chain(*[CLIP] * position, tx)
+    return tx
 
 
 def run(tx, steps=3) -> Any:
@@ -290,6 +328,10 @@ CROSSED = {
     "nested the other way round": (
         optax.chain(optax.chain(SGD, A), B),
         optax.chain(B, optax.chain(SGD, A)),
+    ),
+    "momenta that could be one of the two only": (
+        optax.chain(CLIP, optax.chain(CLIP, CLIP, trace(0.5)), CLIP, trace(0.9)),
+        optax.chain(CLIP, CLIP, below(trace(0.5), 1, 3, 1), below(trace(0.9), 1, 3)),
     ),
     "momenta nested the other way round": (
         optax.chain(optax.chain(trace(0.5)), optax.clip(9.0), trace(0.9)),
@@ -361,12 +403,57 @@ def test_what_names_and_places_tell_is_restored(case, tmp_path):
     same(restored, right(state))
 
 
+WRAPPED = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "averaged": lambda tx: emaopt.averaged(tx, 0.5),
+    "lookahead": lambda tx: optax.lookahead(tx, 5, 0.5),
+    "masked": lambda tx: optax.masked(tx, {"w": True}),
+    "MultiSteps": multi,
+    "our lookahead": lambda tx: emaopt.lookahead(tx, period=3),
+    "partition": lambda tx: optax.partition({"all": tx}, {"w": "all"}),
+    "sam": lambda tx: optax.contrib.sam(tx, SGD),
+    "sam's other": lambda tx: optax.contrib.sam(SGD, tx),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+}
+
+
+@pytest.mark.quick(20)
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_slots_move_inside_of_any_wrapper(wrapper, tmp_path):
+    params: Any = {"w": jnp.ones(2)}
+    of = optax.LookaheadParams(params, params) if wrapper == "lookahead" else params
+    old, new = map(WRAPPED[wrapper], (trace(0.9), optax.chain(CLIP, trace(0.9))))
+    saved = moved(old.init(of))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"params": params, "opt_state": saved})
+    target = {"params": params, "opt_state": new.init(of)}
+    back = checkpoint.restore(tmp_path / "c", target, report=quiet)["opt_state"]
+    assert bits(back) == bits(saved)
+
+
 def test_a_second_average_is_adopted_by_its_name(tmp_path):
     old = optax.named_chain(("sgd", SGD), ("fast", A))
     new = optax.named_chain(("sgd", SGD), ("slow", B), ("fast", A))
     restored, state = moves(tmp_path, old, new)
     same(restored["fast"], state["fast"])
     same(restored["slow"], B.init({"w": jnp.full((), 3.0)}))
+
+
+def test_an_average_that_another_one_replaces_is_told_how_it_would_go_on(tmp_path):
+    old = optax.named_chain(("sgd", SGD), ("ema", A))
+    new = optax.named_chain(("sgd", SGD), ("average", A))
+    state, said = run(old), []
+    checkpoint.save(tmp_path / "c", state)
+    target = run(new, 0)
+    checkpoint.restore(tmp_path / "c", target, report=said.append)
+    rename = {"opt_state/ema": "opt_state/average"}
+    assert sum(f"say rename={rename}" in one for one in said) == 1
+    back = checkpoint.restore(tmp_path / "c", target, rename=rename, report=quiet)
+    same(back["opt_state"]["average"], state["opt_state"]["ema"])
+    said.clear()
+    checkpoint.restore(tmp_path / "c", run(SGD, 0), report=said.append)
+    assert any("the target has none" in one for one in said)
+    assert not any("rename=" in one for one in said)
 
 
 def test_rename_says_which_is_which(tmp_path):
@@ -489,6 +576,9 @@ KINDS = {
     "a number to int32": (7, jnp.int32(0), True),
     "int32 to a number": (jnp.int32(7), 0, True),
     "a number to float32": (7, jnp.float32(0), False),
+    "a fraction to float32": (2.5, jnp.float32(0), True),
+    "float32 to text": (jnp.float32(7), "", False),
+    "a number to text": (7, "", False),
 }
 
 
@@ -507,10 +597,28 @@ def test_restore_keeps_kinds_of_numbers(case, tmp_path):
             checkpoint.restore(tmp_path / "c", state | {"x": target})
 
 
+@pytest.mark.parametrize("target", [jnp.float32(0), 0])
+def test_text_is_no_number(target, tmp_path):
+    state = run(optax.chain(SGD, A))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", state | {"x": "7"})
+    with pytest.raises(ValueError, match=r"x is text there and .* in the target"):
+        checkpoint.restore(tmp_path / "c", state | {"x": target})
+    assert checkpoint.restore(tmp_path / "c", state | {"x": ""})["x"] == "7"
+
+
 LARGE = 2**40 + 7
 
 
-@pytest.mark.parametrize("target", [jnp.int32(0), np.int32(0), np.zeros((), np.uint8)])
+@pytest.mark.parametrize(
+    "target",
+    [
+        jnp.int32(0),
+        np.int32(0),
+        np.zeros((), np.uint8),
+        jax.ShapeDtypeStruct((), np.int64),  # JAX makes an int32 of it
+    ],
+)
 def test_an_integer_that_a_target_cannot_hold_is_refused(target, tmp_path):
     state = run(optax.chain(SGD, A))
     checkpoint.save(tmp_path / "c", state | {"x": LARGE})
@@ -589,6 +697,20 @@ def test_an_average_of_more_leaves_starts_from_the_parameters_or_is_refused(tmp_
     same(average["head"], state["opt_state"].average["head"])
 
 
+TWINS = {"actor": 1.0, "critic": 2.0}
+
+
+def test_of_an_average_without_a_counter_what_is_kept_is_the_targets(tmp_path):
+    params = {"w": jnp.ones(2)}
+    old = moved(A.init(params))
+    with ocp.StandardCheckpointer() as plain:
+        there = {k: x for k, x in old._asdict().items() if k != "num_skipped"}
+        plain.save(tmp_path / "c", {"params": params, "opt_state": there})
+    target = {"params": params, "opt_state": moved(moved(A.init(params)))}
+    back = checkpoint.restore(tmp_path / "c", target, keep_missing=True, report=quiet)
+    same(back["opt_state"], old._replace(num_skipped=target["opt_state"].num_skipped))
+
+
 def two_networks():
     params = {"actor": {"w": jnp.ones(3)}, "critic": {"v": jnp.ones(2)}}
     tx = optax.chain(SGD, A)
@@ -617,6 +739,53 @@ def test_a_way_to_no_average_is_refused():
         checkpoint.swap_state(
             state, name=names, params={"opt_states/acotr": "params/actor"}
         )
+
+
+@pytest.mark.parametrize("layout", ["by network", "by kind"])
+def test_an_average_is_not_taken_for_that_of_a_twin_on_record(layout, tmp_path):
+    head = emaopt.average_params(0.5, mask=emaopt.by_name("w"))
+    params = {n: {"w": jnp.full(2, x), "v": jnp.full(2, x)} for n, x in TWINS.items()}
+    states = {name: moved(head.init(p)) for name, p in params.items()}
+    right = {n: p | {"w": states[n].average["w"]} for n, p in params.items()}
+    if layout == "by network":
+        state = {n: {"params": params[n], "opt_state": states[n]} for n in TWINS}
+        checkpoint.save(tmp_path / "c", state, name="actor")
+        critic = "critic/params"
+        same(checkpoint.load_averaged(tmp_path / "c", name="critic"), right["critic"])
+        above = checkpoint.load_averaged(tmp_path / "c", at="critic")
+        same(above["params"], right["critic"])
+        assert not jax.tree.leaves(above["opt_state"])  # the average's own, left out
+    else:
+        state = {"params": params, "opt_state": states}
+        critic = "params/critic"
+        checkpoint.save(tmp_path / "c", state, name="actor", params="params/actor")
+        for options in ({"name": "critic"}, {"at": "params"}):
+            with pytest.raises(ValueError, match="any of params/actor, params/critic"):
+                checkpoint.load_averaged(tmp_path / "c", **options)
+    same(checkpoint.load_averaged(tmp_path / "c"), right["actor"])
+    same(checkpoint.load_averaged(tmp_path / "c", at=critic), right["critic"])
+
+
+def test_an_average_of_leaves_by_other_names_is_not_said_to_be_one_of_fewer(tmp_path):
+    params = {"w": jnp.ones(2)}
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": A.init(params)})
+    deeper = {"model": params}
+    target = {"params": deeper, "opt_state": A.init(deeper)}
+    with pytest.raises(ValueError, match=r"lacks opt_state/average/model/w") as raised:
+        checkpoint.restore(tmp_path / "c", target)
+    assert "change_mask" not in str(raised.value)
+    moved = {"params": "params/model", "opt_state/average": "opt_state/average/model"}
+    same(checkpoint.restore(tmp_path / "c", target, rename=moved, report=quiet), target)
+
+
+def test_what_is_said_of_one_average_goes_before_what_is_of_all():
+    params = {"a": {"w": jnp.zeros(2)}, "b": {"w": jnp.ones(2)}}
+    state = {"params": params, "opt_state": {name: A.init(params["a"]) for name in "ab"}}
+    told = {"opt_state": "params/a", "opt_state/b": "params/b"}
+    for params in (told, dict(reversed(told.items()))):
+        swapped = checkpoint.swap_state(state, name="b", params=params)
+        same(swapped["params"]["b"], state["params"]["a"])
+        same(swapped["params"]["a"], state["params"]["a"])
 
 
 def test_one_code_saves_with_an_average_and_without(tmp_path):

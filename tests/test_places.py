@@ -387,6 +387,18 @@ def test_groups_with_different_decays_are_served_together(tmp_path):
     same(checkpoint.restore(tmp_path / "c", state), state)
 
 
+def test_averages_of_which_some_are_swapped_are_not():
+    swapped = checkpoint.swap_state(actor_and_critic(), name="actor")
+    with pytest.raises(ValueError, match=r"others do not: actor/.*Swap them back first"):
+        checkpoint.swap_state(swapped, name=("actor", "critic"))
+
+
+def test_slots_of_another_optimizer_are_no_parameters():
+    p, o = start()
+    state = {"model": p, "other": optax.trace(0.9).init(p), "opt_state": o}
+    same(checkpoint.swap_state(state)["model"], emaopt.get_average(o))
+
+
 def test_two_averages_of_one_tree_are_not():
     tx = optax.named_chain(
         ("sgd", optax.sgd(0.1)),

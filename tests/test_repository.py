@@ -128,6 +128,7 @@ LAYERS = {
         "_places",
         "checkpoint._arrays",
         "checkpoint._files",
+        "checkpoint._locating",
     },
     "checkpoint._matching": {
         "_names",

@@ -207,3 +207,37 @@ def test_state_of_another_optimizer_is_refused():
         ValueError, match=r"inner_state/trace/w of shape \(3,\), the state"
     ):
         emaopt.change_mask(state, params, new)
+    adam = optax.adam(0.1)
+    state = emaopt.averaged(adam, 0.5, mask={"w": False}).init(params)
+    for other, only in (
+        (optax.chain(optax.clip(1.0), adam), "inner_state/0/count, inner_state/1/0/c"),
+        (optax.sgd(0.1, momentum=0.9), "inner_state/0/count"),
+    ):
+        with pytest.raises(ValueError, match=f"only one has {only}.*another optimizer"):
+            emaopt.change_mask(state, params, emaopt.averaged(other, 0.5))
+
+
+@pytest.mark.parametrize("by", ["name", "position"])
+def test_slots_of_leaves_by_their_positions_are_not_given_to_others(by):
+    def init(params):
+        leaves = [[2 * p, 3 * p] for p in jax.tree.leaves(params)]
+        named = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return {"factors": named if by == "name" else leaves}
+
+    factors = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+    params = {"encoder": jnp.ones(2), "head": jnp.full(2, 5.0)}
+
+    def optimizer(trained):
+        average = emaopt.average_params(0.5)
+        return optax.chain(optax.masked(factors, trained), optax.masked(average, trained))
+
+    head = optimizer({"encoder": False, "head": True})
+    both = optimizer({"encoder": True, "head": True})
+    if by == "position":
+        with pytest.raises(
+            ValueError, match=r"only one has .*/factors/1/0.*no names tell"
+        ):
+            emaopt.change_mask(head.init(params), params, both)
+    else:
+        changed = emaopt.change_mask(head.init(params), params, both)
+        chex.assert_trees_all_equal(changed, both.init(params))

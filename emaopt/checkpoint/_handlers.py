@@ -190,8 +190,6 @@ class _Swapping:
         each = args.save_args
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)
-        if each is not None:
-            each = jax.tree.map(lambda _, one: one, item, each)  # without the empty
         return dataclasses.replace(
             args,
             item=item,
@@ -204,12 +202,13 @@ class _Swapping:
         self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
     ) -> Any:
         target = item if args is None else args.item
-        whole = directory.name in _files.WHOLE
+        # The step, and not the item: beside others, `default` or `state` is one as any.
         files = _files.open_files(
             "CheckpointManager.restore",
-            directory if whole else directory.parent,
+            directory.parent,
             at=self._params if isinstance(self._params, str) else None,
         )
+        whole = () in files.items
         scope: Names = () if whole else (directory.name,)
         if getattr(args, "transforms", None) or getattr(
             args, "legacy_transform_fn", None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._names import is_below, joined, split
-from emaopt._nodes import as_state, average_nodes, center_nodes
+from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, kind_of, located_at, shape_of
 from emaopt._recursion import AverageState
@@ -43,6 +43,7 @@ def match(
     keep_missing: bool = False,
     ignore_extra: bool = False,
     params: Ways = None,
+    known: dict[Names, Names],
     rename: Rename = None,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
@@ -58,13 +59,16 @@ def match(
       keep_missing: Whether leaves that are not there may keep the target's values.
       ignore_extra: Whether leaves that the target has no place for may be left out.
       params: Where the parameters of a new average stand in the target.
+      known: Where the parameters of averages in the saved state stand, by its record.
       rename: Where what stands at some name now belongs.
     """
     everything = names_of(target)
     sources, changed = _sources(
         function, path, target, disk, {*everything}, {*saved}, rename
     )
-    rows = fit_workers(function, target, disk, saved, sources, params, ignore_extra)
+    rows = fit_workers(
+        function, target, disk, saved, sources, params, known, ignore_extra
+    )
     wanted, there = _within(scope, everything), _within(scope, saved)
     sources = _within(scope, sources)
     report = []
@@ -93,7 +97,11 @@ def match(
         names for names in extra if _belongs_to_dropped_average(names, there, extra)
     }
     if dropped:
-        report.append(f"left out an average, the target has none: {listed(dropped)}")
+        why = "the target has none"
+        if seeds and (new := _counted(seeds)):
+            same = {joined(_counted(dropped)[0]): joined(new[0])}
+            why = f"and began another; if they are the same, say rename={same}"
+        report.append(f"left out an average, {why}: {listed(dropped)}")
     if ignore_extra and extra - dropped:
         report.append(f"left out {listed(extra - dropped)}")
         dropped = extra
@@ -240,7 +248,8 @@ def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> s
             "arrays, as tx.init makes them, not shapes alone."
         )
     for average, node in average_nodes(target).items():
-        whole = {average + names for names in names_of(as_state(node))}
+        averaged = (*average, field_of(node))
+        whole = {names for names in names_of(target) if is_below(names, averaged)}
         if whole & missing and not whole <= missing:
             return (
                 f"The average at {joined(average)} is of fewer leaves there: restore "
@@ -286,6 +295,11 @@ def _origin(function: str, target: Any, average: Names, told: Ways) -> Names:
         if (*center, "outer_state") == average[: len(center) + 1]:
             return (*center, "center")
     return located_at(function, target, average, told).params
+
+
+def _counted(leaves: Any) -> list[Names]:
+    """The averages whose counters are among the leaves."""
+    return sorted(n[:-1] for n in leaves if n[-1] == AverageState._fields[0])
 
 
 def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:

@@ -51,6 +51,7 @@ def restored(
         keep_missing=keep_missing,
         ignore_extra=ignore_extra,
         params=params,
+        known={o.average: o.params for o in files.marker.served} if files.marker else {},
         rename=rename,
     )
     # In the target's order, which is that of all processes.
@@ -174,7 +175,8 @@ def fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
     tree = _files.whole_tree(files)
     for name in prefix:
         tree = child(tree, name)
-    filled = jax.tree.map(lambda leaf: leaf, tree)  # a copy of the containers
+    # The containers: with None where a place holds more, such as an average's counters.
+    filled = jax.tree.map(lambda _: None, tree)
     if not isinstance(filled, (dict, list)):
         return values[()]
     for names, value in values.items():

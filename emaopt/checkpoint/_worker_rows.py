@@ -6,6 +6,7 @@ the same number; if there are more than before, the slots are dealt out again fr
 first.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ import numpy as np
 
 from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, center_nodes
-from emaopt._places import Ways, located_at, shape_of
+from emaopt._places import Place, Ways, located_at, shape_of, told_ways
 from emaopt.checkpoint._arrays import index_of
 from emaopt.checkpoint._files import Names, names_of
+from emaopt.checkpoint._locating import located_in
 
 # What the exchange that all of a new set of workers start from leaves at zero.
 _SINCE_EXCHANGE = ("since_exchange", "accumulated", "residual")
@@ -53,18 +55,34 @@ def fit_workers(
     saved: dict[Names, Any],
     sources: dict[Names, Names],
     params: Ways,
+    known: dict[Names, Names],
     ignore_extra: bool,
 ) -> Rows:
-    """The sources of a target's leaves, from a state with other workers."""
+    """The sources of a target's leaves, from a state with other workers.
+
+    Where the parameters stand is told of the target, and `known` of the saved state.
+    """
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
-    ours, theirs = _locals(function, target, params), _locals(function, disk, None)
+
+    def here(way: Names) -> Place:
+        if params is not None:
+            return located_at(function, target, way, params)
+        at = known.get(way, ())
+        return located_in(function, target, way, at=at, option="params")
+
+    def there(way: Names) -> Place:
+        at, told = known.get(way, ()), told_ways(params, way)
+        return located_in(function, disk, way, at=at, known=told, option="params")
+
+    ours, theirs = _locals(target, here), _locals(disk, there)
     wanted = names_of(target)
     for local in ours:
         centers = [n for n in wanted if is_below(n, local.center)]
         if not centers:
             continue
-        there = sources.get(centers[0], ())
-        old = next((one for one in theirs if is_below(there, one.center)), None)
+        # Any of them that is there: the first leaf of a center may be a new one.
+        source = next((sources[n] for n in centers if n in sources), ())
+        old = next((one for one in theirs if is_below(source, one.center)), None)
         theirs = [one for one in theirs if one is not old]
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
@@ -73,13 +91,13 @@ def fit_workers(
     return rows
 
 
-def _locals(function: str, state: Any, params: Ways) -> list[_Local]:
+def _locals(state: Any, located: Callable[[Names], Place]) -> list[_Local]:
     found = []
     for way, node in center_nodes(state).items():
         below = names_of(as_state(node).center)
         if not below:
             continue
-        place = located_at(function, state, way, params)
+        place = located(way)
         leaves = names_of(state)
         rest, center = next(iter(below.items()))
         shape: Any = shape_of(leaves[place.params + rest]) or ()
@@ -136,8 +154,6 @@ def _end_workers(
     """
     inner = (*old.way, "inner_state")
     goes_on = not ignore_extra or any(is_below(s, inner) for s in rows.sources.values())
-    if not goes_on and old.workers is None:
-        return
     ended = False
     for names, source in list(rows.sources.items()):
         center = old.center + source[len(old.params) :]
