@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from emaopt._checks import check_integer, check_optimizer
+from emaopt._checks import check_flag, check_integer, check_optimizer
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
 from emaopt._rounding import lead, settled
@@ -131,7 +131,10 @@ def average_params(
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as
-        `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by n.
+        `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by the whole
+        number n. A function out of [0, 1] is refused where its value is known (at t = 1
+        when built, and outside of jit); traced, the nearest of 0 and 1 is taken, as 0 is
+        of a traced n below it.
       every: Move the average on every k-th step only (when (s - start) % k == 0), by the
         product of the decays since the last move: the window keeps its length in steps.
         The steps between cost no pass over the parameters. Default 1.
@@ -258,7 +261,8 @@ def averaged(
       overwrite_every: k: after every k-th step the parameters are set to the average
         (Switch EMA). The updates then lead from the parameters to the average, exactly up
         to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
-        None, the default: never. Not together with `sharding` and `memory_kind`.
+        None, the default: never. A multiple of `every`. Not together with `sharding` and
+        `memory_kind`.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
         stochastic_rounding, sharding, memory_kind: As in `average_params`.
 
@@ -283,8 +287,15 @@ def averaged(
       https://arxiv.org/abs/2402.09240 (`overwrite_every`)
     """
     check_optimizer("averaged", "optimizer", optimizer)
+    check_flag("averaged", "sequential", sequential)
     if overwrite_every is not None:
         check_integer("averaged", "overwrite_every", overwrite_every, 1)
+        check_integer("averaged", "every", every, 1)
+        if overwrite_every % every:
+            raise ValueError(
+                f"averaged: overwrite_every={overwrite_every} must be a multiple of "
+                f"every={every}: between its moves the average is an old one."
+            )
         if not (isinstance(sharding, str) and sharding == LIKE_PARAMS) or memory_kind:
             raise ValueError(
                 "averaged: overwrite_every needs the average where the parameters are: "

@@ -12,9 +12,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from emaopt._checks import check_decay, check_flag, check_integer
+from emaopt._checks import (
+    check_beta,
+    check_decay,
+    check_flag,
+    check_integer,
+    checked_count,
+)
 from emaopt._conditional import once_if
-from emaopt._decays import DecayLike, one_minus
+from emaopt._decays import Decay, DecayLike, one_minus
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
@@ -135,9 +141,18 @@ def make_averager(
 
         # All of it scalar: by how much the average moves, and whether it moves now.
         s: Any = optax.safe_increment(state.num_updates)
-        t: Any = jnp.maximum(s - start, 0) if num_updates is None else num_updates
+        t: Any = jnp.maximum(s - start, 0)
+        if num_updates is not None:
+            count = checked_count(function, "num_updates", num_updates)
+            t = jnp.asarray(count, jnp.int32)
         copying = s < start
         newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
+        if constant is None and not isinstance(decay, Decay):
+            # A function of the user's, or a hyperparameter that changes in mid-run. Where
+            # its value is traced, out of [0, 1] it is the nearest; a NaN shows.
+            if not isinstance(newest, jax.core.Tracer) and not jnp.isnan(newest):
+                check_beta(function, decay, 1 - newest, f" at t = {t}")
+            newest = jnp.clip(newest, 0, 1)
         pending = _move(state.pending, 1.0, newest, copying)
         # Divided also where by 1, which the compiler does not know: XLA computes a
         # quotient once, but cheaper scalars again in the kernel of each leaf.
