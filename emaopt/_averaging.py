@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from emaopt._checks import check_flag, check_integer, check_optimizer
+from emaopt._checks import (
+    check_flag,
+    check_integer,
+    check_optimizer,
+    refuse_unlike,
+)
 from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
 from emaopt._rounding import lead, settled
@@ -224,8 +229,12 @@ def average_params(
                 "average_params averages the parameters, but update was called without "
                 "them: call tx.update(grads, state, params)."
             )
-        updates = settled(updates)
-        seen = optax.apply_updates(params, updates)
+        try:
+            updates = settled(updates)
+            seen = optax.apply_updates(params, updates)
+        except (TypeError, ValueError) as error:
+            refuse_unlike("average_params", params, error, updates=updates)
+            raise
         return updates, averager.update(seen, state, num_updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -326,15 +335,24 @@ def averaged(
                 "averaged averages the parameters, but update was called without them: "
                 "call tx.update(grads, state, params)."
             )
+        if not isinstance(state, AveragedState):
+            raise TypeError(
+                "averaged: the state must be an AveragedState as init makes it, got "
+                f"{type(state).__name__}."
+            )
         if num_updates is not None:
             extra_args["num_updates"] = num_updates
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        seen = params
-        if sequential:
-            updates = settled(updates, selected=overwrite_every is not None)
-            seen = optax.apply_updates(params, updates)
+        try:
+            updates, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            seen = params
+            if sequential:
+                updates = settled(updates, selected=overwrite_every is not None)
+                seen = optax.apply_updates(params, updates)
+        except (TypeError, ValueError, AttributeError) as error:
+            refuse_unlike("averaged", params, error, updates=updates)
+            raise
         averaging = averager.update(seen, state.averaging, num_updates)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0

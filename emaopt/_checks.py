@@ -1,6 +1,8 @@
 """Checks of arguments; the message names the function, what it got and what it takes."""
 
+import inspect
 import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -141,3 +143,172 @@ def check_flag(function: str, argument: str, value: Any) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{function}: {argument} must be True or False, got {value!r}.")
+
+
+def check_text(
+    function: str, argument: str, value: Any, *, optional: bool = False
+) -> None:
+    """Raises unless `value` is a string; or None, where that is a choice too."""
+    if not (isinstance(value, str) or (optional and value is None)):
+        what = "a string or None" if optional else "a string"
+        raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
+
+
+def check_choice(function: str, argument: str, value: Any, choices: Sequence) -> None:
+    """Raises unless `value` is one of the strings, or None if that is among them."""
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(
+            f"{function}: {argument} must be one of {', '.join(map(repr, choices))}, got "
+            f"{value!r}."
+        )
+
+
+def check_callable(
+    function: str,
+    argument: str,
+    value: Any,
+    takes: int | None = None,
+    *,
+    optional: bool = False,
+) -> None:
+    """Raises unless `value` is a function that takes so many arguments, or None.
+
+    Not every function tells how many it takes; what one says by itself is left to it.
+    """
+    if optional and value is None:
+        return
+    many = "" if takes is None else f" of {takes} argument{'s' * (takes != 1)}"
+    if not callable(value):
+        raise TypeError(
+            f"{function}: {argument} must be a function{many}, got {value!r}."
+        )
+    if takes is not None:
+        try:
+            signature = inspect.signature(value)
+        except (ValueError, TypeError):
+            return
+        try:
+            signature.bind(*[None] * takes)
+        except TypeError as error:
+            raise TypeError(
+                f"{function}: {argument} must be a function{many}; {value!r} is not: "
+                f"{error}."
+            ) from None
+
+
+def check_mapping(
+    function: str, argument: str, value: Any, *, optional: bool = False
+) -> None:
+    """Raises unless `value` is a dict or another mapping; or None, where it may be."""
+    if not (isinstance(value, Mapping) or (optional and value is None)):
+        raise TypeError(f"{function}: {argument} must be a dict, got {value!r}.")
+
+
+def check_dtype(function: str, argument: str, value: Any) -> Any:
+    """The floating dtype that `value` is, or None; an error if it is another thing."""
+    if value is None:
+        return None
+    dtype = as_dtype(function, argument, value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{function}: {argument} must be floating, got {dtype}.")
+    return dtype
+
+
+def as_dtype(function: str, argument: str, value: Any) -> np.dtype:
+    """The dtype that `value` is, or an error."""
+    # NumPy makes one of much else: of None, of the type int, of lists of pairs.
+    try:
+        if isinstance(value, (str, type, np.dtype)):
+            return jnp.dtype(value)
+    except (TypeError, ValueError, SyntaxError):
+        pass  # said below
+    raise TypeError(f"{function}: {argument} must be a dtype, got {value!r}.")
+
+
+def check_vector(function: str, argument: str, value: Any) -> np.ndarray:
+    """The finite numbers [n] that `value` holds, n at least 1, or an error."""
+    return check_real(function, argument, value, "a vector of numbers", (1,))
+
+
+def check_real(
+    function: str, argument: str, value: Any, what: str, ndims: Collection[int] = ()
+) -> np.ndarray:
+    """Finite real numbers as float64, of one of the ranks; an error says what is due."""
+    try:
+        found = np.asarray(value)
+        fits = found.dtype.kind in "iuf" or jnp.issubdtype(found.dtype, jnp.floating)
+        fits = fits and found.size > 0 and (not ndims or found.ndim in ndims)
+        found = found.astype(np.float64) if fits else found
+    except (TypeError, ValueError):  # ragged, say
+        fits = False
+    if not fits:
+        raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{function}: {argument} must be finite, got {value!r}.")
+    return found
+
+
+def check_iterable(function: str, argument: str, value: Any, of: str) -> None:
+    """Raises unless `value` holds several of what it is to be `of`: no text, no dict."""
+    one = isinstance(value, (str, bytes, Mapping)) or getattr(value, "ndim", 1) == 0
+    if one or isinstance(value, type) or not hasattr(value, "__iter__"):
+        raise TypeError(
+            f"{function}: {argument} must be a sequence of {of}, got {value!r}."
+        )
+
+
+def check_sequence(function: str, argument: str, value: Any, of: str) -> None:
+    """The same, of what has a length and is there as often as it is asked for."""
+    check_iterable(function, argument, value, of)
+    if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise TypeError(
+            f"{function}: {argument} must be a sequence of {of}, got {value!r}."
+        )
+
+
+def check_arrays(
+    function: str, argument: str, tree: Any, *, others: bool = False
+) -> None:
+    """Raises unless all leaves are arrays or numbers of JAX's; or `others` than NumPy's.
+
+    Parameters may hold what is no array, such as the functions in an Equinox model.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)):
+            continue
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            if leaf.dtype.kind not in "OSUMm":
+                continue
+        elif others or (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            continue
+        raise TypeError(f"{function}: {argument} must hold arrays, got {leaf!r}.")
+
+
+def unlike(tree: Any, other: Any) -> str | None:
+    """In which way a tree of arrays is not like another, in words; None if it is."""
+    have, want = jax.tree.structure(tree), jax.tree.structure(other)
+    if have != want:
+        return f"{have}, not {want}"
+    with_path = jax.tree_util.tree_flatten_with_path(tree)[0]
+    for (path, leaf), wanted in zip(with_path, jax.tree.leaves(other), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the leaf"
+        number = isinstance(leaf, (float, int, complex, np.generic))
+        if not (number or hasattr(leaf, "dtype")) or (
+            getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSUMm"
+        ):
+            return f"{name} is {leaf!r}, no array"
+        if np.shape(leaf) != np.shape(wanted):
+            return f"{name} has shape {np.shape(leaf)}, not {np.shape(wanted)}"
+    return None
+
+
+def refuse_unlike(function: str, params: Any, error: Exception, **trees: Any) -> None:
+    """Raises if one of the trees, in which something went wrong, is not like `params`.
+
+    Asked afterwards, for it takes as long as a small update.
+    """
+    for argument, tree in trees.items():
+        if (what := unlike(tree, params)) is not None:
+            raise ValueError(
+                f"{function}: {argument} must be a tree like the parameters, got {what}."
+            ) from error

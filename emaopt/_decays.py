@@ -38,20 +38,23 @@ class Decay:
     breaks: tuple[float, ...] = ()
 
     def __call__(self, t: ArrayLike) -> Any:
-        return self.beta(*_namespace(t))
+        return self.beta(*_namespace(self, t))
 
     def one_minus(self, t: ArrayLike) -> Any:
-        return self.complement(*_namespace(t))
+        return self.complement(*_namespace(self, t))
 
     def __repr__(self) -> str:
         return self.description
 
 
-def _namespace(t: ArrayLike) -> tuple[Any, Any]:
+def _namespace(decay: Any, t: ArrayLike) -> tuple[Any, Any]:
     """The array functions to compute with, and t as a floating-point array."""
-    if isinstance(t, np.ndarray):
+    if isinstance(t, np.ndarray) and t.dtype.kind in "iuf":
         return np, t.astype(np.float64)
-    return jnp, jnp.asarray(t, dtype=float)
+    try:
+        return jnp, jnp.asarray(t, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{decay}: t must be a number, got {t!r}.") from None
 
 
 def one_minus(decay: DecayLike, t: ArrayLike) -> Any:

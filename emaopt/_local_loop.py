@@ -9,11 +9,16 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from emaopt._checks import check_integer, check_optimizer
+from emaopt._checks import (
+    check_arrays,
+    check_callable,
+    check_integer,
+    check_optimizer,
+)
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
-from emaopt._reading import find_center
+from emaopt._reading import find_center, paired
 from emaopt._recursion import is_averaged
 from emaopt._workers import Mapped, Stacked
 
@@ -37,6 +42,7 @@ def stack_workers(params: Any, num_workers: int) -> Any:
        [1. 2.]]
     """
     check_integer("stack_workers", "num_workers", num_workers, 1)
+    check_arrays("stack_workers", "params", params)
     return jax.tree.map(
         lambda leaf: jnp.array(
             jnp.broadcast_to(leaf, (num_workers, *jnp.shape(leaf))), copy=True
@@ -80,6 +86,7 @@ def state_specs(
       True
     """
     check_optimizer("state_specs", "optimizer", optimizer)
+    check_arrays("state_specs", "params", params, others=True)
     state = jax.eval_shape(optimizer.init, params)
     center = find_center("state_specs", state, None)
     pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
@@ -143,6 +150,10 @@ def local_round(
       >>> print(params)
       [3.5 3.5]
     """
+    check_optimizer("local_round", "optimizer", optimizer)
+    check_callable("local_round", "value_and_grad", value_and_grad, 2)
+    check_arrays("local_round", "params", params, others=True)
+    check_arrays("local_round", "batches", batches)
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(steps) != 1 or steps <= {(), (0,)}:
         raise ValueError(
@@ -199,7 +210,9 @@ def synchronize(
       [-2. -2.] [-2.]
     """
     state = find_center("synchronize", opt_state, name)
+    check_arrays("synchronize", "params", params, others=True)
     leaves, treedef = jax.tree.flatten(params)
+    paired("synchronize", state.center, params, stacked=True)
     center = treedef.flatten_up_to(state.center)
     pulled = [None] * len(leaves)
     if state.pulled is not None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from emaopt._checks import check_text
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
     as_state,
@@ -111,6 +112,7 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
       >>> print(served, swap(served, kept)[0])
       [0. 0.] [1. 1.]
     """
+    check_text("swap", "name", name, optional=True)
     nodes = served_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name("swap", opt_state, name)
@@ -229,6 +231,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
 
 def find_average(function: str, opt_state: Any, name: str | None) -> AverageState:
     """The one `AverageState` in a state, or an error that says what is there instead."""
+    check_text(function, "name", name, optional=True)
     nodes = average_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)
@@ -238,6 +241,7 @@ def find_average(function: str, opt_state: Any, name: str | None) -> AverageStat
 
 def find_center(function: str, opt_state: Any, name: str | None) -> Any:
     """The one `LocalUpdatesState` in a state, or an error."""
+    check_text(function, "name", name, optional=True)
     nodes = center_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)

@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from emaopt._checks import (
+    as_dtype,
+    check_arrays,
     check_beta,
     check_decay,
     check_flag,
@@ -106,6 +108,7 @@ def make_averager(
     may_copy = may_copy or constant is None or constant**every < 1e-6
 
     def init(tree):
+        check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         chosen = chosen_by(function, mask, tree, len(leaves))
         where = places(function, sharding, memory_kind, tree, leaves)
@@ -242,12 +245,7 @@ def _checked_accumulator(
     function: str, dtype: Any, decay: DecayLike, every: int, stochastic: bool
 ) -> Any:
     """The accumulator's dtype, unless the average could not move in it."""
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(
-            f"{function}: accumulator_dtype must be a dtype, got {dtype!r}."
-        ) from None
+    dtype = as_dtype(function, "accumulator_dtype", dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."

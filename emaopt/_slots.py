@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from emaopt._checks import check_text
 from emaopt._names import key_name, leaves_with_keys, named_leaves
 from emaopt._nodes import center_nodes, fits
 
@@ -68,6 +69,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
       >>> print(get_slot(state, params, "trace"))
       {'w': Array([0., 0.], dtype=float32)}
     """
+    check_text("get_slot", "name", name)
     slots = _slots("get_slot", opt_state, params)
     wanted = tuple(name.split("/"))
     found = {k: v for k, v in slots.items() if k == wanted}

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_decay, check_flag, check_integer
@@ -43,13 +44,14 @@ def decay_weights(
       >>> print(decay_weights(0.5, 3))
       [0.125 0.125 0.25  0.5  ]
     """
-    taken = shares_taken(
-        "decay_weights", decay, num_steps, every=every, start=start, debias=debias
+    return weights_of_shares(
+        shares_taken(
+            "decay_weights", decay, num_steps, every=every, start=start, debias=debias
+        )
     )
-    return _weights_of_shares(taken)
 
 
-def _weights_of_shares(taken: np.ndarray) -> np.ndarray:
+def weights_of_shares(taken: np.ndarray) -> np.ndarray:
     kept = np.cumprod((1 - taken)[::-1])[::-1]  # [T+1], of what there was before step i
     return taken * np.append(kept[1:], 1.0)
 
@@ -173,7 +175,7 @@ def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
         taken = shares_taken(
             "weight_summary", decay, num_steps, every=1, start=0, debias=debias
         )
-        return weight_summary(_weights_of_shares(taken))
+        return weight_summary(weights_of_shares(taken))
     breaks = getattr(decay, "breaks", ())
 
     def weights(i):
@@ -183,18 +185,23 @@ def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
     return WeightSummary(*sums_of(profile, debias))
 
 
-def checked_weights(function: str, weights: Any) -> np.ndarray:
+def checked_weights(function: str, weights: Any, argument: str = "weights") -> np.ndarray:
     """The weights as float64 [T+1], or an error."""
     given = weights
     try:
-        weights = np.asarray(given, np.float64)
-    except (ValueError, TypeError):
+        weights = np.asarray(given)
+        numbers = weights.dtype.kind in "iu"
+        numbers = numbers or jnp.issubdtype(weights.dtype, jnp.floating)
+        weights = weights.astype(np.float64) if numbers else weights
+    except (ValueError, TypeError):  # ragged, say
+        numbers = False
+    if not numbers:
         raise TypeError(
-            f"{function}: weights must be a vector of numbers, got {given!r}."
-        ) from None
+            f"{function}: {argument} must be a vector of numbers, got {given!r}."
+        )
     if weights.ndim != 1 or weights.size == 0 or not np.isclose(weights.sum(), 1):
         raise ValueError(
-            f"{function}: weights must be a vector [T+1] with sum 1, such as "
+            f"{function}: {argument} must be a vector [T+1] with sum 1, such as "
             f"decay_weights(0.99, 1000), got shape {weights.shape} with sum "
             f"{weights.sum()}."
             + (" Of a decay, give num_steps." if function == "weight_summary" else "")

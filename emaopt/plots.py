@@ -14,22 +14,53 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from emaopt._checks import (
+    check_mapping,
+    check_number,
+    check_real,
+    check_text,
+    check_vector,
+)
+from emaopt._paths import check_writable
 from emaopt._writing import writing
 
 RAW, AVERAGED = "#d1603d", "#1f5fa8"
+_LARGEST = 1000.0  # inches
+_FARTHEST = 1e300  # of what an axis shows
 _COLORS = (AVERAGED, RAW, "#4f8a3c", "#8b5fa8", "#b08a1e", "#5b6670")
 
 
 def new_axes(width: float = 8.0, height: float = 4.2) -> Axes:
-    """Makes an empty Axes in a figure of its own, `axes.figure`; inches."""
+    """Makes an empty Axes in a figure of its own, `axes.figure`; inches.
+
+    Raises:
+      ValueError, TypeError: If a size is no number in (0, 1000].
+    """
+    check_number("new_axes", "width", width, 0, _LARGEST, above=True)
+    check_number("new_axes", "height", height, 0, _LARGEST, above=True)
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
-    """Writes the figure of the axes; the file is there whole or not at all."""
+    """Writes the figure of the axes; the file is there whole or not at all.
+
+    Raises:
+      ValueError, TypeError: If an argument is none, or the ending of `path` is of no kind
+        of picture that Matplotlib writes.
+    """
+    _check_axes("save", axes)
+    check_writable("save", "path", path)
+    check_number("save", "dpi", dpi, 0, 10_000, above=True)
     figure: Any = axes.figure
+    kind = pathlib.Path(path).suffix[1:] or "png"
+    if kind not in (known := figure.canvas.get_supported_filetypes()):
+        raise ValueError(
+            f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}."
+        )
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"save: {path} is a directory; give the file to make.")
     with writing(path) as file:
-        figure.savefig(file, dpi=dpi, format=pathlib.Path(path).suffix[1:] or "png")
+        figure.savefig(file, dpi=dpi, format=kind)
 
 
 def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
@@ -49,8 +80,11 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
       >>> print(weight_profiles(new_axes(), {"β = 0.99": weights}).get_xlabel())
       training step
     """
+    _check_axes("weight_profiles", axes)
+    check_mapping("weight_profiles", "profiles", profiles)
     for i, (label, weights) in enumerate(profiles.items()):
-        weights = np.asarray(weights)
+        check_text("weight_profiles", "each label of profiles", label)
+        weights = check_vector("weight_profiles", "profiles", weights)
         steps = np.arange(1, weights.size)
         color = _COLORS[i % len(_COLORS)]
         axes.plot(steps, weights[1:], color=color, label=label, lw=1.8)
@@ -84,6 +118,19 @@ def width_sweep(
       >>> print(axes.get_ylabel())
       held-out loss
     """
+    _check_axes("width_sweep", axes)
+    sigma_rel = check_vector("width_sweep", "sigma_rel", sigma_rel)
+    losses = check_vector("width_sweep", "losses", losses)
+    if len(sigma_rel) != len(losses):
+        raise ValueError(
+            f"width_sweep: {len(losses)} losses for {len(sigma_rel)} of sigma_rel."
+        )
+    check_mapping("width_sweep", "recorded", recorded, optional=True)
+    if recorded:
+        for pair in recorded.items():
+            check_vector("width_sweep", "recorded", pair)
+    if raw is not None:
+        check_number("width_sweep", "raw", raw, -_FARTHEST, _FARTHEST)
     label = "synthesized after training"
     axes.plot(sigma_rel, losses, color=AVERAGED, label=label, lw=1.8, marker=".")
     if recorded:
@@ -113,6 +160,18 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
       >>> print(axes.get_yscale())
       log
     """
+    _check_axes("curves", axes)
+    steps = check_vector("curves", "steps", steps)
+    raw = check_real("curves", "raw", raw, "losses [n] or [runs, n]", (1, 2))
+    averaged = check_real(
+        "curves", "averaged", averaged, "losses [n] or [runs, n]", (1, 2)
+    )
+    for argument, losses in (("raw", raw), ("averaged", averaged)):
+        if losses.shape[-1] != len(steps):
+            raise ValueError(
+                f"curves: {argument} must be [n] or [runs, n] for {len(steps)} steps, "
+                f"got shape {losses.shape}."
+            )
     series = [("raw parameters", raw, RAW), ("their average", averaged, AVERAGED)]
     for label, losses, color in series:
         losses = np.atleast_2d(losses)
@@ -127,6 +186,14 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(0, steps[-1])
     return _finished(axes)
+
+
+def _check_axes(function: str, axes: Any) -> None:
+    if not isinstance(axes, Axes):
+        raise TypeError(
+            f"{function}: axes must be an Axes of Matplotlib's, as new_axes() makes, got "
+            f"{axes!r}."
+        )
 
 
 def _finished(axes: Axes) -> Axes:

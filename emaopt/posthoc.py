@@ -31,7 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emaopt._checks import check_integer, check_number
+from emaopt._checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_real,
+    check_sequence,
+    check_vector,
+)
 from emaopt._combining import combine as combine
 from emaopt._decays import DecayLike, gamma_of_sigma_rel
 from emaopt._profiles import annealing_weights as annealing_weights
@@ -114,6 +121,9 @@ def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> n
     Returns:
       float64, in one over the unit of time.
 
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, or not of finite numbers.
+
     Example:
       >>> print(power_inner_product(0, 1, 0, 2))
       0.5
@@ -121,9 +131,21 @@ def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> n
     References:
       Karras et al., 2024, appendix C.2, https://arxiv.org/abs/2312.02696
     """
-    gamma_a, end_a, gamma_b, end_b = (
-        np.asarray(x, np.float64) for x in (gamma_a, end_a, gamma_b, end_b)
-    )
+    name = "power_inner_product"
+    gamma_a = check_real(name, "gamma_a", gamma_a, "numbers")
+    end_a = check_real(name, "end_a", end_a, "numbers")
+    gamma_b = check_real(name, "gamma_b", gamma_b, "numbers")
+    end_b = check_real(name, "end_b", end_b, "numbers")
+    try:
+        np.broadcast_shapes(gamma_a.shape, end_a.shape, gamma_b.shape, end_b.shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from None
+    if np.any(end_a <= 0) or np.any(end_b <= 0):
+        raise ValueError(f"{name}: end_a and end_b must be greater than 0.")
+    if np.any(gamma_a <= -1) or np.any(gamma_b <= -1) or np.any(gamma_a + gamma_b <= -1):
+        raise ValueError(
+            f"{name}: gamma_a, gamma_b and their sum must be greater than -1."
+        )
     late = np.maximum(end_a, end_b)
     of_late = np.where(end_a <= end_b, gamma_b, gamma_a)
     scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * late)
@@ -202,8 +224,14 @@ def solve(
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696, who solve it for power
       profiles, without the constraint, by their inner products.
     """
+    if rcond is not None:
+        check_number("solve", "rcond", rcond, 0)
     matrix: Any = np.asanyarray(snapshot_weights)
-    target = checked_weights("solve", target_weights)
+    target = checked_weights("solve", target_weights, "target_weights")
+    if matrix.dtype.kind not in "iuf":
+        raise TypeError(
+            f"solve: snapshot_weights must be numbers, got {snapshot_weights!r}."
+        )
     if matrix.ndim != 2 or not matrix.shape[0] or matrix.shape[1] != target.size:
         raise ValueError(
             "solve: snapshot_weights must be [n, T+1] with n >= 1 and target_weights "
@@ -241,7 +269,9 @@ def solve_recorded(
       True
     """
     name = "solve_recorded"
-    target = checked_weights(name, target_weights)
+    if rcond is not None:
+        check_number(name, "rcond", rcond, 0)
+    target = checked_weights(name, target_weights, "target_weights")
     ends = _checked_steps(name, recorded, None)
     num_steps = max(target.size - 1, int(ends.max()))
     target = np.append(target, np.zeros(num_steps + 1 - target.size))
@@ -280,6 +310,8 @@ def snapshots_needed(
       88
     """
     check_number("snapshots_needed", "error", error, 1e-6, 1)
+    sigma_rel = check_real("snapshots_needed", "sigma_rel", sigma_rel, "widths", (0, 1))
+    recorded = check_vector("snapshots_needed", "recorded", recorded)
     targets = [
         gamma_of_sigma_rel("snapshots_needed", s) for s in np.atleast_1d(sigma_rel)
     ]
@@ -293,8 +325,9 @@ def snapshots_needed(
         low, high = high, 2 * high
         if high > 512:
             raise ValueError(
-                f"snapshots_needed: 512 snapshots of sigma_rel={tuple(recorded)} give no "
-                f"residual of {error} at sigma_rel={sigma_rel}. Record a width nearby."
+                "snapshots_needed: 512 snapshots of sigma_rel="
+                f"{tuple(map(float, recorded))} give no residual of {error} at "
+                f"sigma_rel={sigma_rel}. Record a width nearby."
             )
     while high - low > 1:
         middle = (low + high) // 2
@@ -306,6 +339,12 @@ def _checked_steps(
     function: str, recorded: Sequence[Recorded], num_steps: int | None
 ) -> np.ndarray:
     """The steps of all snapshots, [n]."""
+    check_sequence(function, "recorded", recorded, "Recorded")
+    for one in recorded:
+        if not isinstance(one, Recorded):
+            raise TypeError(f"{function}: recorded must hold Recorded, got {one!r}.")
+        check_sequence(function, "the steps of an average", one.steps, "whole numbers")
+        check_flag(function, "debias", one.debias)
     ends = [np.asarray(one.steps) for one in recorded]
     for steps in ends:
         whole = steps.ndim == 1 and steps.size and np.issubdtype(steps.dtype, np.integer)

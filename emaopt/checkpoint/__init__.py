@@ -12,9 +12,17 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from emaopt._checks import (
+    check_callable,
+    check_dtype,
+    check_flag,
+    check_mapping,
+    check_text,
+)
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
-from emaopt._places import Choice, Ways
+from emaopt._paths import check_readable, check_writable
+from emaopt._places import Choice, Ways, check_choices
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import (
     _checksums,
@@ -110,6 +118,12 @@ def save(
       >>> print(load_averaged(path)["w"])
       [-0.5 -0.5]
     """
+    check_writable("save", "path", path)
+    check_choices("save", name, params)
+    check_flag("save", "optional", optional)
+    check_flag("save", "force", force)
+    check_flag("save", "checksums", checksums)
+    check_mapping("save", "custom_metadata", custom_metadata, optional=True)
     if _record.KEY in (custom_metadata or {}):
         raise ValueError(
             f"save: custom_metadata[{_record.KEY!r}] is where emaopt keeps its own "
@@ -204,6 +218,12 @@ def restore(
       >>> print(restore(path, jax.eval_shape(lambda: state))["params"])
       [1. 1.]
     """
+    check_readable("restore", "path", path)
+    check_choices("restore", None, params)
+    check_mapping("restore", "rename", rename, optional=True)
+    check_flag("restore", "keep_missing", keep_missing)
+    check_flag("restore", "ignore_extra", ignore_extra)
+    check_callable("restore", "report", report, 1)
     at = params if isinstance(params, str) else None
     files = _files.open_files("restore", path, at=at)
     _replacing.take_up(_files.absolute(path))
@@ -263,6 +283,11 @@ def load_averaged(
       >>> load_averaged(path, dtype=jnp.bfloat16)["w"].dtype
       dtype(bfloat16)
     """
+    check_readable("load_averaged", "path", path)
+    check_dtype("load_averaged", "dtype", dtype)
+    check_text("load_averaged", "name", name, optional=True)
+    check_text("load_averaged", "at", at, optional=True)
+    check_flag("load_averaged", "ignore_extra", ignore_extra)
     files = _files.open_files("load_averaged", path, at=at, option="at", lazy=True)
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
@@ -316,6 +341,14 @@ def export_safetensors(
       >>> load_file(path + ".safetensors")
       {'dense/kernel': array([1., 1.], dtype=float32)}
     """
+    check_readable("export_safetensors", "path", path)
+    check_writable("export_safetensors", "out", out)
+    check_text("export_safetensors", "weights", weights, optional=True)
+    check_text("export_safetensors", "at", at, optional=True)
+    check_dtype("export_safetensors", "dtype", dtype)
+    check_text("export_safetensors", "separator", separator)
+    check_flag("export_safetensors", "force", force)
+    check_callable("export_safetensors", "progress", progress, 2)
     found = _selecting.select("export_safetensors", path, weights, at)
     return _merging.exported(
         "export_safetensors",
@@ -359,6 +392,10 @@ def average_names(
       >>> print(average_names({"dense": {"kernel": 0.0}}))
       {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
     """
+    check_text("average_names", "name", name)
+    check_text("average_names", "scope", scope)
+    if callable(mask) and is_function(mask, params):
+        check_callable("average_names", "mask", mask, 1)
     flags = mask(params) if is_function(mask, params) else mask
     averaged = dict.fromkeys(_files.names_of(params), True)
     if flags is not None:
@@ -403,5 +440,7 @@ def metadata(
       >>> print(metadata((params, tx.init(params)))["emaopt"]["average"])
       ['1', 'averaging']
     """
+    check_choices("metadata", name, params)
+    check_flag("metadata", "optional", optional)
     state, places = _trees.served("metadata", state, name, params, optional)
     return _trees.marker(state, places) if places else {}

@@ -3,6 +3,8 @@
 import os
 from typing import Any, NamedTuple
 
+from emaopt._checks import check_text
+from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._weights import MOST, WeightSummary, weight_summary
 from emaopt.checkpoint import _files, _record, _replacing, _selecting, _synthesis
@@ -66,6 +68,8 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
       >>> print(describe(path).served)
       the averages of opt_state/averaging
     """
+    check_readable("describe", "path", path)
+    check_text("describe", "at", at, optional=True)
     files = _files.open_files("describe", path, at=at, option="at")
     ways, served = _selecting.what_stands("describe", files, at)
     leaves = []

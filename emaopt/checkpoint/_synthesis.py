@@ -4,10 +4,24 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from emaopt._checks import (
+    check_callable,
+    check_decay,
+    check_dtype,
+    check_flag,
+    check_integer,
+    check_mapping,
+    check_number,
+    check_sequence,
+    check_text,
+    check_vector,
+)
+from emaopt._paths import check_readable, check_writable
 from emaopt._profiles import BadProfile, decay_of, merge_weights, weights_of
-from emaopt._weights import decay_weights
+from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,
     _merging,
@@ -81,14 +95,16 @@ def combine(
       ...     print(checkpointer.restore(f"{run}/mean")["params"])
       {'w': array([1.5, 1.5], dtype=float32)}
     """
-    coefficients = np.asarray(coefficients, np.float64)
+    _check_merging("combine", out, at, dtype, force, progress, report)
+    _check_paths("combine", paths)
+    check_text("combine", "weights", weights, optional=True)
+    check_mapping("combine", "custom_metadata", custom_metadata, optional=True)
+    coefficients = check_vector("combine", "coefficients", coefficients)
     if not len(paths) or coefficients.shape != (len(paths),):
         raise ValueError(
             f"combine: give a coefficient for each checkpoint, got {len(paths)} of these "
             f"and coefficients of shape {coefficients.shape}."
         )
-    if not np.all(np.isfinite(coefficients)):
-        raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
     _merging.combined(
         "combine",
         _selecting.select_alike("combine", paths, weights, at),
@@ -161,6 +177,14 @@ def average(
       Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
       https://arxiv.org/abs/2507.17634
     """
+    _check_merging("average", out, at, dtype, force, progress, report)
+    _check_paths("average", paths)
+    check_text("average", "profile", profile)
+    if steps is not None:
+        check_sequence("average", "steps", steps, "whole numbers")
+        for step in steps:
+            check_integer("average", "each of steps", step, 0)
+    check_text("average", "weights", weights, optional=True)
     found, numbers = _selecting.in_order("average", paths, steps, report)
     try:
         coefficients = merge_weights(profile, len(found), numbers)
@@ -179,6 +203,24 @@ def average(
     )
     pairs = zip(found, coefficients, strict=True)
     return {str(path): float(coefficient) for path, coefficient in pairs}
+
+
+def _check_merging(
+    function: str, out: Any, at: Any, dtype: Any, force: Any, progress: Any, report: Any
+) -> None:
+    """Checks what all three take."""
+    check_writable(function, "out", out)
+    check_text(function, "at", at, optional=True)
+    check_dtype(function, "dtype", dtype)
+    check_flag(function, "force", force)
+    check_callable(function, "progress", progress, 2)
+    check_callable(function, "report", report, 1)
+
+
+def _check_paths(function: str, paths: Any) -> None:
+    check_sequence(function, "paths", paths, "paths")
+    for path in paths:
+        check_readable(function, "each of paths", path)
 
 
 class Synthesis(NamedTuple):
@@ -259,6 +301,15 @@ def synthesize(
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696
     """
     name = "synthesize"
+    _check_merging(name, out, at, dtype, force, progress, report)
+    check_readable(name, "directory", directory)
+    check_mapping(name, "recorded", recorded, optional=True)
+    check_integer(name, "every", every, 1)
+    check_integer(name, "start", start, 0)
+    if step is not None:
+        check_integer(name, "step", step, 0)
+    if rcond is not None:
+        check_number(name, "rcond", rcond, 0)
     _target(name, target, 1)  # whether it is a profile at all
     found, _ = _selecting.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
@@ -335,7 +386,9 @@ def synthesize(
 
 def _decay(function: str, decay: Any) -> Any:
     try:
-        return decay_of(decay) if isinstance(decay, str) else decay
+        decay = decay_of(decay) if isinstance(decay, str) else decay
+        check_decay(function, decay)
+        return decay
     except BadProfile as error:
         raise BadProfile(f"{function}: {error}") from None
 
@@ -392,6 +445,7 @@ def _target(function: str, target: Any, step: int) -> np.ndarray:
             return weights_of(target, step)
     except BadProfile as error:
         raise BadProfile(f"{function}: {error}") from None
-    if callable(target) or np.ndim(target) == 0:
-        return decay_weights(target, step)
-    return np.asarray(target, np.float64)
+    if isinstance(target, (list, tuple, np.ndarray, jax.Array)) and np.shape(target):
+        return checked_weights(function, target, "target")
+    taken = shares_taken(function, target, step, every=1, start=0, debias=False)
+    return weights_of_shares(taken)
