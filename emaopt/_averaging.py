@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from emaopt._betas import DecayLike
 from emaopt._checks import (
     check_flag,
     check_integer,
     check_optimizer,
     refuse_unlike,
 )
-from emaopt._decays import DecayLike
 from emaopt._recursion import Averager, is_averaged, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS

@@ -1,6 +1,7 @@
 """Checks of arguments; the message names the function, what it got and what it takes."""
 
 import inspect
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -157,9 +158,9 @@ def check_text(
 def check_choice(function: str, argument: str, value: Any, choices: Sequence) -> None:
     """Raises unless `value` is one of the strings, or None if that is among them."""
     if not isinstance(value, (str, type(None))) or value not in choices:
+        *some, last = map(repr, choices)
         raise ValueError(
-            f"{function}: {argument} must be one of {', '.join(map(repr, choices))}, got "
-            f"{value!r}."
+            f"{function}: {argument} must be {', '.join(some)} or {last}, got {value!r}."
         )
 
 
@@ -197,11 +198,31 @@ def check_callable(
 
 
 def check_mapping(
-    function: str, argument: str, value: Any, *, optional: bool = False
+    function: str,
+    argument: str,
+    value: Any,
+    *,
+    optional: bool = False,
+    of_text: bool = False,
 ) -> None:
     """Raises unless `value` is a dict or another mapping; or None, where it may be."""
-    if not (isinstance(value, Mapping) or (optional and value is None)):
-        raise TypeError(f"{function}: {argument} must be a dict, got {value!r}.")
+    if optional and value is None:
+        return
+    fits = isinstance(value, Mapping)
+    if fits and of_text:
+        fits = all(isinstance(part, str) for pair in value.items() for part in pair)
+    if not fits:
+        what = "a dict of strings" if of_text else "a dict"
+        raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
+
+
+def check_json(function: str, argument: str, value: Any) -> None:
+    """Raises unless `value` is a dict that JSON can hold, or None."""
+    check_mapping(function, argument, value, optional=True)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: {argument} must fit into JSON: {error}.") from None
 
 
 def check_dtype(function: str, argument: str, value: Any) -> Any:
@@ -234,6 +255,7 @@ def check_real(
     function: str, argument: str, value: Any, what: str, ndims: Collection[int] = ()
 ) -> np.ndarray:
     """Finite real numbers as float64, of one of the ranks; an error says what is due."""
+    found: Any = None
     try:
         found = np.asarray(value)
         fits = found.dtype.kind in "iuf" or jnp.issubdtype(found.dtype, jnp.floating)
@@ -274,6 +296,8 @@ def check_arrays(
     Parameters may hold what is no array, such as the functions in an Equinox model.
     """
     for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, int) and not _fits(leaf):
+            raise ValueError(f"{function}: {argument} holds {leaf}, too large for JAX.")
         if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)):
             continue
         if isinstance(leaf, (np.ndarray, np.generic)):
@@ -282,6 +306,12 @@ def check_arrays(
         elif others or (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             continue
         raise TypeError(f"{function}: {argument} must hold arrays, got {leaf!r}.")
+
+
+def _fits(number: int) -> bool:
+    """Whether JAX, as a rule of 32 bits, can make an array of an integer."""
+    bounds = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
+    return int(bounds.min) <= number <= int(bounds.max)
 
 
 def unlike(tree: Any, other: Any) -> str | None:

@@ -12,7 +12,7 @@ from emaopt._checks import check_arrays, check_callable, check_flag
 from emaopt._gates import GATE_OP, check_gate, gated
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
-from emaopt._recursion import is_averaged
+from emaopt._recursion import is_array, is_averaged
 
 
 def compute_gradients(
@@ -132,7 +132,9 @@ def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
     if var_list is None:
         return list(range(len(leaves)))
     if is_function(var_list, params):
-        if _takes_two(var_list):
+        two = _takes_two(var_list)
+        check_callable(function, "var_list", var_list, 2 if two else 1)
+        if two:
             flags = [
                 var_list(name, leaf)
                 for name, (_, leaf) in zip(names, leaves, strict=True)
@@ -166,9 +168,13 @@ def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
 
 
 def _takes_two(function: Callable) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some of Python's own tell none
+        return False
     required = [
         p
-        for p in inspect.signature(function).parameters.values()
+        for p in signature.parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return len(required) == 2
@@ -198,7 +204,11 @@ def _check_loss(function: str, loss: Any, grad_loss: Any) -> None:
         )
     if grad_loss is None:
         return
-    check_arrays(function, "grad_loss", [grad_loss])
+    if not is_array(grad_loss) or jnp.iscomplexobj(grad_loss):
+        raise TypeError(
+            f"{function}: grad_loss must be an array of real numbers, got {grad_loss!r}."
+        )
+    check_arrays(function, "grad_loss", grad_loss)
     if np.shape(grad_loss) != loss.shape:
         raise ValueError(
             f"{function}: grad_loss has shape {np.shape(grad_loss)}, the loss "

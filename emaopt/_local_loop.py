@@ -86,8 +86,13 @@ def state_specs(
       True
     """
     check_optimizer("state_specs", "optimizer", optimizer)
-    check_arrays("state_specs", "params", params, others=True)
-    state = jax.eval_shape(optimizer.init, params)
+    check_arrays("state_specs", "params", params)
+    try:
+        state = jax.eval_shape(optimizer.init, params)
+    except ValueError as error:
+        raise ValueError(
+            f"state_specs: optimizer.init refuses params: {error}"
+        ) from error
     center = find_center("state_specs", state, None)
     pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
     stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
@@ -152,7 +157,7 @@ def local_round(
     """
     check_optimizer("local_round", "optimizer", optimizer)
     check_callable("local_round", "value_and_grad", value_and_grad, 2)
-    check_arrays("local_round", "params", params, others=True)
+    check_arrays("local_round", "params", params)
     check_arrays("local_round", "batches", batches)
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(steps) != 1 or steps <= {(), (0,)}:
@@ -160,7 +165,8 @@ def local_round(
             "local_round: every leaf of batches has a leading axis with one entry for "
             f"each of the local steps, at least one; got {sorted(steps)}."
         )
-    find_center("local_round", opt_state, None)
+    state = find_center("local_round", opt_state, None)
+    paired("local_round", state.center, params, stacked=True)
     update = optax.with_extra_args_support(optimizer).update
 
     def step(carry, batch, exchange=False):

@@ -24,7 +24,7 @@ from emaopt._checks import (
 from emaopt._commits import accumulate, check_commit, start_center
 from emaopt._conditional import once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
-from emaopt._recursion import is_averaged, replicated_beside
+from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
 from emaopt._workers import Mapped, Stacked, held_until, of_all
 
@@ -155,8 +155,10 @@ class Engine:
             )
             return column(steps), inner_state
 
+        check_arrays(self.function, "updates", updates)
         try:
             gradients = column(updates)
+            self.workers.check(self.function, [g for g in gradients if is_array(g)])
         except (TypeError, ValueError) as error:
             refuse_unlike(self.function, params, error, updates=updates)
             raise

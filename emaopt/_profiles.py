@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from emaopt._betas import DecayLike
 from emaopt._checks import check_decay, check_number
 from emaopt._decays import (
-    DecayLike,
     half_life_decay,
     polynomial_decay,
     power_decay,

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from emaopt._betas import Decay, DecayLike, one_minus
 from emaopt._checks import (
     as_dtype,
     check_arrays,
@@ -22,7 +23,6 @@ from emaopt._checks import (
     checked_count,
 )
 from emaopt._conditional import once_if
-from emaopt._decays import Decay, DecayLike, one_minus
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
@@ -132,6 +132,7 @@ def make_averager(
 
     def update(tree, state, num_updates=None):
         _check_state(function, state, debias)
+        check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         where = places(function, sharding, memory_kind, tree, leaves)
         entries = _entries(function, leaves, treedef, state.average, where)

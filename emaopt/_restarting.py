@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_optimizer, checked_count
+from emaopt._checks import check_arrays, check_optimizer, checked_count
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
 from emaopt._reading import find_average, is_masked, map_with_keys, paired
@@ -129,6 +129,7 @@ def change_mask(
     """
     if not isinstance(optimizer, Averager):
         check_optimizer("change_mask", "optimizer", optimizer)
+    check_arrays("change_mask", "params", params, others=True)
     state = find_average("change_mask", opt_state, name)
     (node,) = average_nodes(opt_state, name).values()
     begun = optimizer.init(params)

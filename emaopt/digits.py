@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from sklearn.datasets import load_digits
 
 HELD_OUT = 500  # of 1,797
+_NONE: Any = object()  # no labels are asked for
 
 
 class Digits(NamedTuple):
@@ -120,7 +121,7 @@ def _graph() -> tuple[nnx.GraphDef, Any]:
     return graph, nnx.to_pure_dict(params)
 
 
-def _check(function: str, params: Any, images: Any, labels: Any = None) -> None:
+def _check(function: str, params: Any, images: Any, labels: Any = _NONE) -> None:
     """Raises unless the arguments are what the network takes; it alone, as a server."""
     leaves = jax.tree.leaves(params)
     like = _graph()[1]
@@ -138,7 +139,7 @@ def _check(function: str, params: Any, images: Any, labels: Any = None) -> None:
             f"{function}: images must be [n, 8, 8, 1], floating, n at least 1, got "
             f"{images!r}."
         )
-    if labels is not None:
+    if labels is not _NONE:
         kind = getattr(labels, "dtype", np.dtype(object)).kind
         if kind not in "iu" or np.shape(labels) != np.shape(images)[:1]:
             raise TypeError(

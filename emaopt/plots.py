@@ -50,14 +50,14 @@ def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
     """
     _check_axes("save", axes)
     check_writable("save", "path", path)
-    check_number("save", "dpi", dpi, 0, 10_000, above=True)
+    check_number("save", "dpi", dpi, 10, 10_000)
     figure: Any = axes.figure
     kind = pathlib.Path(path).suffix[1:] or "png"
     if kind not in (known := figure.canvas.get_supported_filetypes()):
         raise ValueError(
             f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}."
         )
-    if os.path.isdir(path):
+    if os.path.isdir(os.path.abspath(path)):
         raise IsADirectoryError(f"save: {path} is a directory; give the file to make.")
     with writing(path) as file:
         figure.savefig(file, dpi=dpi, format=kind)
@@ -119,11 +119,11 @@ def width_sweep(
       held-out loss
     """
     _check_axes("width_sweep", axes)
-    sigma_rel = check_vector("width_sweep", "sigma_rel", sigma_rel)
-    losses = check_vector("width_sweep", "losses", losses)
-    if len(sigma_rel) != len(losses):
+    widths = check_vector("width_sweep", "sigma_rel", sigma_rel)
+    heights = check_vector("width_sweep", "losses", losses)
+    if len(widths) != len(heights):
         raise ValueError(
-            f"width_sweep: {len(losses)} losses for {len(sigma_rel)} of sigma_rel."
+            f"width_sweep: {len(heights)} losses for {len(widths)} of sigma_rel."
         )
     check_mapping("width_sweep", "recorded", recorded, optional=True)
     if recorded:
@@ -132,7 +132,7 @@ def width_sweep(
     if raw is not None:
         check_number("width_sweep", "raw", raw, -_FARTHEST, _FARTHEST)
     label = "synthesized after training"
-    axes.plot(sigma_rel, losses, color=AVERAGED, label=label, lw=1.8, marker=".")
+    axes.plot(widths, heights, color=AVERAGED, label=label, lw=1.8, marker=".")
     if recorded:
         axes.plot(*zip(*recorded.items(), strict=True), "o", color=RAW, mfc="none", ms=9,
                   mew=1.8, label="really recorded")  # fmt: skip

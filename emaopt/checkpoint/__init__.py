@@ -16,11 +16,10 @@ from emaopt._checks import (
     check_callable,
     check_dtype,
     check_flag,
+    check_json,
     check_mapping,
     check_text,
 )
-from emaopt._masks import is_function
-from emaopt._names import named_leaves
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
 from emaopt._swapping import swap_state as swap_state
@@ -34,12 +33,13 @@ from emaopt.checkpoint import (
     _selecting,
     _trees,
 )
+from emaopt.checkpoint._average_names import average_names as average_names
+from emaopt.checkpoint._combinations import average as average
+from emaopt.checkpoint._combinations import combine as combine
 from emaopt.checkpoint._describing import Description as Description
 from emaopt.checkpoint._describing import describe as describe
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
 from emaopt.checkpoint._synthesis import Synthesis as Synthesis
-from emaopt.checkpoint._synthesis import average as average
-from emaopt.checkpoint._synthesis import combine as combine
 from emaopt.checkpoint._synthesis import synthesize as synthesize
 
 __all__ = [
@@ -123,7 +123,7 @@ def save(
     check_flag("save", "optional", optional)
     check_flag("save", "force", force)
     check_flag("save", "checksums", checksums)
-    check_mapping("save", "custom_metadata", custom_metadata, optional=True)
+    check_json("save", "custom_metadata", custom_metadata)
     if _record.KEY in (custom_metadata or {}):
         raise ValueError(
             f"save: custom_metadata[{_record.KEY!r}] is where emaopt keeps its own "
@@ -220,7 +220,7 @@ def restore(
     """
     check_readable("restore", "path", path)
     check_choices("restore", None, params)
-    check_mapping("restore", "rename", rename, optional=True)
+    check_mapping("restore", "rename", rename, optional=True, of_text=True)
     check_flag("restore", "keep_missing", keep_missing)
     check_flag("restore", "ignore_extra", ignore_extra)
     check_callable("restore", "report", report, 1)
@@ -359,54 +359,6 @@ def export_safetensors(
         force=force,
         progress=progress,
     )
-
-
-def average_names(
-    params: Any,
-    name: str = "ExponentialMovingAverage",
-    *,
-    mask: Any = None,
-    scope: str = "",
-) -> dict[str, str]:
-    """Maps names as TensorFlow gives averages to the parameters' own.
-
-    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns: use it to
-    rename what a converted TensorFlow checkpoint holds. Unlike that, it makes up no
-    average for what has none.
-
-    Args:
-      params: The parameters.
-      name: The average's name in TensorFlow.
-      mask: Which parameters have an average: a tree of booleans like `params` or a
-        function that makes one, such as `emaopt.by_name`. None: all.
-      scope: The variable scope in which TensorFlow made the averages.
-
-    Returns:
-      {"<scope>/path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/";
-      what has no average has its own name twice.
-
-    Raises:
-      ValueError: If `mask` is not like `params`.
-
-    Example:
-      >>> print(average_names({"dense": {"kernel": 0.0}}))
-      {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
-    """
-    check_text("average_names", "name", name)
-    check_text("average_names", "scope", scope)
-    if callable(mask) and is_function(mask, params):
-        check_callable("average_names", "mask", mask, 1)
-    flags = mask(params) if is_function(mask, params) else mask
-    averaged = dict.fromkeys(_files.names_of(params), True)
-    if flags is not None:
-        averaged = _files.names_of(flags)
-    if averaged.keys() != _files.names_of(params).keys():
-        raise ValueError("average_names: mask must be a tree of booleans like params.")
-    prefix = f"{scope}/" if scope else ""
-    flags = [averaged[names] for names in _files.names_of(params)]
-    named = ["/".join(names) for names, _ in named_leaves(params)]
-    pairs = zip(named, flags, strict=True)
-    return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in pairs}
 
 
 def metadata(

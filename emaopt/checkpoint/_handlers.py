@@ -102,7 +102,7 @@ def handler_registry(
     """
     check_choices("handler_registry", name, params)
     check_flag("handler_registry", "optional", optional)
-    check_mapping("handler_registry", "rename", rename, optional=True)
+    check_mapping("handler_registry", "rename", rename, optional=True, of_text=True)
     check_iterable("handler_registry", "items", items, "names")
     items = [*items]
     for item in items:
