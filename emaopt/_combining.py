@@ -26,6 +26,7 @@ def combine(trees: Iterable[Any], coefficients: Any) -> Any:
 
     Raises:
       ValueError: If the trees differ in structure, shapes or dtypes, or are not n.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(combine([{"w": np.zeros(2)}, {"w": np.ones(2)}], [0.25, 0.75]))

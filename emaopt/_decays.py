@@ -31,6 +31,7 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
 
     Raises:
       ValueError: If `max_decay` is outside [0, 1].
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(warmup_decay(0.999)(1))
@@ -120,6 +121,7 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
 
     Raises:
       ValueError: If `eta` is negative.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(polynomial_decay(3)(5))
@@ -175,6 +177,7 @@ def power_decay(
 
     Raises:
       ValueError: If none or both are given, or the value is out of range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(power_decay(gamma=1.0)(2))
@@ -252,6 +255,7 @@ def inverse_gamma_decay(
 
     Raises:
       ValueError: If an argument is out of its range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(inverse_gamma_decay(power=1.0)(3))
@@ -296,6 +300,7 @@ def half_life_decay(
 
     Raises:
       ValueError: If an argument is not greater than 0.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(half_life_decay(1)(100))
@@ -335,6 +340,7 @@ def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], 
 
     Raises:
       ValueError: If `batch_factor` is not greater than 0.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(f"{scale_decay(0.99, 2)(1):.4f}")

@@ -31,6 +31,7 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
 
     Raises:
       ValueError: If `mode` is none of the three.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt

@@ -75,6 +75,7 @@ def state_specs(
 
     Raises:
       ValueError: If there is no center in the state, or several.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -144,6 +145,7 @@ def local_round(
 
     Raises:
       ValueError: If there is no step, or not one center in the state.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -204,6 +206,7 @@ def synchronize(
 
     Raises:
       ValueError: If there is no center or several, or the parameters are others.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt

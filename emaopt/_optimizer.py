@@ -144,6 +144,7 @@ def minimize(
     Raises:
       ValueError: As `compute_gradients` and `apply_gradients`, and if the loss depends on
         none of the variables.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> tx = optax.sgd(3.0)

@@ -20,6 +20,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
     Raises:
       ValueError: If `sigma_rel` is out of its range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(f"{sigma_rel_to_gamma(0.1):.3f}")
@@ -39,6 +40,7 @@ def gamma_to_sigma_rel(gamma: float) -> float:
 
     Raises:
       ValueError: If `gamma` is out of its range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(f"{gamma_to_sigma_rel(0):.4f}")

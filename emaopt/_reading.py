@@ -57,6 +57,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
     Raises:
       ValueError: If there is no average, several, a swapped one, or one that leaves out
         parameters while `params` is None.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -103,6 +104,7 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
 
     Raises:
       ValueError: If there is no average or several, or it is of other parameters.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -142,6 +144,7 @@ def average_distance(
 
     Raises:
       ValueError: As for `get_average`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -180,6 +183,7 @@ def get_center(opt_state: Any, *, name: str | None = None) -> Any:
 
     Raises:
       ValueError: If there is no center, several, or a swapped one.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -208,6 +212,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
 
     Raises:
       ValueError: As for `get_center`, and if the parameters are others than the center's.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt

@@ -346,6 +346,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
 
     Raises:
       ValueError: If the parameters are not sharded over one mesh.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp

@@ -32,6 +32,7 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
 
     Raises:
       ValueError: If there are no parameters.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,6 +62,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
 
     Raises:
       ValueError: If there is no such slot, or several; the message lists them.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,6 +95,7 @@ def variables(opt_state: Any) -> dict[str, Any]:
 
     Raises:
       ValueError: If two arrays have one name, because a key has a "/" in it.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp

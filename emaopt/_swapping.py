@@ -48,6 +48,7 @@ def swap_state(
 
     Raises:
       ValueError: As for `save`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax

@@ -74,6 +74,9 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
     Returns:
       The axes.
 
+    Raises:
+      TypeError: If an argument is of another kind.
+
     Example:
       >>> import emaopt
       >>> weights = emaopt.decay_weights(0.99, 1000)
@@ -112,6 +115,9 @@ def width_sweep(
 
     Returns:
       The axes.
+
+    Raises:
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> axes = width_sweep(new_axes(), [0.05, 0.1, 0.2], [0.3, 0.2, 0.4], raw=0.5)
@@ -154,6 +160,9 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
 
     Returns:
       The axes, with a logarithmic scale of losses.
+
+    Raises:
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> axes = curves(new_axes(), [1, 2], [0.3, 0.2], [[0.3, 0.1], [0.2, 0.1]])

@@ -130,6 +130,7 @@ def solve(
     Raises:
       ValueError: If the shapes do not fit, values are not finite, or the target does not
         sum to 1.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -223,6 +224,7 @@ def snapshots_needed(
 
     Raises:
       ValueError: If a width is out of its range, or 512 are too few.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> snapshots_needed(0.01, sigma_rel=[0.05, 0.25])

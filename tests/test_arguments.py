@@ -49,7 +49,7 @@ def assert_answered(name: str, argument: str, root: Path, value: Any) -> None:
     except jax.errors.JAXTypeError:
         pass  # of traced values: JAX says where
     except Exception as error:
-        if (name, argument) in USERS or value in RAISING:
+        if (name, argument) in USERS or any(value is f for f in RAISING):
             return
         assert isinstance(error, (ValueError, TypeError, OSError)), repr(error)
         named = rf"\b{nonsense.shown_name(name)}\b"

@@ -106,6 +106,7 @@ def save(
     Raises:
       ValueError: If the state holds no average, several, or no parameters that it is the
         average of; or if `path` exists and `force` is False.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -208,6 +209,7 @@ def restore(
         float, integer, bool; integers may be wider, not narrower); the message lists
         them. If two averages or slots could be each other's. If the files are damaged.
         Nothing is half-restored.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -273,6 +275,7 @@ def load_averaged(
       FileNotFoundError: If there is no checkpoint at `path`.
       ValueError: If the checkpoint holds no average, or several, or nothing at `at`, or
         the target has other names or shapes, or the files are damaged.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -328,6 +331,7 @@ def export_safetensors(
       FileNotFoundError: If there is no checkpoint at `path`.
       FileExistsError: If `out` exists and `force` is False.
       ValueError: As for `load_averaged`; or if two names are one with this separator.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, optax, tempfile, emaopt
@@ -384,6 +388,7 @@ def metadata(
 
     Raises:
       ValueError: As for `save`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, optax, emaopt

@@ -36,6 +36,7 @@ def average_names(
 
     Raises:
       ValueError: If `mask` is not like `params`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(average_names({"dense": {"kernel": 0.0}}))

@@ -66,6 +66,7 @@ def combine(
       ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
         under the names (both are named), are not complete or damaged, do not hold the
         weights; or if `out` exists, or holds what is combined.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
@@ -142,6 +143,7 @@ def average(
     Raises:
       FileNotFoundError, ValueError: As `combine` does; if the profile is none, or needs
         steps and there are none, or two checkpoints have the same.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile

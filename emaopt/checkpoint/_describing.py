@@ -58,6 +58,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
       ValueError: If it is not complete or damaged, or has nothing at `at`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile

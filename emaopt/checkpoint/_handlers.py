@@ -83,6 +83,7 @@ def handler_registry(
     Raises:
       ValueError: If `metrics_of` is something else. From the manager: as `save` and
         `restore` do.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile
@@ -107,7 +108,7 @@ def handler_registry(
     items = [*items]
     for item in items:
         check_text("handler_registry", "each of items", item)
-    check_choice("handler_registry", "metrics_of", metrics_of, (None, "raw", "averaged"))
+    check_choice("handler_registry", "metrics_of", metrics_of, ("raw", "averaged", None))
     check_callable("handler_registry", "report", report, 1, optional=True)
     check_flag("handler_registry", "checksums", checksums)
     swapping = _Swapping(

@@ -79,6 +79,7 @@ def synthesize(
     Raises:
       FileNotFoundError, ValueError: As `combine` does; if there are no averages of known
         decays, or not the same ones in all checkpoints.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile, orbax.checkpoint as ocp
