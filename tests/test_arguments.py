@@ -60,13 +60,13 @@ def test_every_public_function_has_an_entry():
     assert CALLS.keys() == FUNCTIONS.keys()
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_entry_works(name, root):
     call(name, root, CALLS[name])
 
 
-@pytest.mark.quick(60)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name, argument", TABLE)
 def test_nonsense_is_answered_by_name(name, argument, root):
     for value in NONSENSE.values():
@@ -87,7 +87,7 @@ VALUES = st.one_of(
 )
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name, argument", TABLE)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(value=VALUES)
@@ -134,7 +134,7 @@ def refused(name: str, argument: str) -> list[str]:
 STRICT = [(name, argument) for name, argument in TABLE if refused(name, argument)]
 
 
-@pytest.mark.quick(60)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name, argument", STRICT)
 def test_what_an_argument_cannot_be_is_refused(name, argument, root):
     for value in refused(name, argument):
