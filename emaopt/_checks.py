@@ -252,9 +252,15 @@ def check_vector(function: str, argument: str, value: Any) -> np.ndarray:
 
 
 def check_real(
-    function: str, argument: str, value: Any, what: str, ndims: Collection[int] = ()
+    function: str,
+    argument: str,
+    value: Any,
+    what: str,
+    ndims: Collection[int] = (),
+    *,
+    finite: bool = True,
 ) -> np.ndarray:
-    """Finite real numbers as float64, of one of the ranks; an error says what is due."""
+    """Real numbers as float64, of one of the ranks; an error says `what` is due."""
     found: Any = None
     try:
         found = np.asarray(value)
@@ -265,7 +271,7 @@ def check_real(
         fits = False
     if not fits:
         raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
-    if not np.isfinite(found).all():
+    if finite and not np.isfinite(found).all():
         raise ValueError(f"{function}: {argument} must be finite, got {value!r}.")
     return found
 

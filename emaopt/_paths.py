@@ -39,7 +39,7 @@ def check_writable(function: str, argument: str, path: Any) -> None:
     check_path(function, argument, path)
     if _is_url(path):
         return
-    above = os.path.dirname(os.path.abspath(path))
+    above = os.path.dirname(os.path.realpath(path))  # what a link leads to is written
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above):

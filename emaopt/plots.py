@@ -52,7 +52,7 @@ def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
     check_writable("save", "path", path)
     check_number("save", "dpi", dpi, 10, 10_000)
     figure: Any = axes.figure
-    kind = pathlib.Path(path).suffix[1:] or "png"
+    kind = pathlib.Path(path).suffix[1:].lower() or "png"
     if kind not in (known := figure.canvas.get_supported_filetypes()):
         raise ValueError(
             f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}."
@@ -126,7 +126,7 @@ def width_sweep(
     """
     _check_axes("width_sweep", axes)
     widths = check_vector("width_sweep", "sigma_rel", sigma_rel)
-    heights = check_vector("width_sweep", "losses", losses)
+    heights = check_real("width_sweep", "losses", losses, "[n]", (1,), finite=False)
     if len(widths) != len(heights):
         raise ValueError(
             f"width_sweep: {len(heights)} losses for {len(widths)} of sigma_rel."
@@ -171,10 +171,9 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
     """
     _check_axes("curves", axes)
     steps = check_vector("curves", "steps", steps)
-    raw = check_real("curves", "raw", raw, "losses [n] or [runs, n]", (1, 2))
-    averaged = check_real(
-        "curves", "averaged", averaged, "losses [n] or [runs, n]", (1, 2)
-    )
+    what = "losses [n] or [runs, n]"
+    raw = check_real("curves", "raw", raw, what, (1, 2), finite=False)
+    averaged = check_real("curves", "averaged", averaged, what, (1, 2), finite=False)
     for argument, losses in (("raw", raw), ("averaged", averaged)):
         if losses.shape[-1] != len(steps):
             raise ValueError(

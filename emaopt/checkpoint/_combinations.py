@@ -9,8 +9,8 @@ from emaopt._checks import (
     check_dtype,
     check_flag,
     check_integer,
+    check_iterable,
     check_json,
-    check_sequence,
     check_text,
     check_vector,
 )
@@ -81,7 +81,7 @@ def combine(
       {'w': array([1.5, 1.5], dtype=float32)}
     """
     check_merging("combine", out, at, dtype, force, progress, report)
-    _check_paths("combine", paths)
+    paths = _checked_paths("combine", paths)
     check_text("combine", "weights", weights, optional=True)
     check_json("combine", "custom_metadata", custom_metadata)
     coefficients = check_vector("combine", "coefficients", coefficients)
@@ -164,10 +164,11 @@ def average(
       https://arxiv.org/abs/2507.17634
     """
     check_merging("average", out, at, dtype, force, progress, report)
-    _check_paths("average", paths)
+    paths = _checked_paths("average", paths)
     check_text("average", "profile", profile)
     if steps is not None:
-        check_sequence("average", "steps", steps, "whole numbers")
+        check_iterable("average", "steps", steps, "whole numbers")
+        steps = [*steps]
         for step in steps:
             check_integer("average", "each of steps", step, 0)
     check_text("average", "weights", weights, optional=True)
@@ -203,7 +204,9 @@ def check_merging(
     check_callable(function, "report", report, 1)
 
 
-def _check_paths(function: str, paths: Any) -> None:
-    check_sequence(function, "paths", paths, "paths")
+def _checked_paths(function: str, paths: Any) -> list[Any]:
+    check_iterable(function, "paths", paths, "paths")
+    paths = [*paths]
     for path in paths:
         check_readable(function, "each of paths", path)
+    return paths
