@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -195,6 +195,28 @@ def check_callable(
                 f"{function}: {argument} must be a function{many}; {value!r} is not: "
                 f"{error}."
             ) from None
+
+
+def check_axis_name(function: str, argument: str, value: Any) -> None:
+    """Raises unless `value` can be a mapped axis, or a tuple of several."""
+    names = value if isinstance(value, tuple) and value else (value,)
+    never = (bool, float, complex, np.generic, bytes, tuple)
+    for name in names:
+        hashable = isinstance(name, Hashable) and not callable(name)
+        if not hashable or isinstance(name, never) or name in ("", None):
+            raise TypeError(
+                f"{function}: {argument} must be the name of a mapped axis or a tuple of "
+                f"names, got {value!r}."
+            )
+
+
+def check_state(function: str, argument: str, state: Any) -> None:
+    """Raises if `state` is no optimizer's state: an array, say, or what is no tree."""
+    if state is None or jax.tree_util.all_leaves([state]):
+        raise TypeError(
+            f"{function}: {argument} must be an optimizer's state, got {state!r}."
+        )
+    check_arrays(function, argument, state, others=True)
 
 
 def check_mapping(

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from emaopt._checks import (
     check_arrays,
+    check_axis_name,
     check_callable,
     check_integer,
     check_optimizer,
@@ -88,6 +89,7 @@ def state_specs(
     """
     check_optimizer("state_specs", "optimizer", optimizer)
     check_arrays("state_specs", "params", params)
+    check_axis_name("state_specs", "axis_name", axis_name)
     try:
         state = jax.eval_shape(optimizer.init, params)
     except ValueError as error:
@@ -220,6 +222,8 @@ def synchronize(
     """
     state = find_center("synchronize", opt_state, name)
     check_arrays("synchronize", "params", params, others=True)
+    if axis_name is not None:
+        check_axis_name("synchronize", "axis_name", axis_name)
     leaves, treedef = jax.tree.flatten(params)
     paired("synchronize", state.center, params, stacked=True)
     center = treedef.flatten_up_to(state.center)

@@ -13,6 +13,7 @@ import optax
 from emaopt._checks import (
     as_dtype,
     check_arrays,
+    check_axis_name,
     check_callable,
     check_choice,
     check_flag,
@@ -285,6 +286,8 @@ def _check(engine: Engine) -> None:
     check_integer(function, "warmup_steps", engine.warmup_steps, 0)
     check_integer(function, "num_fragments", engine.num_fragments, 1)
     check_flag(function, "error_feedback", engine.error_feedback)
+    if engine.axis_name is not None:
+        check_axis_name(function, "axis_name", engine.axis_name)
     if engine.num_workers is not None and engine.axis_name is not None:
         raise ValueError(
             f"{function}: give num_workers= for parameters with an axis of workers "

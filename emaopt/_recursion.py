@@ -92,6 +92,10 @@ def make_averager(
             f"{function}: mask must be a tree of booleans or a function that makes one, "
             f"got {mask!r}."
         )
+    if not callable(mask):
+        for flag in jax.tree.leaves(mask):
+            if not isinstance(flag, (bool, np.bool_, jax.Array)):  # arrays: see _masks
+                raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
             function, accumulator_dtype, decay, every, stochastic_rounding

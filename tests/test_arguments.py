@@ -108,10 +108,13 @@ NEVER_OF = {  # and what those of a name do not, whatever the function
     "inner": [*NONSENSE],
     "outer": [value for value in NONSENSE if value != "None"],
     "axes": [*NONSENSE],
+    "axis_name": ["fraction", "True", "list", "dict", "len", "bytes", "vector", "tuple"],
+    "mask": ["text", "zero", "object", "mixed list", "matrix"],
     "report": ["text", "no arguments", "many arguments", "list", "zero"],
     "progress": ["None", "text", "no arguments", "many arguments", "list", "zero"],
     "num_updates": ["negative", "nan", "True", "text", "huge", "fraction", "object"],
     "exchange": ["zero", "text", "fraction", "integers", "object"],
+    "opt_state": ["None", "text", "zero", "nan", "vector", "object", "no arguments"],
     "state": [*NONSENSE],
 }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._checks import check_callable, check_text
+from emaopt._checks import check_arrays, check_callable, check_text
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
 from emaopt.checkpoint import _files
@@ -42,6 +42,7 @@ def average_names(
       >>> print(average_names({"dense": {"kernel": 0.0}}))
       {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
     """
+    check_arrays("average_names", "params", params)
     check_text("average_names", "name", name)
     check_text("average_names", "scope", scope)
     if callable(mask) and is_function(mask, params):
