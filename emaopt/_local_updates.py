@@ -159,7 +159,8 @@ class Engine:
         check_arrays(self.function, "updates", updates)
         try:
             gradients = column(updates)
-            self.workers.check(self.function, [g for g in gradients if is_array(g)])
+            if self.num_workers is not None:
+                self.workers.check(self.function, [g for g in gradients if is_array(g)])
         except (TypeError, ValueError) as error:
             refuse_unlike(self.function, params, error, updates=updates)
             raise
