@@ -35,6 +35,7 @@ from emaopt._gates import GATE_GRAPH as GATE_GRAPH
 from emaopt._gates import GATE_NONE as GATE_NONE
 from emaopt._gates import GATE_OP as GATE_OP
 from emaopt._gates import gate_gradients as gate_gradients
+from emaopt._gradients import compute_gradients as compute_gradients
 from emaopt._local_loop import local_round as local_round
 from emaopt._local_loop import stack_workers as stack_workers
 from emaopt._local_loop import state_specs as state_specs
@@ -50,7 +51,6 @@ from emaopt._local_updates import LocalUpdatesState as LocalUpdatesState
 from emaopt._local_updates import SwappedLocalUpdatesState as SwappedLocalUpdatesState
 from emaopt._names import by_name as by_name
 from emaopt._optimizer import apply_gradients as apply_gradients
-from emaopt._optimizer import compute_gradients as compute_gradients
 from emaopt._optimizer import minimize as minimize
 from emaopt._reading import average_distance as average_distance
 from emaopt._reading import get_average as get_average

@@ -10,7 +10,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from emaopt._checks import check_flag, check_integer, check_number, check_optimizer
+from emaopt._checks import (
+    check_arrays,
+    check_callable,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optimizer,
+)
 from emaopt._commits import accumulate, check_commit, make_commit, start_center
 from emaopt._rounding import applied
 
@@ -273,16 +280,13 @@ def _factor(staleness: Callable[[jax.Array], Any], tau: jax.Array) -> jax.Array:
 
 def _check_functions(grad_fn: Any, staleness: Any) -> None:
     """Raises unless both are functions, or `staleness` is None."""
-    if not callable(grad_fn):
-        raise TypeError(
-            "simulate_async: grad_fn must be a function (params, worker, event) -> "
-            f"gradients, got {grad_fn!r}."
-        )
+    check_callable("simulate_async", "grad_fn", grad_fn, 3)
     if staleness is not None and not callable(staleness):
         raise TypeError(
             "simulate_async: staleness must be a function of τ that returns the factor "
             f"on a commit such as lambda tau: 1 / (1 + tau), got {staleness!r}."
         )
+    check_callable("simulate_async", "staleness", staleness, 1, optional=True)
 
 
 def _check_elastic(moving_rate: Any, **others: Any) -> None:
@@ -298,6 +302,7 @@ def _check_elastic(moving_rate: Any, **others: Any) -> None:
 
 def _check_params(params: Any) -> Any:
     """The parameters as arrays; raises unless all are floating or complex."""
+    check_arrays("simulate_async", "params", params)
     params = jax.tree.map(jnp.asarray, params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):

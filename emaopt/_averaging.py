@@ -5,8 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from emaopt._checks import check_integer, check_optimizer
-from emaopt._decays import DecayLike
+from emaopt._betas import DecayLike
+from emaopt._checks import (
+    check_flag,
+    check_integer,
+    check_optimizer,
+    refuse_unlike,
+)
 from emaopt._recursion import Averager, is_averaged, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
@@ -131,7 +136,10 @@ def average_params(
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as
-        `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by n.
+        `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by the whole
+        number n. A function out of [0, 1] is refused where its value is known (at t = 1
+        when built, and outside of jit); traced, the nearest of 0 and 1 is taken, as 0 is
+        of a traced n below it.
       every: Move the average on every k-th step only (when (s - start) % k == 0), by the
         product of the decays since the last move: the window keeps its length in steps.
         The steps between cost no pass over the parameters. Default 1.
@@ -221,8 +229,12 @@ def average_params(
                 "average_params averages the parameters, but update was called without "
                 "them: call tx.update(grads, state, params)."
             )
-        updates = settled(updates)
-        seen = optax.apply_updates(params, updates)
+        try:
+            updates = settled(updates)
+            seen = optax.apply_updates(params, updates)
+        except (TypeError, ValueError) as error:
+            refuse_unlike("average_params", params, error, updates=updates)
+            raise
         return updates, averager.update(seen, state, num_updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -258,7 +270,8 @@ def averaged(
       overwrite_every: k: after every k-th step the parameters are set to the average
         (Switch EMA). The updates then lead from the parameters to the average, exactly up
         to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
-        None, the default: never. Not together with `sharding` and `memory_kind`.
+        None, the default: never. A multiple of `every`. Not together with `sharding` and
+        `memory_kind`.
       every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
         stochastic_rounding, sharding, memory_kind: As in `average_params`.
 
@@ -283,8 +296,15 @@ def averaged(
       https://arxiv.org/abs/2402.09240 (`overwrite_every`)
     """
     check_optimizer("averaged", "optimizer", optimizer)
+    check_flag("averaged", "sequential", sequential)
     if overwrite_every is not None:
         check_integer("averaged", "overwrite_every", overwrite_every, 1)
+        check_integer("averaged", "every", every, 1)
+        if overwrite_every % every:
+            raise ValueError(
+                f"averaged: overwrite_every={overwrite_every} must be a multiple of "
+                f"every={every}: between its moves the average is an old one."
+            )
         if not (isinstance(sharding, str) and sharding == LIKE_PARAMS) or memory_kind:
             raise ValueError(
                 "averaged: overwrite_every needs the average where the parameters are: "
@@ -315,15 +335,24 @@ def averaged(
                 "averaged averages the parameters, but update was called without them: "
                 "call tx.update(grads, state, params)."
             )
+        if not isinstance(state, AveragedState):
+            raise TypeError(
+                "averaged: the state must be an AveragedState as init makes it, got "
+                f"{type(state).__name__}."
+            )
         if num_updates is not None:
             extra_args["num_updates"] = num_updates
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        seen = params
-        if sequential:
-            updates = settled(updates, selected=overwrite_every is not None)
-            seen = optax.apply_updates(params, updates)
+        try:
+            updates, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            seen = params
+            if sequential:
+                updates = settled(updates, selected=overwrite_every is not None)
+                seen = optax.apply_updates(params, updates)
+        except (TypeError, ValueError, AttributeError) as error:
+            refuse_unlike("averaged", params, error, updates=updates)
+            raise
         averaging = averager.update(seen, state.averaging, num_updates)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0

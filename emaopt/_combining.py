@@ -1,11 +1,13 @@
 """Linear combinations of trees of weights, on the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from emaopt._checks import check_arrays, check_iterable, check_vector
 
 _BLOCK = 1 << 15  # elements at a time
 
@@ -24,14 +26,18 @@ def combine(trees: Iterable[Any], coefficients: Any) -> Any:
 
     Raises:
       ValueError: If the trees differ in structure, shapes or dtypes, or are not n.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(combine([{"w": np.zeros(2)}, {"w": np.ones(2)}], [0.25, 0.75]))
       {'w': array([0.75, 0.75])}
     """
+    check_iterable("combine", "trees", trees, "trees of arrays")
+    coefficients = check_vector("combine", "coefficients", coefficients)
     sums, like, last = [], None, None
-    for tree, coefficient in zip(trees, coefficients, strict=True):
+    for tree, coefficient in _pairs(trees, coefficients):
         leaves, treedef = jax.tree.flatten(tree)
+        check_arrays("combine", "trees", leaves)
         kinds = treedef, [(np.shape(x), _dtype(x)) for x in leaves]
         if like is None:
             like, sums = kinds, [weighted_sum(*kind) for kind in kinds[1]]
@@ -47,6 +53,17 @@ def combine(trees: Iterable[Any], coefficients: Any) -> Any:
         for total, leaf, (shape, dtype) in zip(sums, last, like[1], strict=True)
     ]
     return jax.tree.unflatten(like[0], done)
+
+
+def _pairs(trees: Iterable[Any], coefficients: np.ndarray) -> Iterator[tuple[Any, float]]:
+    count = 0
+    for tree in trees:
+        if count == coefficients.size:
+            raise ValueError(f"combine: more trees than {count} coefficients.")
+        yield tree, coefficients[count]
+        count += 1
+    if 0 < count < coefficients.size:
+        raise ValueError(f"combine: {count} trees for {coefficients.size} coefficients.")
 
 
 def _dtype(leaf: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from emaopt._checks import check_choice
 from emaopt._recursion import is_averaged
 from emaopt._rounding import rounded_to
 
@@ -13,10 +14,7 @@ COMMITS = ("delta", "mean_delta", "mean_gradient")
 
 def check_commit(function: str, commit: Any) -> None:
     """Raises unless `commit` is one of `COMMITS`."""
-    if commit not in COMMITS:
-        raise ValueError(
-            f"{function}: commit must be one of {', '.join(COMMITS)}, got {commit!r}."
-        )
+    check_choice(function, "commit", commit, COMMITS)
 
 
 def start_center(leaf: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from emaopt._checks import check_callable, refuse_unlike
 from emaopt._recursion import is_averaged
 from emaopt._rounding import applied, lead
 
@@ -37,11 +38,7 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
       >>> print(optax.apply_updates(params, updates))
       [0. 1.]
     """
-    if not callable(projection):
-        raise TypeError(
-            f"constrain: projection must be a function of the parameters, got "
-            f"{projection!r}."
-        )
+    check_callable("constrain", "projection", projection, 1)
 
     def update(updates, state, params=None):
         if params is None:
@@ -50,7 +47,17 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
                 "call tx.update(grads, state, params)."
             )
         leaves, treedef = jax.tree.flatten(params)
-        projected = treedef.flatten_up_to(projection(applied(params, updates)))
+        try:
+            moved = applied(params, updates)
+        except (TypeError, ValueError, AttributeError) as error:
+            refuse_unlike("constrain", params, error, updates=updates)
+            raise
+        projected = projection(moved)
+        try:
+            projected = treedef.flatten_up_to(projected)
+        except (TypeError, ValueError) as error:
+            refuse_unlike("constrain", params, error, projection=projected)
+            raise
         leads = [
             lead(p, target, u, True) if is_averaged(p) and u is not None else u
             for p, target, u in zip(

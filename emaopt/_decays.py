@@ -5,70 +5,15 @@ iterate. Everything that is called a kind of average (exponential, uniform, tail
 polynomial, power function) is a choice of β_t.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from emaopt._betas import Decay, DecayLike, evaluate, one_minus
 from emaopt._checks import check_decay, check_number
-
-DecayLike: TypeAlias = float | Callable[[Any], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Decay:
-    """A decay that also knows 1 - β, which β itself cannot carry in float32.
-
-    Near 1, float32 steps by 6e-8: of a uniform average over 1e6 iterates, 1 - β = 1e-6
-    would be read back with an error of several percent.
-    """
-
-    description: str
-    beta: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
-    complement: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
-
-    def __call__(self, t: ArrayLike) -> Any:
-        return self.beta(*_namespace(t))
-
-    def one_minus(self, t: ArrayLike) -> Any:
-        return self.complement(*_namespace(t))
-
-    def __repr__(self) -> str:
-        return self.description
-
-
-def _namespace(t: ArrayLike) -> tuple[Any, Any]:
-    """The array functions to compute with, and t as a floating-point array."""
-    if isinstance(t, np.ndarray):
-        return np, t.astype(np.float64)
-    return jnp, jnp.asarray(t, dtype=float)
-
-
-def one_minus(decay: DecayLike, t: ArrayLike) -> Any:
-    """Returns 1 - β at t, as exactly as the decay knows it.
-
-    A Python number is subtracted in Python (float32 holds 1 - 0.9999 only to 1.7e-4),
-    a decay of this module is asked, and what any other function returns is used as it
-    comes.
-    """
-    if isinstance(decay, Decay):
-        return decay.one_minus(t)
-    if callable(decay):
-        return 1 - jnp.asarray(decay(t))
-    return 1 - decay
-
-
-def evaluate(decay: DecayLike, t: np.ndarray) -> np.ndarray:
-    """1 - β at every t, float64; decays of other makers at the precision they have."""
-    if callable(decay) and not isinstance(decay, Decay):
-        steps = jnp.asarray(t, jnp.int32)
-        return np.asarray(jax.vmap(lambda i: one_minus(decay, i))(steps), np.float64)
-    return np.broadcast_to(np.asarray(one_minus(decay, t), np.float64), t.shape)
 
 
 def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
@@ -86,6 +31,7 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
 
     Raises:
       ValueError: If `max_decay` is outside [0, 1].
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(warmup_decay(0.999)(1))
@@ -101,7 +47,31 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
         t = t.astype(np.float32)
         return xp.minimum(t.dtype.type(max_decay), (1 + t) / (10 + t))
 
-    return Decay(f"warmup_decay({max_decay})", beta, lambda xp, t: 1 - beta(xp, t))
+    # (1+t)/(10+t) up to the step where it reaches the largest β, as float32 has it. Past
+    # 0.99999, 1 - β is a few units of float32's last place: not what the formula says.
+    largest = float(np.float32(max_decay))
+    reached = (10 * largest - 1) / (1 - largest) if largest < 1 else math.inf
+    reached = math.floor(reached) if reached < math.inf else reached
+
+    def log_kept(i, last):
+        rising = min(last, max(reached, 0))
+        i_rising = np.minimum(i, rising)
+        found = np.zeros_like(i)
+        for k in range(2, 11):
+            found += np.log((i_rising + k) / (rising + k))
+        if last > rising:
+            log_beta = math.log(largest) if largest > 0 else -math.inf
+            steps = last - np.maximum(i, rising)
+            found = found + np.where(steps > 0, np.maximum(steps, 1e-9) * log_beta, 0.0)
+        return found
+
+    return Decay(
+        f"warmup_decay({max_decay})",
+        beta,
+        lambda xp, t: 1 - beta(xp, t),
+        log_kept if largest < 0.999991 else None,
+        (reached,),
+    )
 
 
 def uniform_decay() -> Callable[[ArrayLike], Any]:
@@ -131,7 +101,10 @@ def uniform_decay() -> Callable[[ArrayLike], Any]:
         t = xp.maximum(t, 1)
         return (t - 1) / t
 
-    return Decay("uniform_decay()", beta, complement)
+    def log_kept(i, last):
+        return np.log(i / last)
+
+    return Decay("uniform_decay()", beta, complement, log_kept)
 
 
 def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
@@ -148,6 +121,7 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
 
     Raises:
       ValueError: If `eta` is negative.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(polynomial_decay(3)(5))
@@ -166,7 +140,23 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
         t = xp.maximum(t, 1)
         return (t - 1) / (t + eta)
 
-    return Decay(f"polynomial_decay({eta})", beta, complement)
+    # Π (t-1)/(t+η) = r(i) / r(T), r(i) = Γ(i+1+η) / Γ(i), by Stirling's series from 16
+    # on. Of log r(i), what grows as i log i cancels and is never formed.
+    def stirling(z):
+        return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
+
+    def log_ratio(i):
+        y = np.asarray(i, np.float64)
+        below = sum(np.log1p((1 + eta) / (y + k)) for k in range(16))
+        y = y + 16
+        z = y + 1 + eta
+        found = (y - 0.5) * np.log1p((1 + eta) / y) + (1 + eta) * (np.log(z) - 1)
+        return found + stirling(z) - stirling(y) - below
+
+    def log_kept(i, last):
+        return log_ratio(i) - log_ratio(last)
+
+    return Decay(f"polynomial_decay({eta})", beta, complement, log_kept)
 
 
 def power_decay(
@@ -187,6 +177,7 @@ def power_decay(
 
     Raises:
       ValueError: If none or both are given, or the value is out of range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(power_decay(gamma=1.0)(2))
@@ -219,7 +210,10 @@ def power_decay(
     def complement(xp, t):
         return xp.where(t > 1, -xp.expm1(log_beta(xp, t)), 1.0)
 
-    return Decay(description, beta, complement)
+    def log_kept(i, last):
+        return exponent * np.log(i / last)
+
+    return Decay(description, beta, complement, log_kept)
 
 
 def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
@@ -261,6 +255,7 @@ def inverse_gamma_decay(
 
     Raises:
       ValueError: If an argument is out of its range.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(inverse_gamma_decay(power=1.0)(3))
@@ -305,6 +300,7 @@ def half_life_decay(
 
     Raises:
       ValueError: If an argument is not greater than 0.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(half_life_decay(1)(100))
@@ -325,6 +321,7 @@ def half_life_decay(
         f"half_life_decay({half_life}" + (f", ramp={ramp})" if ramp else ")"),
         lambda xp, t: xp.exp(exponent(xp, t)),
         lambda xp, t: -xp.expm1(exponent(xp, t)),
+        None if ramp else lambda i, last: (i - last) * (math.log(2) / half_life),
     )
 
 
@@ -343,6 +340,7 @@ def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], 
 
     Raises:
       ValueError: If `batch_factor` is not greater than 0.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> print(f"{scale_decay(0.99, 2)(1):.4f}")

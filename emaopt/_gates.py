@@ -3,8 +3,11 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import lax
+
+from emaopt._checks import check_arrays
 
 GATE_NONE, GATE_OP, GATE_GRAPH = 0, 1, 2
 
@@ -28,17 +31,25 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
 
     Raises:
       ValueError: If `mode` is none of the three.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
       >>> tx = optax.chain(gate_gradients(emaopt.GATE_GRAPH), optax.adam(1e-3))
     """
     check_gate("gate_gradients", mode)
-    return optax.stateless(lambda updates, _: gated(updates, mode))
+
+    def update(updates, params=None):
+        del params
+        check_arrays("gate_gradients", "updates", updates)
+        return gated(updates, mode)
+
+    return optax.stateless(update)
 
 
 def check_gate(function: str, mode: Any) -> None:
-    if isinstance(mode, bool) or mode not in (GATE_NONE, GATE_OP, GATE_GRAPH):
+    whole = isinstance(mode, (int, np.integer)) and not isinstance(mode, bool)
+    if not whole or mode not in (GATE_NONE, GATE_OP, GATE_GRAPH):
         raise ValueError(
             f"{function}: gate_gradients must be one of: GATE_NONE, GATE_OP, GATE_GRAPH."
             f" Not {mode!r}"

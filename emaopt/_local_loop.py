@@ -9,11 +9,17 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from emaopt._checks import check_integer, check_optimizer
+from emaopt._checks import (
+    check_arrays,
+    check_axis_name,
+    check_callable,
+    check_integer,
+    check_optimizer,
+)
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
-from emaopt._reading import find_center
+from emaopt._reading import find_center, paired
 from emaopt._recursion import is_averaged
 from emaopt._workers import Mapped, Stacked
 
@@ -37,6 +43,7 @@ def stack_workers(params: Any, num_workers: int) -> Any:
        [1. 2.]]
     """
     check_integer("stack_workers", "num_workers", num_workers, 1)
+    check_arrays("stack_workers", "params", params)
     return jax.tree.map(
         lambda leaf: jnp.array(
             jnp.broadcast_to(leaf, (num_workers, *jnp.shape(leaf))), copy=True
@@ -69,6 +76,7 @@ def state_specs(
 
     Raises:
       ValueError: If there is no center in the state, or several.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -80,7 +88,14 @@ def state_specs(
       True
     """
     check_optimizer("state_specs", "optimizer", optimizer)
-    state = jax.eval_shape(optimizer.init, params)
+    check_arrays("state_specs", "params", params)
+    check_axis_name("state_specs", "axis_name", axis_name)
+    try:
+        state = jax.eval_shape(optimizer.init, params)
+    except ValueError as error:
+        raise ValueError(
+            f"state_specs: optimizer.init refuses params: {error}"
+        ) from error
     center = find_center("state_specs", state, None)
     pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
     stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
@@ -132,6 +147,7 @@ def local_round(
 
     Raises:
       ValueError: If there is no step, or not one center in the state.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -143,13 +159,18 @@ def local_round(
       >>> print(params)
       [3.5 3.5]
     """
+    check_optimizer("local_round", "optimizer", optimizer)
+    check_callable("local_round", "value_and_grad", value_and_grad, 2)
+    check_arrays("local_round", "params", params)
+    check_arrays("local_round", "batches", batches)
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(steps) != 1 or steps <= {(), (0,)}:
         raise ValueError(
             "local_round: every leaf of batches has a leading axis with one entry for "
             f"each of the local steps, at least one; got {sorted(steps)}."
         )
-    find_center("local_round", opt_state, None)
+    state = find_center("local_round", opt_state, None)
+    paired("local_round", state.center, params, stacked=True)
     update = optax.with_extra_args_support(optimizer).update
 
     def step(carry, batch, exchange=False):
@@ -187,6 +208,7 @@ def synchronize(
 
     Raises:
       ValueError: If there is no center or several, or the parameters are others.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -199,7 +221,11 @@ def synchronize(
       [-2. -2.] [-2.]
     """
     state = find_center("synchronize", opt_state, name)
+    check_arrays("synchronize", "params", params, others=True)
+    if axis_name is not None:
+        check_axis_name("synchronize", "axis_name", axis_name)
     leaves, treedef = jax.tree.flatten(params)
+    paired("synchronize", state.center, params, stacked=True)
     center = treedef.flatten_up_to(state.center)
     pulled = [None] * len(leaves)
     if state.pulled is not None:

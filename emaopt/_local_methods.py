@@ -16,7 +16,13 @@ from typing import Any, TypedDict, Unpack
 import jax
 import optax
 
-from emaopt._checks import check_integer, check_number
+from emaopt._checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optimizer,
+)
 from emaopt._local_updates import Engine
 
 Period = int | Callable[[jax.Array], Any]
@@ -283,8 +289,12 @@ def agn(
       Hermans, Spanakis and Möckel, 2017, Accumulated gradient normalization, ACML,
       https://arxiv.org/abs/1710.02368
     """
-    if variant not in ("tf", "paper"):
-        raise ValueError(f"agn: variant must be 'tf' or 'paper', got {variant!r}.")
+    check_optimizer("agn", "optimizer", optimizer)
+    if center_optimizer is not None:
+        check_optimizer("agn", "center_optimizer", center_optimizer)
+    if not callable(communication_period):
+        check_integer("agn", "communication_period", communication_period, 1)
+    check_choice("agn", "variant", variant, ("tf", "paper"))
     default = optimizer if variant == "tf" else optax.sgd(1.0)
     return _transformation(
         "agn",
@@ -406,6 +416,7 @@ def block_momentum(
         if block_momentum == 1:
             raise ValueError(f"{function}: block_momentum must be in [0, 1), got 1.")
     check_number(function, "block_learning_rate", block_learning_rate, 0, above=True)
+    check_flag(function, "nesterov", nesterov)
 
     def update(updates, state, params=None):
         del params

@@ -10,11 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_flag, check_integer, check_number, check_optimizer
+from emaopt._checks import (
+    as_dtype,
+    check_arrays,
+    check_axis_name,
+    check_callable,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optimizer,
+    refuse_unlike,
+)
 from emaopt._commits import accumulate, check_commit, start_center
 from emaopt._conditional import once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part
-from emaopt._recursion import is_averaged, replicated_beside
+from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
 from emaopt._workers import Mapped, Stacked, held_until, of_all
 
@@ -95,6 +106,7 @@ class Engine:
         )
 
     def init(self, params: Any) -> LocalUpdatesState:
+        check_arrays(self.function, "params", params, others=True)
         leaves, treedef = jax.tree.flatten(params)
         if self.num_workers is not None:
             self.workers.check(self.function, leaves)
@@ -126,7 +138,7 @@ class Engine:
     def update(
         self, updates, state, params=None, *, exchange=None, **extra_args
     ) -> tuple[Any, Any]:
-        _check_call(self.function, state, params)
+        _check_call(self.function, state, params, exchange)
         if isinstance(exchange, np.bool_):
             exchange = bool(exchange)
         leaves, treedef = jax.tree.flatten(params)
@@ -144,7 +156,15 @@ class Engine:
             )
             return column(steps), inner_state
 
-        gradients, sums = column(updates), column(state.accumulated)
+        check_arrays(self.function, "updates", updates)
+        try:
+            gradients = column(updates)
+            if self.num_workers is not None:
+                self.workers.check(self.function, [g for g in gradients if is_array(g)])
+        except (TypeError, ValueError) as error:
+            refuse_unlike(self.function, params, error, updates=updates)
+            raise
+        sums = column(state.accumulated)
         state_columns = map(column, (state.pulled, state.residual, state.center))
         changing = list(map(Leaf, *state_columns))
         num_steps = optax.safe_increment(state.num_steps)
@@ -259,16 +279,16 @@ def _check(engine: Engine) -> None:
     check_optimizer(function, "inner", engine.inner)
     check_optimizer(function, "outer", engine.outer)
     check_commit(function, engine.commit)
-    if engine.reduce not in REDUCTIONS:
-        raise ValueError(
-            f"{function}: reduce must be one of {', '.join(REDUCTIONS)}, got "
-            f"{engine.reduce!r}."
-        )
-    if not callable(period):
+    check_choice(function, "reduce", engine.reduce, REDUCTIONS)
+    if callable(period):
+        check_callable(function, "period", period, 1)
+    else:
         check_integer(function, "period", period, 1)
     check_integer(function, "warmup_steps", engine.warmup_steps, 0)
     check_integer(function, "num_fragments", engine.num_fragments, 1)
     check_flag(function, "error_feedback", engine.error_feedback)
+    if engine.axis_name is not None:
+        check_axis_name(function, "axis_name", engine.axis_name)
     if engine.num_workers is not None and engine.axis_name is not None:
         raise ValueError(
             f"{function}: give num_workers= for parameters with an axis of workers "
@@ -278,7 +298,9 @@ def _check(engine: Engine) -> None:
     if engine.num_workers is not None:
         check_integer(function, "num_workers", engine.num_workers, 1)
     if engine.moving_rate is not None:
-        if not callable(engine.moving_rate):
+        if callable(engine.moving_rate):
+            check_callable(function, "moving_rate", engine.moving_rate, 1)
+        else:
             check_number(function, "moving_rate", engine.moving_rate, 0, 1, above=True)
         if engine.commit != "delta":
             raise ValueError(
@@ -306,12 +328,7 @@ def _check_exchange_dtype(engine: Engine) -> None:
                 "commits lose nothing."
             )
         return
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(
-            f"{function}: exchange_dtype must be a dtype, got {dtype!r}."
-        ) from None
+    dtype = as_dtype(function, "exchange_dtype", dtype)
     narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     if not narrow and dtype not in (jnp.int8, jnp.int16):
         raise ValueError(
@@ -328,7 +345,7 @@ def _check_exchange_dtype(engine: Engine) -> None:
         )
 
 
-def _check_call(function: str, state: Any, params: Any) -> None:
+def _check_call(function: str, state: Any, params: Any, exchange: Any) -> None:
     if params is None:
         raise ValueError(
             f"{function} moves the parameters between the workers and the center, but "
@@ -345,3 +362,13 @@ def _check_call(function: str, state: Any, params: Any) -> None:
             f"{function}: the state must be a LocalUpdatesState as init makes it, got "
             f"{type(state).__name__}."
         )
+    is_flag = exchange is None or isinstance(exchange, (bool, np.bool_))
+    if not is_flag and not (
+        isinstance(exchange, (jax.Array, np.ndarray))
+        and (exchange.dtype, exchange.shape) == (jnp.bool_, ())
+    ):
+        raise TypeError(
+            f"{function}: exchange must be True, False, a boolean scalar or None, got "
+            f"{exchange!r}."
+        )
+    check_arrays(function, "params", params, others=True)

@@ -47,6 +47,7 @@ def located(
 
     Errors speak of several names if the function takes them `together`.
     """
+    check_choices(function, name, params)
     chosen = _chosen(function, state, name, together)
     refuse_crossed_swap(function, state, chosen.values())
     tree = Tree(state)
@@ -72,6 +73,26 @@ def located(
                     "Say with name= which."
                 )
     return places
+
+
+def check_choices(function: str, name: Any, params: Any) -> None:
+    """Raises unless the arguments can say which averages, and where their parameters are.
+
+    A tuple of names stands for several averages; a dict leads from them to parameters.
+    """
+    for argument, value in (("name", name), ("params", params)):
+        if value is None or isinstance(value, str):
+            continue
+        parts = value
+        if argument == "params" and isinstance(value, Mapping):
+            parts = [part for pair in value.items() for part in pair]
+        if not isinstance(parts, (list, tuple)) or not all(
+            isinstance(part, str) for part in parts
+        ):
+            raise TypeError(
+                f"{function}: {argument} must be a string, a tuple of strings"
+                f"{', a dict of them' * (argument == 'params')} or None, got {value!r}."
+            )
 
 
 def placed(state: Any, average: Names, params: Names) -> Place:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from emaopt._checks import check_text
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
     as_state,
@@ -56,6 +57,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
     Raises:
       ValueError: If there is no average, several, a swapped one, or one that leaves out
         parameters while `params` is None.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -102,6 +104,7 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
 
     Raises:
       ValueError: If there is no average or several, or it is of other parameters.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -111,6 +114,7 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
       >>> print(served, swap(served, kept)[0])
       [0. 0.] [1. 1.]
     """
+    check_text("swap", "name", name, optional=True)
     nodes = served_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name("swap", opt_state, name)
@@ -140,6 +144,7 @@ def average_distance(
 
     Raises:
       ValueError: As for `get_average`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -178,6 +183,7 @@ def get_center(opt_state: Any, *, name: str | None = None) -> Any:
 
     Raises:
       ValueError: If there is no center, several, or a swapped one.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -206,6 +212,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
 
     Raises:
       ValueError: As for `get_center`, and if the parameters are others than the center's.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -229,6 +236,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
 
 def find_average(function: str, opt_state: Any, name: str | None) -> AverageState:
     """The one `AverageState` in a state, or an error that says what is there instead."""
+    check_text(function, "name", name, optional=True)
     nodes = average_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)
@@ -238,6 +246,7 @@ def find_average(function: str, opt_state: Any, name: str | None) -> AverageStat
 
 def find_center(function: str, opt_state: Any, name: str | None) -> Any:
     """The one `LocalUpdatesState` in a state, or an error."""
+    check_text(function, "name", name, optional=True)
     nodes = center_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)

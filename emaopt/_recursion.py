@@ -12,9 +12,17 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from emaopt._checks import check_decay, check_flag, check_integer
+from emaopt._betas import Decay, DecayLike, one_minus
+from emaopt._checks import (
+    as_dtype,
+    check_arrays,
+    check_beta,
+    check_decay,
+    check_flag,
+    check_integer,
+    checked_count,
+)
 from emaopt._conditional import once_if
-from emaopt._decays import DecayLike, one_minus
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
@@ -84,6 +92,10 @@ def make_averager(
             f"{function}: mask must be a tree of booleans or a function that makes one, "
             f"got {mask!r}."
         )
+    if not callable(mask):
+        for flag in jax.tree.leaves(mask):
+            if not isinstance(flag, (bool, np.bool_, jax.Array)):  # arrays: see _masks
+                raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
             function, accumulator_dtype, decay, every, stochastic_rounding
@@ -100,6 +112,7 @@ def make_averager(
     may_copy = may_copy or constant is None or constant**every < 1e-6
 
     def init(tree):
+        check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         chosen = chosen_by(function, mask, tree, len(leaves))
         where = places(function, sharding, memory_kind, tree, leaves)
@@ -123,6 +136,7 @@ def make_averager(
 
     def update(tree, state, num_updates=None):
         _check_state(function, state, debias)
+        check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         where = places(function, sharding, memory_kind, tree, leaves)
         entries = _entries(function, leaves, treedef, state.average, where)
@@ -135,9 +149,18 @@ def make_averager(
 
         # All of it scalar: by how much the average moves, and whether it moves now.
         s: Any = optax.safe_increment(state.num_updates)
-        t: Any = jnp.maximum(s - start, 0) if num_updates is None else num_updates
+        t: Any = jnp.maximum(s - start, 0)
+        if num_updates is not None:
+            count = checked_count(function, "num_updates", num_updates)
+            t = jnp.asarray(count, jnp.int32)
         copying = s < start
         newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
+        if constant is None and not isinstance(decay, Decay):
+            # A function of the user's, or a hyperparameter that changes in mid-run. Where
+            # its value is traced, out of [0, 1] it is the nearest; a NaN shows.
+            if not isinstance(newest, jax.core.Tracer) and not jnp.isnan(newest):
+                check_beta(function, decay, 1 - newest, f" at t = {t}")
+            newest = jnp.clip(newest, 0, 1)
         pending = _move(state.pending, 1.0, newest, copying)
         # Divided also where by 1, which the compiler does not know: XLA computes a
         # quotient once, but cheaper scalars again in the kernel of each leaf.
@@ -227,12 +250,7 @@ def _checked_accumulator(
     function: str, dtype: Any, decay: DecayLike, every: int, stochastic: bool
 ) -> Any:
     """The accumulator's dtype, unless the average could not move in it."""
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(
-            f"{function}: accumulator_dtype must be a dtype, got {dtype!r}."
-        ) from None
+    dtype = as_dtype(function, "accumulator_dtype", dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."

@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_integer, check_optimizer
+from emaopt._checks import check_arrays, check_optimizer, checked_count
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
 from emaopt._reading import find_average, is_masked, map_with_keys, paired
@@ -34,8 +33,9 @@ def reset_average(
       params: The parameters, or the average, to start from.
       name: Which average, if there are several.
       num_updates: n: the next update is number s = n + 1, and t = n + 1 - start. A whole
-        number or an integer scalar, may be traced. With `every`, what the average left
-        out since it last moved is forgotten: take an n at which it moved. Default 0.
+        number or an integer scalar, may be traced: below 0, it then is 0. With `every`,
+        what the average left out since it last moved is forgotten: take an n at which it
+        moved. Default 0.
 
     Returns:
       The state with the average replaced, in the accumulator's dtypes; a de-biased
@@ -60,7 +60,7 @@ def reset_average(
     state = find_average("reset_average", opt_state, name)
     (node,) = average_nodes(opt_state, name).values()
     _, raw = paired("reset_average", state.average, params)
-    count = _checked_count(num_updates)
+    count = checked_count("reset_average", "num_updates", num_updates)
     if state.weight is not None and not (isinstance(count, int) and count == 0):
         raise ValueError(
             f"reset_average: num_updates={num_updates} with debias=True: what an average "
@@ -129,6 +129,7 @@ def change_mask(
     """
     if not isinstance(optimizer, Averager):
         check_optimizer("change_mask", "optimizer", optimizer)
+    check_arrays("change_mask", "params", params, others=True)
     state = find_average("change_mask", opt_state, name)
     (node,) = average_nodes(opt_state, name).values()
     begun = optimizer.init(params)
@@ -205,20 +206,3 @@ def _whole(average: Any) -> Any:
 def _copy(new: Any, leaf: Any) -> Any:
     """A copy in the dtype and the place of a leaf of an average."""
     return near(jnp.array(new, dtype=leaf.dtype), leaf)
-
-
-def _checked_count(count: Any) -> Any:
-    """The number, an int where it is known, or an error."""
-    array = isinstance(count, (jax.Array, np.ndarray))
-    whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if array and not count.shape:
-        whole = jnp.issubdtype(count.dtype, jnp.integer)
-    if not whole:
-        raise TypeError(
-            "reset_average: num_updates must be a whole number or an integer scalar, "
-            f"got {count!r}."
-        )
-    if isinstance(count, jax.core.Tracer):
-        return count.astype(jnp.int32)
-    check_integer("reset_average", "num_updates", int(count), 0)
-    return int(count)

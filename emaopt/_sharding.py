@@ -108,7 +108,9 @@ class Place(NamedTuple):
 
 def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
     """Raises unless the arguments can say where an average lives."""
-    if memory_kind not in (None, HOST):
+    if not (
+        memory_kind is None or (isinstance(memory_kind, str) and memory_kind == HOST)
+    ):
         raise ValueError(
             f"{function}: memory_kind must be None, as the parameters', or {HOST!r}, "
             f"got {memory_kind!r}."
@@ -344,6 +346,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
 
     Raises:
       ValueError: If the parameters are not sharded over one mesh.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from emaopt._checks import check_state, check_text
 from emaopt._names import key_name, leaves_with_keys, named_leaves
 from emaopt._nodes import center_nodes, fits
 
@@ -31,6 +32,7 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
 
     Raises:
       ValueError: If there are no parameters.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,6 +40,7 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
       >>> get_slot_names(optax.adam(1e-3).init(params), params)
       ['mu', 'nu']
     """
+    check_state("get_slot_names", "opt_state", opt_state)
     slots = _slots("get_slot_names", opt_state, params)
     short = [keys[-1] for keys in slots]
     return sorted(
@@ -60,6 +63,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
 
     Raises:
       ValueError: If there is no such slot, or several; the message lists them.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,6 +72,8 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
       >>> print(get_slot(state, params, "trace"))
       {'w': Array([0., 0.], dtype=float32)}
     """
+    check_state("get_slot", "opt_state", opt_state)
+    check_text("get_slot", "name", name)
     slots = _slots("get_slot", opt_state, params)
     wanted = tuple(name.split("/"))
     found = {k: v for k, v in slots.items() if k == wanted}
@@ -91,12 +97,14 @@ def variables(opt_state: Any) -> dict[str, Any]:
 
     Raises:
       ValueError: If two arrays have one name, because a key has a "/" in it.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
       >>> list(variables(optax.adam(1e-3).init({"w": jnp.zeros(2)})))
       ['0/count', '0/mu/w', '0/nu/w']
     """
+    check_state("variables", "opt_state", opt_state)
     named = [("/".join(keys), leaf) for keys, leaf in named_leaves(opt_state)]
     counts = Counter(name for name, _ in named)
     if twice := sorted(name for name in counts if counts[name] > 1):

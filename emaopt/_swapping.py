@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from emaopt._checks import check_flag
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
     as_state,
@@ -12,7 +13,7 @@ from emaopt._nodes import (
     is_center_node,
     served_nodes,
 )
-from emaopt._places import Choice, Place, Ways, located
+from emaopt._places import Choice, Place, Ways, check_choices, located
 
 
 def swap_state(
@@ -47,6 +48,7 @@ def swap_state(
 
     Raises:
       ValueError: As for `save`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax
@@ -55,6 +57,8 @@ def swap_state(
       >>> print(state["params"], state["opt_state"].averaging.average)
       [0. 0.] [1. 1.]
     """
+    check_flag("swap_state", "optional", optional)
+    check_choices("swap_state", name, params)
     if optional and not served_nodes(state):
         return state
     return exchange(state, located("swap_state", state, name, params))

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._averaging import average_tree
+from emaopt._checks import check_arrays, check_callable, check_iterable
 from emaopt._decays import uniform_decay
 from emaopt._names import leaves_with_keys
 
@@ -107,6 +108,9 @@ def recalibrate(
       Izmailov et al., 2018, Averaging weights leads to wider optima and better
       generalization, §3.2, https://arxiv.org/abs/1803.05407
     """
+    check_callable("recalibrate", "apply_fn", apply_fn, 3)
+    check_arrays("recalibrate", "averaged_params", averaged_params, others=True)
+    check_arrays("recalibrate", "batch_stats", batch_stats)
     shape = getattr(batches, "shape", None)
     if shape is not None:
         raise TypeError(
@@ -119,6 +123,7 @@ def recalibrate(
             f"{type(batches).__name__}: its keys would be taken for batches. Pass "
             "[batch]."
         )
+    check_iterable("recalibrate", "batches", batches, "batches")
     treedef = jax.tree.structure(batch_stats)
 
     # The weights are an argument: as constants, they would be compiled into the program.

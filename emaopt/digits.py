@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from sklearn.datasets import load_digits
 
 HELD_OUT = 500  # of 1,797
+_NONE: Any = object()  # no labels are asked for
 
 
 class Digits(NamedTuple):
@@ -61,23 +62,48 @@ def load() -> tuple[Digits, Digits]:
 
 
 def init_params(seed: int) -> dict[str, Any]:
-    """Draws the network's parameters: nested dicts of arrays."""
+    """Draws the network's parameters: nested dicts of arrays.
+
+    Raises:
+      ValueError, TypeError: If `seed` is no whole number in [0, 2^32).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"init_params: seed must be a whole number, got {seed!r}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"init_params: seed must be in [0, 2^32), got {seed!r}.")
     return nnx.to_pure_dict(nnx.split(Network(nnx.Rngs(seed)))[1])
 
 
 def apply(params: Any, images: ArrayLike) -> jax.Array:
-    """Runs the network: images [n, 8, 8, 1] to logits [n, 10]."""
-    return nnx.merge(_graph(), params)(images)
+    """Runs the network: images [n, 8, 8, 1] to logits [n, 10].
+
+    Raises:
+      ValueError, TypeError: If an argument has other shapes or is no array.
+    """
+    _check("apply", params, images)
+    return nnx.merge(_graph()[0], params)(images)
 
 
 def loss(params: Any, images: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Returns the mean cross-entropy in nats, a scalar."""
+    """Returns the mean cross-entropy in nats, a scalar.
+
+    Raises:
+      ValueError, TypeError: If an argument has other shapes or is no array.
+    """
+    _check("loss", params, images, labels)
     logits = apply(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def evaluate(params: Any, digits: Digits) -> tuple[float, float]:
-    """Returns (loss, accuracy): the mean cross-entropy in nats, the fraction correct."""
+    """Returns (loss, accuracy): the mean cross-entropy in nats, the fraction correct.
+
+    Raises:
+      ValueError, TypeError: If an argument has other shapes or is no array.
+    """
+    if not isinstance(digits, Digits):
+        raise TypeError(f"evaluate: digits must be Digits, got {digits!r}.")
+    _check("evaluate", params, *digits)
     value, correct = _scores(params, *digits)
     return float(value), int(correct) / len(digits.labels)
 
@@ -89,9 +115,37 @@ def _scores(params, images, labels):
 
 
 @functools.cache
-def _graph() -> nnx.GraphDef:
-    """The network without its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))[0]
+def _graph() -> tuple[nnx.GraphDef, Any]:
+    """The network without its parameters, and what they are like."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(params)
+
+
+def _check(function: str, params: Any, images: Any, labels: Any = _NONE) -> None:
+    """Raises unless the arguments are what the network takes; it alone, as a server."""
+    leaves = jax.tree.leaves(params)
+    like = _graph()[1]
+    if jax.tree.structure(params) != jax.tree.structure(like) or any(
+        np.shape(leaf) != wanted.shape
+        for leaf, wanted in zip(leaves, jax.tree.leaves(like), strict=True)
+    ):
+        raise ValueError(
+            f"{function}: params must be the network's, as init_params makes them, got "
+            f"{params!r}."
+        )
+    kind = getattr(images, "dtype", np.dtype(object)).kind
+    if kind not in "fiuV" or np.shape(images)[1:] != (8, 8, 1) or not len(images):
+        raise TypeError(
+            f"{function}: images must be [n, 8, 8, 1], floating, n at least 1, got "
+            f"{images!r}."
+        )
+    if labels is not _NONE:
+        kind = getattr(labels, "dtype", np.dtype(object)).kind
+        if kind not in "iu" or np.shape(labels) != np.shape(images)[:1]:
+            raise TypeError(
+                f"{function}: labels must be whole numbers [n], one for each of "
+                f"{len(images)} images, got {labels!r}."
+            )
 
 
 def main() -> None:

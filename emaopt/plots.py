@@ -14,22 +14,53 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from emaopt._checks import (
+    check_mapping,
+    check_number,
+    check_real,
+    check_text,
+    check_vector,
+)
+from emaopt._paths import check_writable
 from emaopt._writing import writing
 
 RAW, AVERAGED = "#d1603d", "#1f5fa8"
+_LARGEST = 1000.0  # inches
+_FARTHEST = 1e300  # of what an axis shows
 _COLORS = (AVERAGED, RAW, "#4f8a3c", "#8b5fa8", "#b08a1e", "#5b6670")
 
 
 def new_axes(width: float = 8.0, height: float = 4.2) -> Axes:
-    """Makes an empty Axes in a figure of its own, `axes.figure`; inches."""
+    """Makes an empty Axes in a figure of its own, `axes.figure`; inches.
+
+    Raises:
+      ValueError, TypeError: If a size is no number in (0, 1000].
+    """
+    check_number("new_axes", "width", width, 0, _LARGEST, above=True)
+    check_number("new_axes", "height", height, 0, _LARGEST, above=True)
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
-    """Writes the figure of the axes; the file is there whole or not at all."""
+    """Writes the figure of the axes; the file is there whole or not at all.
+
+    Raises:
+      ValueError, TypeError: If an argument is none, or the ending of `path` is of no kind
+        of picture that Matplotlib writes.
+    """
+    _check_axes("save", axes)
+    check_writable("save", "path", path)
+    check_number("save", "dpi", dpi, 10, 10_000)
     figure: Any = axes.figure
+    kind = pathlib.Path(path).suffix[1:].lower() or "png"
+    if kind not in (known := figure.canvas.get_supported_filetypes()):
+        raise ValueError(
+            f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}."
+        )
+    if os.path.isdir(os.path.abspath(path)):
+        raise IsADirectoryError(f"save: {path} is a directory; give the file to make.")
     with writing(path) as file:
-        figure.savefig(file, dpi=dpi, format=pathlib.Path(path).suffix[1:] or "png")
+        figure.savefig(file, dpi=dpi, format=kind)
 
 
 def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
@@ -43,14 +74,20 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
     Returns:
       The axes.
 
+    Raises:
+      TypeError: If an argument is of another kind.
+
     Example:
       >>> import emaopt
       >>> weights = emaopt.decay_weights(0.99, 1000)
       >>> print(weight_profiles(new_axes(), {"β = 0.99": weights}).get_xlabel())
       training step
     """
+    _check_axes("weight_profiles", axes)
+    check_mapping("weight_profiles", "profiles", profiles)
     for i, (label, weights) in enumerate(profiles.items()):
-        weights = np.asarray(weights)
+        check_text("weight_profiles", "each label of profiles", label)
+        weights = check_vector("weight_profiles", "profiles", weights)
         steps = np.arange(1, weights.size)
         color = _COLORS[i % len(_COLORS)]
         axes.plot(steps, weights[1:], color=color, label=label, lw=1.8)
@@ -79,13 +116,29 @@ def width_sweep(
     Returns:
       The axes.
 
+    Raises:
+      TypeError: If an argument is of another kind.
+
     Example:
       >>> axes = width_sweep(new_axes(), [0.05, 0.1, 0.2], [0.3, 0.2, 0.4], raw=0.5)
       >>> print(axes.get_ylabel())
       held-out loss
     """
+    _check_axes("width_sweep", axes)
+    widths = check_vector("width_sweep", "sigma_rel", sigma_rel)
+    heights = check_real("width_sweep", "losses", losses, "[n]", (1,), finite=False)
+    if len(widths) != len(heights):
+        raise ValueError(
+            f"width_sweep: {len(heights)} losses for {len(widths)} of sigma_rel."
+        )
+    check_mapping("width_sweep", "recorded", recorded, optional=True)
+    if recorded:
+        for pair in recorded.items():
+            check_vector("width_sweep", "recorded", pair)
+    if raw is not None:
+        check_number("width_sweep", "raw", raw, -_FARTHEST, _FARTHEST)
     label = "synthesized after training"
-    axes.plot(sigma_rel, losses, color=AVERAGED, label=label, lw=1.8, marker=".")
+    axes.plot(widths, heights, color=AVERAGED, label=label, lw=1.8, marker=".")
     if recorded:
         axes.plot(*zip(*recorded.items(), strict=True), "o", color=RAW, mfc="none", ms=9,
                   mew=1.8, label="really recorded")  # fmt: skip
@@ -108,11 +161,25 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
     Returns:
       The axes, with a logarithmic scale of losses.
 
+    Raises:
+      TypeError: If an argument is of another kind.
+
     Example:
       >>> axes = curves(new_axes(), [1, 2], [0.3, 0.2], [[0.3, 0.1], [0.2, 0.1]])
       >>> print(axes.get_yscale())
       log
     """
+    _check_axes("curves", axes)
+    steps = check_vector("curves", "steps", steps)
+    what = "losses [n] or [runs, n]"
+    raw = check_real("curves", "raw", raw, what, (1, 2), finite=False)
+    averaged = check_real("curves", "averaged", averaged, what, (1, 2), finite=False)
+    for argument, losses in (("raw", raw), ("averaged", averaged)):
+        if losses.shape[-1] != len(steps):
+            raise ValueError(
+                f"curves: {argument} must be [n] or [runs, n] for {len(steps)} steps, "
+                f"got shape {losses.shape}."
+            )
     series = [("raw parameters", raw, RAW), ("their average", averaged, AVERAGED)]
     for label, losses, color in series:
         losses = np.atleast_2d(losses)
@@ -127,6 +194,14 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(0, steps[-1])
     return _finished(axes)
+
+
+def _check_axes(function: str, axes: Any) -> None:
+    if not isinstance(axes, Axes):
+        raise TypeError(
+            f"{function}: axes must be an Axes of Matplotlib's, as new_axes() makes, got "
+            f"{axes!r}."
+        )
 
 
 def _finished(axes: Axes) -> Axes:

@@ -26,14 +26,27 @@ References:
   §3.2 and appendix C, https://arxiv.org/abs/2312.02696
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from emaopt._checks import check_integer, check_number
+from emaopt._betas import DecayLike
+from emaopt._checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_real,
+    check_sequence,
+    check_vector,
+)
 from emaopt._combining import combine as combine
-from emaopt._decays import DecayLike, gamma_of_sigma_rel
+from emaopt._decays import gamma_of_sigma_rel
+from emaopt._least_squares import nearest
+from emaopt._power_profiles import gamma_to_sigma_rel as gamma_to_sigma_rel
+from emaopt._power_profiles import power_inner_product as power_inner_product
+from emaopt._power_profiles import power_residual
+from emaopt._power_profiles import sigma_rel_to_gamma as sigma_rel_to_gamma
 from emaopt._profiles import annealing_weights as annealing_weights
 from emaopt._weights import checked_weights, shares_taken
 
@@ -56,78 +69,6 @@ class Solution(NamedTuple):
     coefficients: np.ndarray  # float64 [n], sum 1
     residual: float  # ‖profile got - profile wanted‖₂ / ‖profile wanted‖₂
     noise_gain: float  # ‖coefficients‖₂
-
-
-def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """Returns the exponent γ of the power profile of relative width σ_rel.
-
-    The root γ > 0 of σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
-
-    Args:
-      sigma_rel: In (0, 0.2886...).
-
-    Raises:
-      ValueError: If `sigma_rel` is out of its range.
-
-    Example:
-      >>> print(f"{sigma_rel_to_gamma(0.1):.3f}")
-      6.937
-    """
-    return gamma_of_sigma_rel("sigma_rel_to_gamma", sigma_rel)
-
-
-def gamma_to_sigma_rel(gamma: float) -> float:
-    """Returns the relative width σ_rel of the power profile t^γ.
-
-    The standard deviation of the positions of the weights, as a fraction of the run:
-    σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
-
-    Args:
-      gamma: γ, greater than -1.
-
-    Raises:
-      ValueError: If `gamma` is out of its range.
-
-    Example:
-      >>> print(f"{gamma_to_sigma_rel(0):.4f}")
-      0.2887
-    """
-    check_number("gamma_to_sigma_rel", "gamma", gamma, -1, above=True)
-    return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
-
-
-def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> np.ndarray:
-    """Returns ∫ p_a(τ) p_b(τ) dτ of the power profiles p(τ) = (γ+1) τ^γ / t^(γ+1).
-
-    Each profile reaches from 0 to its end t. With t_a <= t_b the integral is
-
-        (γ_a+1)(γ_b+1) / ((γ_a+γ_b+1) t_b) · (t_a/t_b)^γ_b,
-
-    which needs γ_a + γ_b > -1. The powers are of a ratio, so nothing overflows.
-
-    Args:
-      gamma_a: γ_a, any shape that broadcasts with the others.
-      end_a: t_a, greater than 0, in any unit of time.
-      gamma_b: γ_b.
-      end_b: t_b.
-
-    Returns:
-      float64, in one over the unit of time.
-
-    Example:
-      >>> print(power_inner_product(0, 1, 0, 2))
-      0.5
-
-    References:
-      Karras et al., 2024, appendix C.2, https://arxiv.org/abs/2312.02696
-    """
-    gamma_a, end_a, gamma_b, end_b = (
-        np.asarray(x, np.float64) for x in (gamma_a, end_a, gamma_b, end_b)
-    )
-    late = np.maximum(end_a, end_b)
-    of_late = np.where(end_a <= end_b, gamma_b, gamma_a)
-    scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * late)
-    return scale * (np.minimum(end_a, end_b) / late) ** of_late
 
 
 def snapshot_weights(recorded: Sequence[Recorded], num_steps: int) -> np.ndarray:
@@ -189,6 +130,7 @@ def solve(
     Raises:
       ValueError: If the shapes do not fit, values are not finite, or the target does not
         sum to 1.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt
@@ -202,15 +144,21 @@ def solve(
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696, who solve it for power
       profiles, without the constraint, by their inner products.
     """
+    if rcond is not None:
+        check_number("solve", "rcond", rcond, 0)
     matrix: Any = np.asanyarray(snapshot_weights)
-    target = checked_weights("solve", target_weights)
+    target = checked_weights("solve", target_weights, "target_weights")
+    if matrix.dtype.kind not in "iuf":
+        raise TypeError(
+            f"solve: snapshot_weights must be numbers, got {snapshot_weights!r}."
+        )
     if matrix.ndim != 2 or not matrix.shape[0] or matrix.shape[1] != target.size:
         raise ValueError(
             "solve: snapshot_weights must be [n, T+1] with n >= 1 and target_weights "
             f"[T+1], got shapes {matrix.shape} and {target.shape}."
         )
     slices = (slice(i, i + _BLOCK) for i in range(0, target.size, _BLOCK))
-    return _nearest(
+    return _solution(
         "solve", ((matrix[:, s], target[s]) for s in slices), len(matrix), rcond
     )
 
@@ -241,7 +189,9 @@ def solve_recorded(
       True
     """
     name = "solve_recorded"
-    target = checked_weights(name, target_weights)
+    if rcond is not None:
+        check_number(name, "rcond", rcond, 0)
+    target = checked_weights(name, target_weights, "target_weights")
     ends = _checked_steps(name, recorded, None)
     num_steps = max(target.size - 1, int(ends.max()))
     target = np.append(target, np.zeros(num_steps + 1 - target.size))
@@ -252,7 +202,7 @@ def solve_recorded(
             stop -= block.shape[1]
             yield block, target[stop : stop + block.shape[1]]
 
-    return _nearest(name, pairs(), ends.size, rcond)
+    return _solution(name, pairs(), ends.size, rcond)
 
 
 def snapshots_needed(
@@ -274,27 +224,31 @@ def snapshots_needed(
 
     Raises:
       ValueError: If a width is out of its range, or 512 are too few.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> snapshots_needed(0.01, sigma_rel=[0.05, 0.25])
       88
     """
     check_number("snapshots_needed", "error", error, 1e-6, 1)
+    sigma_rel = check_real("snapshots_needed", "sigma_rel", sigma_rel, "widths", (0, 1))
+    widths = check_vector("snapshots_needed", "recorded", recorded)
     targets = [
         gamma_of_sigma_rel("snapshots_needed", s) for s in np.atleast_1d(sigma_rel)
     ]
-    gammas = [gamma_of_sigma_rel("snapshots_needed", s) for s in recorded]
+    gammas = [gamma_of_sigma_rel("snapshots_needed", s) for s in widths]
 
     def enough(count):
-        return all(_power_residual(gammas, count, target) <= error for target in targets)
+        return all(power_residual(gammas, count, target) <= error for target in targets)
 
     low, high = 0, 1
     while not enough(high):
         low, high = high, 2 * high
         if high > 512:
             raise ValueError(
-                f"snapshots_needed: 512 snapshots of sigma_rel={tuple(recorded)} give no "
-                f"residual of {error} at sigma_rel={sigma_rel}. Record a width nearby."
+                "snapshots_needed: 512 snapshots of sigma_rel="
+                f"{tuple(map(float, widths))} give no residual of {error} at "
+                f"sigma_rel={sigma_rel}. Record a width nearby."
             )
     while high - low > 1:
         middle = (low + high) // 2
@@ -306,6 +260,12 @@ def _checked_steps(
     function: str, recorded: Sequence[Recorded], num_steps: int | None
 ) -> np.ndarray:
     """The steps of all snapshots, [n]."""
+    check_sequence(function, "recorded", recorded, "Recorded")
+    for one in recorded:
+        if not isinstance(one, Recorded):
+            raise TypeError(f"{function}: recorded must hold Recorded, got {one!r}.")
+        check_sequence(function, "the steps of an average", one.steps, "whole numbers")
+        check_flag(function, "debias", one.debias)
     ends = [np.asarray(one.steps) for one in recorded]
     for steps in ends:
         whole = steps.ndim == 1 and steps.size and np.issubdtype(steps.dtype, np.integer)
@@ -355,44 +315,6 @@ def _blocks(
         yield block
 
 
-def _nearest(
-    function: str,
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
-    count: int,
-    rcond: float | None,
-) -> Solution:
-    """The least-squares problem, from blocks of its columns ([n, b], [b])."""
-    triangle: Any = np.zeros((0, count + 1))
-    for block, target in pairs:
-        rows = np.column_stack([block.T, target])
-        if not np.all(np.isfinite(rows)):
-            raise ValueError(f"{function}: the weights must be finite.")
-        triangle = np.linalg.qr(np.concatenate([triangle, rows]), mode="r")
-    matrix, target = triangle[:, :count], triangle[:, count]
-    ones = np.ones((count, 1))
-    sum_zero = np.linalg.qr(ones, mode="complete")[0][:, 1:]  # [n, n-1], orthonormal
-    coefficients = ones[:, 0] / count
-    if count > 1:
-        # `lstsq`, but small is what is small beside the snapshots, not beside their
-        # greatest difference: of equal ones that is rounding, too.
-        left, sizes, right = np.linalg.svd(matrix @ sum_zero, full_matrices=False)
-        if rcond is None:
-            rcond = count * np.finfo(np.float64).eps
-        used = sizes > rcond * np.linalg.norm(matrix)
-        along = left.T[used] @ (target - matrix @ coefficients) / sizes[used]
-        coefficients += sum_zero @ (along @ right[used])
-    residual = np.linalg.norm(matrix @ coefficients - target) / np.linalg.norm(target)
-    return Solution(coefficients, float(residual), float(np.linalg.norm(coefficients)))
-
-
-def _power_residual(gammas: Sequence[float], count: int, target: float) -> float:
-    """The residual of a power average at time 1 from evenly spaced snapshots."""
-    ends = np.arange(1, count + 1) / count
-    gamma = np.append(np.repeat(gammas, count), target)
-    end = np.append(np.tile(ends, len(gammas)), 1.0)
-    gram = power_inner_product(gamma[:, None], end[:, None], gamma, end)
-    # Vectors with these inner products: the problem is about nothing else.
-    values, vectors = np.linalg.eigh(gram)
-    columns = (vectors * np.sqrt(np.maximum(values, 0))).T  # [n+1 coordinates, n+1]
-    pairs = [(columns[:, :-1].T, columns[:, -1])]
-    return _nearest("snapshots_needed", pairs, len(gamma) - 1, rcond=None).residual
+def _solution(*problem: Any) -> Solution:
+    coefficients, residual = nearest(*problem)
+    return Solution(coefficients, residual, float(np.linalg.norm(coefficients)))

@@ -483,7 +483,7 @@ ERRORS = {
     "worker too many": ({"schedule": [1, 2]}, ValueError, r"in \[0, 2\), got .* to 2"),
     "period": ({"period": 0}, ValueError, "period must be at least 1, got 0"),
     "floating period": ({"period": 2.0}, TypeError, "period must be a whole number"),
-    "commit": ({"commit": "sum"}, ValueError, "commit must be one of delta, mean_delta"),
+    "commit": ({"commit": "sum"}, ValueError, "commit must be .delta., .mean_delta. or"),
     "num_workers": ({"num_workers": 0}, ValueError, "num_workers must be at least 1"),
     "keep_local": ({"keep_local": 1}, TypeError, "keep_local must be True or False"),
     "staleness": ({"staleness": 0.5}, TypeError, "staleness must be a function of τ"),

@@ -1,6 +1,8 @@
 """What averages refuse, and in which words."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -129,6 +131,16 @@ def test_update_with_a_foreign_state_says_so():
             "averaged: overwrite_every must be at least 1, got 0",
         ),
         (
+            lambda: emaopt.averaged(optax.sgd(1.0), 0.9, overwrite_every=3, every=2),
+            ValueError,
+            "averaged: overwrite_every=3 must be a multiple of every=2",
+        ),
+        (
+            lambda: emaopt.averaged(optax.sgd(1.0), 0.9, sequential="no"),
+            TypeError,
+            "averaged: sequential must be True or False, got 'no'",
+        ),
+        (
             lambda: emaopt.by_name(3),
             TypeError,
             "by_name takes regular expressions, got 3",
@@ -154,3 +166,74 @@ def test_update_with_a_foreign_state_says_so():
 def test_other_bad_arguments(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("n", [-5, float("nan"), 1.5, True, "x", jnp.arange(2), 2**40])
+def test_what_is_no_count_is_refused(n):
+    averager = emaopt.average_tree(emaopt.warmup_decay(0.9))
+    state = averager.init(jnp.float32(0))
+    message = "^average_tree: num_updates must be "
+    with pytest.raises((ValueError, TypeError), match=message):
+        averager.update(jnp.float32(1), state, n)
+
+
+@pytest.mark.parametrize("n", [-(2**31), -5, -1, 0, 1, 2**31 - 1])
+@pytest.mark.parametrize(
+    "decay", [emaopt.warmup_decay(0.9), lambda t: (1 + t) / (10 + t)]
+)
+def test_a_traced_count_leaves_the_average_between_the_iterates(decay, n):
+    averager = emaopt.average_tree(decay)
+    state = averager.init(jnp.float32(0))
+    found = jax.jit(averager.update)(jnp.float32(1), state, jnp.int32(n)).average
+    assert 0 <= found <= 1
+    if n <= 0:
+        np.testing.assert_allclose(found, 0.9, rtol=1e-6)  # 1 - β(0)
+
+
+def test_a_traced_count_of_few_bits_is_clipped():
+    averager = emaopt.average_tree(emaopt.warmup_decay(0.9))
+    state = averager.init(jnp.float32(0))
+    update = jax.jit(averager.update)
+    np.testing.assert_allclose(update(1.0, state, jnp.int8(-3)).average, 0.9, rtol=1e-6)
+
+
+OUTSIDE = {
+    "above": lambda t: 1 + 0.1 * t,
+    "below": lambda t: -0.1 * t,
+    "NaN": lambda t: 0.5 * t / (t - 1),
+    "Python's control flow": lambda t: jnp.float32(1.1 if t > 0 else 0.9),
+}
+
+
+@pytest.mark.parametrize("decay", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_decay_function_out_of_its_range_is_refused_when_it_is_built(decay):
+    for build in (emaopt.average_tree, jax.jit(lambda: emaopt.average_params(decay))):
+        with pytest.raises(
+            ValueError, match=r"decay must stay in \[0, 1\], .* at t = 1\."
+        ):
+            build(decay) if build is emaopt.average_tree else build()
+
+
+def test_a_decay_function_that_leaves_its_range_later_is_refused_or_clipped():
+    averager = emaopt.average_tree(lambda t: 0.75 * t - 0.25)  # 0.5, 1.25, ...
+    state = averager.update(jnp.float32(1), averager.init(jnp.float32(0)))
+    with pytest.raises(
+        ValueError, match=r"^average_tree: decay must .* is 1.25 at t = 2"
+    ):
+        averager.update(jnp.float32(1), state)
+    assert jax.jit(averager.update)(jnp.float32(1), state).average == 0.5
+
+
+def test_a_decay_that_is_injected_out_of_its_range_is_refused_or_clipped():
+    tx = optax.inject_hyperparams(
+        emaopt.average_params,
+        static_args=("every", "start"),
+        hyperparam_dtype=jnp.float32,
+    )(decay=0.5)
+    params = jnp.ones(1)
+    state = tx.init(params)
+    state = state._replace(hyperparams={**state.hyperparams, "decay": jnp.float32(2)})
+    with pytest.raises(ValueError, match=r"^average_params: decay must stay in \[0, 1\]"):
+        tx.update(params, state, params)
+    _, state = jax.jit(tx.update)(params, state, params)
+    assert emaopt.get_average(state) == 1

@@ -38,13 +38,13 @@ ARGUMENTS = [
         local_updates,
         {"commit": "gradient"},
         ValueError,
-        "commit must be one of delta, mean_delta, mean_gradient, got 'gradient'",
+        "commit must be 'delta', 'mean_delta' or 'mean_gradient', got",
     ),
     (
         local_updates,
         {"reduce": "median"},
         ValueError,
-        "reduce must be one of mean, sum, sequential, got 'median'",
+        "reduce must be 'mean', 'sum' or 'sequential', got 'median'",
     ),
     *(
         (local_updates, {"moving_rate": value}, ValueError, rf"moving_rate .*{value}")

@@ -28,10 +28,13 @@ class Equinox(eqx.Module):
         return self.w * x + self.b
 
 
+# Each with a field of its own: JAX takes the structures of dataclasses with the same
+# fields for equal, and now and then the one for the other.
 @struct.dataclass
 class Struct:
     w: object
     b: object
+    kind: str = struct.field(pytree_node=False, default="mask, of Flax")
 
     def __call__(self, x):
         return self.w * x + self.b
@@ -45,11 +48,14 @@ class Nnx(nnx.Module):
         return self.w * x + self.b
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("w", "b"), meta_fields=("kind",)
+)
 @dataclasses.dataclass
 class Dataclass:
     w: object
     b: object
+    kind: str = "mask"
 
     def __call__(self, x):
         return self.w * x + self.b

@@ -5,6 +5,7 @@ Containers of slots × containers of parameters × layouts of training states, t
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -37,11 +38,17 @@ class Struct:
     b: Any
 
 
-@jax.tree_util.register_dataclass
+# JAX takes the structures of two dataclasses with the same fields for equal (0.10 to
+# 0.12), and now and then the one for the other in what it has traced: "prefix has Data,
+# full has Struct". So this one has a field more.
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("w", "b"), meta_fields=("kind",)
+)
 @dataclasses.dataclass
 class Data:
     w: Any
     b: Any
+    kind: str = "data"
 
 
 class Linear(nnx.Module):

@@ -12,9 +12,16 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from emaopt._masks import is_function
-from emaopt._names import named_leaves
-from emaopt._places import Choice, Ways
+from emaopt._checks import (
+    check_callable,
+    check_dtype,
+    check_flag,
+    check_json,
+    check_mapping,
+    check_text,
+)
+from emaopt._paths import check_readable, check_writable
+from emaopt._places import Choice, Ways, check_choices
 from emaopt._swapping import swap_state as swap_state
 from emaopt.checkpoint import (
     _checksums,
@@ -26,12 +33,13 @@ from emaopt.checkpoint import (
     _selecting,
     _trees,
 )
+from emaopt.checkpoint._average_names import average_names as average_names
+from emaopt.checkpoint._combinations import average as average
+from emaopt.checkpoint._combinations import combine as combine
 from emaopt.checkpoint._describing import Description as Description
 from emaopt.checkpoint._describing import describe as describe
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
 from emaopt.checkpoint._synthesis import Synthesis as Synthesis
-from emaopt.checkpoint._synthesis import average as average
-from emaopt.checkpoint._synthesis import combine as combine
 from emaopt.checkpoint._synthesis import synthesize as synthesize
 
 __all__ = [
@@ -100,6 +108,7 @@ def save(
     Raises:
       ValueError: If the state holds no average, several, or no parameters that it is the
         average of; or if `path` exists and `force` is False.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -112,6 +121,12 @@ def save(
       >>> print(load_averaged(path)["w"])
       [-0.5 -0.5]
     """
+    check_writable("save", "path", path)
+    check_choices("save", name, params)
+    check_flag("save", "optional", optional)
+    check_flag("save", "force", force)
+    check_flag("save", "checksums", checksums)
+    check_json("save", "custom_metadata", custom_metadata)
     if _record.KEY in (custom_metadata or {}):
         raise ValueError(
             f"save: custom_metadata[{_record.KEY!r}] is where emaopt keeps its own "
@@ -197,6 +212,7 @@ def restore(
         float, integer, bool; integers may be wider, not narrower); the message lists
         them. If two averages or slots could be each other's. If the files are damaged.
         Nothing is half-restored.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -207,6 +223,12 @@ def restore(
       >>> print(restore(path, jax.eval_shape(lambda: state))["params"])
       [1. 1.]
     """
+    check_readable("restore", "path", path)
+    check_choices("restore", None, params)
+    check_mapping("restore", "rename", rename, optional=True, of_text=True)
+    check_flag("restore", "keep_missing", keep_missing)
+    check_flag("restore", "ignore_extra", ignore_extra)
+    check_callable("restore", "report", report, 1)
     at = params if isinstance(params, str) else None
     files = _files.open_files("restore", path, at=at)
     _replacing.take_up(_files.absolute(path))
@@ -256,6 +278,7 @@ def load_averaged(
       FileNotFoundError: If there is no checkpoint at `path`.
       ValueError: If the checkpoint holds no average, or several, or nothing at `at`, or
         the target has other names or shapes, or the files are damaged.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tempfile, emaopt
@@ -266,6 +289,11 @@ def load_averaged(
       >>> load_averaged(path, dtype=jnp.bfloat16)["w"].dtype
       dtype(bfloat16)
     """
+    check_readable("load_averaged", "path", path)
+    check_dtype("load_averaged", "dtype", dtype)
+    check_text("load_averaged", "name", name, optional=True)
+    check_text("load_averaged", "at", at, optional=True)
+    check_flag("load_averaged", "ignore_extra", ignore_extra)
     files = _files.open_files("load_averaged", path, at=at, option="at", lazy=True)
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
@@ -306,6 +334,7 @@ def export_safetensors(
       FileNotFoundError: If there is no checkpoint at `path`.
       FileExistsError: If `out` exists and `force` is False.
       ValueError: As for `load_averaged`; or if two names are one with this separator.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, optax, tempfile, emaopt
@@ -319,6 +348,14 @@ def export_safetensors(
       >>> load_file(path + ".safetensors")
       {'dense/kernel': array([1., 1.], dtype=float32)}
     """
+    check_readable("export_safetensors", "path", path)
+    check_writable("export_safetensors", "out", out)
+    check_text("export_safetensors", "weights", weights, optional=True)
+    check_text("export_safetensors", "at", at, optional=True)
+    check_dtype("export_safetensors", "dtype", dtype)
+    check_text("export_safetensors", "separator", separator)
+    check_flag("export_safetensors", "force", force)
+    check_callable("export_safetensors", "progress", progress, 2)
     found = _selecting.select("export_safetensors", path, weights, at)
     return _merging.exported(
         "export_safetensors",
@@ -329,50 +366,6 @@ def export_safetensors(
         force=force,
         progress=progress,
     )
-
-
-def average_names(
-    params: Any,
-    name: str = "ExponentialMovingAverage",
-    *,
-    mask: Any = None,
-    scope: str = "",
-) -> dict[str, str]:
-    """Maps names as TensorFlow gives averages to the parameters' own.
-
-    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns: use it to
-    rename what a converted TensorFlow checkpoint holds. Unlike that, it makes up no
-    average for what has none.
-
-    Args:
-      params: The parameters.
-      name: The average's name in TensorFlow.
-      mask: Which parameters have an average: a tree of booleans like `params` or a
-        function that makes one, such as `emaopt.by_name`. None: all.
-      scope: The variable scope in which TensorFlow made the averages.
-
-    Returns:
-      {"<scope>/path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/";
-      what has no average has its own name twice.
-
-    Raises:
-      ValueError: If `mask` is not like `params`.
-
-    Example:
-      >>> print(average_names({"dense": {"kernel": 0.0}}))
-      {'dense/kernel/ExponentialMovingAverage': 'dense/kernel'}
-    """
-    flags = mask(params) if is_function(mask, params) else mask
-    averaged = dict.fromkeys(_files.names_of(params), True)
-    if flags is not None:
-        averaged = _files.names_of(flags)
-    if averaged.keys() != _files.names_of(params).keys():
-        raise ValueError("average_names: mask must be a tree of booleans like params.")
-    prefix = f"{scope}/" if scope else ""
-    flags = [averaged[names] for names in _files.names_of(params)]
-    named = ["/".join(names) for names, _ in named_leaves(params)]
-    pairs = zip(named, flags, strict=True)
-    return {f"{prefix}{n}/{name}" if has_one else n: n for n, has_one in pairs}
 
 
 def metadata(
@@ -398,6 +391,7 @@ def metadata(
 
     Raises:
       ValueError: As for `save`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import jax.numpy as jnp, optax, emaopt
@@ -406,5 +400,7 @@ def metadata(
       >>> print(metadata((params, tx.init(params)))["emaopt"]["average"])
       ['1', 'averaging']
     """
+    check_choices("metadata", name, params)
+    check_flag("metadata", "optional", optional)
     state, places = _trees.served("metadata", state, name, params, optional)
     return _trees.marker(state, places) if places else {}

@@ -3,8 +3,10 @@
 import os
 from typing import Any, NamedTuple
 
+from emaopt._checks import check_text
+from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
-from emaopt._weights import WeightSummary, decay_weights, weight_summary
+from emaopt._weights import MOST, WeightSummary, weight_summary
 from emaopt.checkpoint import _files, _replacing, _selecting, _synthesis
 
 
@@ -56,6 +58,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
       ValueError: If it is not complete or damaged, or has nothing at `at`.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile
@@ -66,6 +69,8 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
       >>> print(describe(path).served)
       the averages of opt_state/averaging
     """
+    check_readable("describe", "path", path)
+    check_text("describe", "at", at, optional=True)
     files = _files.open_files("describe", path, at=at, option="at")
     ways, served = _selecting.what_stands("describe", files, at)
     leaves = []
@@ -79,8 +84,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         updates = _synthesis.updates("describe", files, one)
         summary = None
         if (spec := _selecting.decay_said(one.names)) is not None:
-            profile = decay_weights(decay_of(spec), updates, debias=one.debias)
-            summary = weight_summary(profile)
+            summary = _summary(decay_of(spec), updates, one.debias)
         name = "/".join(one.names)
         averages.append(AverageDescription(name, updates, one.served, summary))
     return Description(
@@ -92,6 +96,15 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         files.combination or {},
         _size(files.path),
     )
+
+
+def _summary(decay: Any, updates: int, debias: bool) -> WeightSummary | None:
+    try:
+        return weight_summary(decay, updates, debias=debias)
+    except ValueError:
+        if updates <= MOST:
+            raise
+        return None  # of a decay without a closed form, nothing to fail for
 
 
 def _size(path: Any) -> int:

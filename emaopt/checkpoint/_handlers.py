@@ -7,7 +7,15 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from emaopt._places import Choice, Ways
+from emaopt._checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_iterable,
+    check_mapping,
+    check_text,
+)
+from emaopt._places import Choice, Ways, check_choices
 from emaopt._swapping import exchange
 from emaopt.checkpoint import (
     _checksums,
@@ -75,6 +83,7 @@ def handler_registry(
     Raises:
       ValueError: If `metrics_of` is something else. From the manager: as `save` and
         `restore` do.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile
@@ -92,11 +101,16 @@ def handler_registry(
       ...     print(manager.restore(0)["params"])
       [0. 0.]
     """
-    if metrics_of not in (None, "raw", "averaged"):
-        raise ValueError(
-            "handler_registry: metrics_of must be 'raw', 'averaged' or None, got "
-            f"{metrics_of!r}."
-        )
+    check_choices("handler_registry", name, params)
+    check_flag("handler_registry", "optional", optional)
+    check_mapping("handler_registry", "rename", rename, optional=True, of_text=True)
+    check_iterable("handler_registry", "items", items, "names")
+    items = [*items]
+    for item in items:
+        check_text("handler_registry", "each of items", item)
+    check_choice("handler_registry", "metrics_of", metrics_of, ("raw", "averaged", None))
+    check_callable("handler_registry", "report", report, 1, optional=True)
+    check_flag("handler_registry", "checksums", checksums)
     swapping = _Swapping(
         name,
         params,

@@ -148,6 +148,12 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
         check_fit("load_averaged", path, like, saved)
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
         shardings = _below_a_key(sharding)
+        for one in shardings.values():
+            if not isinstance(one, jax.sharding.Sharding):
+                raise TypeError(
+                    "load_averaged: sharding must be a jax.sharding.Sharding or a tree "
+                    f"of them like the parameters, got {one!r}."
+                )
         if odd := sorted(saved.keys() ^ shardings.keys()):
             raise ValueError(
                 "load_averaged: sharding must be a jax.sharding.Sharding or a tree of "

@@ -4,187 +4,26 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from emaopt._profiles import BadProfile, decay_of, merge_weights, weights_of
-from emaopt._weights import decay_weights
+from emaopt._checks import check_decay, check_integer, check_mapping, check_number
+from emaopt._paths import check_readable
+from emaopt._profiles import BadProfile, decay_of, weights_of
+from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,
     _merging,
-    _record,
     _replacing,
     _restoring,
     _selecting,
     _streaming,
 )
+from emaopt.checkpoint._combinations import check_merging
 from emaopt.checkpoint._merging import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
 _FAR = 0.1  # the residual from which on there is a warning
-
-
-@_replacing.whole
-def combine(
-    paths: Sequence[str | os.PathLike],
-    coefficients: Any,
-    out: str | os.PathLike,
-    *,
-    weights: str | None = None,
-    at: str | None = None,
-    dtype: Any = None,
-    force: bool = False,
-    custom_metadata: dict[str, Any] | None = None,
-    progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restoring.log_warning,
-) -> None:
-    """Writes Σ_i c_i θ_i of the weights in several checkpoints, as a checkpoint.
-
-    It goes leaf by leaf: memory holds a few arrays, or about 100 MB of small ones, not a
-    model. Sums are in float64, the result has the leaves' dtypes. What is not floating
-    (step counters) is taken from the last checkpoint; what weighs 0 is not read.
-
-    The result is a checkpoint of Orbax's of the parameters alone, under their original
-    names, as NumPy arrays, so that it restores on any devices. `load_averaged` reads it,
-    too. custom_metadata["emaopt_combination"] says what it was made of.
-
-    Args:
-      paths: Checkpoints of emaopt's or of Orbax's, oldest first; of a CheckpointManager,
-        directories of steps.
-      coefficients: float [n].
-      out: Directory to make. It never holds half a checkpoint.
-      weights: None: what stands under the parameters' names, in a checkpoint of emaopt's
-        the averages. "raw": the raw parameters. "average": the only average, wherever it
-        stands. Else the average of that name.
-      at: The names that lead to the parameters, as in "model/params", or to a part of
-        them. None: found by the average of them, or "params", or all of a checkpoint that
-        holds no optimizer's state.
-      dtype: Floating dtype to cast floating arrays to. None: as saved.
-      force: Replace what stands at `out`, as `save` does; never what is combined.
-      custom_metadata: Further entries for the record.
-      progress: Called with the bytes that are read and those that there are.
-      report: Called with a sentence for each leaf that comes out with NaN or inf.
-
-    Raises:
-      FileNotFoundError: If there is no checkpoint at a path.
-      ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
-        under the names (both are named), are not complete or damaged, do not hold the
-        weights; or if `out` exists, or holds what is combined.
-
-    Example:
-      >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
-      >>> run = tempfile.mkdtemp()
-      >>> with ocp.StandardCheckpointer() as checkpointer:
-      ...     for step in (1, 2):
-      ...         params = {"w": jnp.full(2, step, jnp.float32)}
-      ...         checkpointer.save(f"{run}/{step}", {"params": params})
-      >>> combine([f"{run}/1", f"{run}/2"], [0.5, 0.5], f"{run}/mean")
-      >>> with ocp.StandardCheckpointer() as checkpointer:
-      ...     print(checkpointer.restore(f"{run}/mean")["params"])
-      {'w': array([1.5, 1.5], dtype=float32)}
-    """
-    coefficients = np.asarray(coefficients, np.float64)
-    if not len(paths) or coefficients.shape != (len(paths),):
-        raise ValueError(
-            f"combine: give a coefficient for each checkpoint, got {len(paths)} of these "
-            f"and coefficients of shape {coefficients.shape}."
-        )
-    if not np.all(np.isfinite(coefficients)):
-        raise ValueError(f"combine: coefficients must be finite, got {coefficients}.")
-    if odd := sorted(_record.OF_COMBINATIONS.intersection(custom_metadata or {})):
-        raise ValueError(
-            f"combine: custom_metadata has {odd}, which the record has of its own; take "
-            "other keys."
-        )
-    _merging.combined(
-        "combine",
-        _selecting.select_alike("combine", paths, weights, at),
-        coefficients,
-        out,
-        dtype=dtype,
-        force=force,
-        record=custom_metadata or {},
-        progress=progress,
-        report=report,
-    )
-
-
-@_replacing.whole
-def average(
-    paths: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
-    *,
-    profile: str = "uniform",
-    steps: Sequence[int] | None = None,
-    weights: str | None = None,
-    at: str | None = None,
-    dtype: Any = None,
-    force: bool = False,
-    progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restoring.log_warning,
-) -> dict[str, float]:
-    """Averages checkpoints of a run, instead of a decay of its learning rate.
-
-    Profiles:
-      "uniform": all alike, as LAWA and PMA do.
-      "linear:f", "cosine:f", "1-sqrt:f": as if the learning rate had been brought to 0 in
-        that way over the last fraction f of the run, as WSM does
-        (`posthoc.annealing_weights`). Without ":f", from the oldest checkpoint on.
-      "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": as near to
-        that average of all the steps up to the newest as these checkpoints allow.
-    All but the first weigh the steps of training; an iterate's weight goes to
-    the two checkpoints around it, the nearer one getting more.
-
-    Args:
-      paths: Checkpoints, or directories of a CheckpointManager: all its steps. In the
-        order of their steps if these are known, else oldest first.
-      out: Directory to make, as for `combine`.
-      profile: One of the above.
-      steps: The step of each path. None: the numbers in which the paths end.
-      weights: As for `combine`, as are the other arguments.
-
-    Returns:
-      {checkpoint: its weight}, oldest first.
-
-    Raises:
-      FileNotFoundError, ValueError: As `combine` does; if the profile is none, or needs
-        steps and there are none, or two checkpoints have the same.
-
-    Example:
-      >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
-      >>> run = tempfile.mkdtemp()
-      >>> with ocp.StandardCheckpointer() as checkpointer:
-      ...     for step in (100, 200, 300):
-      ...         checkpointer.save(f"{run}/{step}", {"params": jnp.ones(2)})
-      >>> weights = average([run], f"{run}/mean", profile="linear")
-      >>> print(*[f"{weight:.2f}" for weight in weights.values()])
-      0.25 0.50 0.25
-
-    References:
-      Kaddour, 2022, Stop wasting my time! Saving days of ImageNet and BERT training with
-      latest weight averaging, https://arxiv.org/abs/2209.14981
-      Li et al., 2025, Model merging in pre-training of large language models,
-      https://arxiv.org/abs/2505.12082
-      Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
-      https://arxiv.org/abs/2507.17634
-    """
-    found, numbers = _selecting.in_order("average", paths, steps, report)
-    try:
-        coefficients = merge_weights(profile, len(found), numbers)
-    except BadProfile as error:
-        raise BadProfile(f"average: {error}") from None
-    _merging.combined(
-        "average",
-        _selecting.select_alike("average", found, weights, at),
-        coefficients,
-        out,
-        dtype=dtype,
-        force=force,
-        record={"profile": profile},
-        progress=progress,
-        report=report,
-    )
-    pairs = zip(found, coefficients, strict=True)
-    return {str(path): float(coefficient) for path, coefficient in pairs}
 
 
 class Synthesis(NamedTuple):
@@ -240,6 +79,7 @@ def synthesize(
     Raises:
       FileNotFoundError, ValueError: As `combine` does; if there are no averages of known
         decays, or not the same ones in all checkpoints.
+      TypeError: If an argument is of another kind.
 
     Example:
       >>> import emaopt, jax.numpy as jnp, optax, tempfile, orbax.checkpoint as ocp
@@ -265,6 +105,15 @@ def synthesize(
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696
     """
     name = "synthesize"
+    check_merging(name, out, at, dtype, force, progress, report)
+    check_readable(name, "directory", directory)
+    check_mapping(name, "recorded", recorded, optional=True)
+    check_integer(name, "every", every, 1)
+    check_integer(name, "start", start, 0)
+    if step is not None:
+        check_integer(name, "step", step, 0)
+    if rcond is not None:
+        check_number(name, "rcond", rcond, 0)
     _target(name, target, 1)  # whether it is a profile at all
     found, _ = _selecting.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
@@ -341,7 +190,9 @@ def synthesize(
 
 def _decay(function: str, decay: Any) -> Any:
     try:
-        return decay_of(decay) if isinstance(decay, str) else decay
+        decay = decay_of(decay) if isinstance(decay, str) else decay
+        check_decay(function, decay)
+        return decay
     except BadProfile as error:
         raise BadProfile(f"{function}: {error}") from None
 
@@ -393,11 +244,13 @@ def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
 
 
 def _target(function: str, target: Any, step: int) -> np.ndarray:
+    decay: Any = target
     try:
         if isinstance(target, str):
             return weights_of(target, step)
     except BadProfile as error:
         raise BadProfile(f"{function}: {error}") from None
-    if callable(target) or np.ndim(target) == 0:
-        return decay_weights(target, step)
-    return np.asarray(target, np.float64)
+    if isinstance(target, (list, tuple, np.ndarray, jax.Array)) and np.shape(target):
+        return checked_weights(function, target, "target")
+    taken = shares_taken(function, decay, step, every=1, start=0, debias=False)
+    return weights_of_shares(taken)

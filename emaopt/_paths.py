@@ -1,0 +1,68 @@
+"""Paths that users give: what they can be, and whether they can be read or written."""
+
+import errno
+import os
+from typing import Any
+
+# As the process is now: a program that started as another user may have given that up.
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
+def check_path(function: str, argument: str, path: Any) -> None:
+    """Raises unless `path` can be a path, and can be looked at if it is there."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{function}: {argument} must be a path, got {path!r}.")
+    if _is_url(path):
+        return
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise _refused(function, argument, path, error) from None
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is missing is said where it is missed
+    except (OSError, ValueError) as error:  # too long, or with a zero in it
+        raise ValueError(
+            f"{function}: {argument} cannot be a path here, got {path!r}: {error}."
+        ) from None
+
+
+def check_readable(function: str, argument: str, path: Any) -> None:
+    """Raises unless `path` can be a path, and a directory there can be entered."""
+    check_path(function, argument, path)
+    if not _is_url(path) and os.path.isdir(path):
+        if not _may(path, os.R_OK | os.X_OK):
+            raise _refused(function, argument, path, PermissionError())
+
+
+def check_writable(function: str, argument: str, path: Any) -> None:
+    """Raises unless something can be made at `path`, with directories on the way."""
+    check_path(function, argument, path)
+    if _is_url(path):
+        return
+    above = os.path.dirname(os.path.realpath(path))  # what a link leads to is written
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise NotADirectoryError(
+            errno.ENOTDIR,
+            f"{function}: {argument} cannot be made, {above} is no directory",
+            os.fspath(path),
+        )
+    if not _may(above, os.W_OK | os.X_OK):
+        raise _refused(function, argument, path, PermissionError())
+
+
+def _is_url(path: Any) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _may(path: Any, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=_EFFECTIVE)
+
+
+def _refused(function: str, argument: str, path: Any, error: OSError) -> OSError:
+    return PermissionError(
+        error.errno or errno.EACCES,
+        f"{function}: {argument} must be where this user may go",
+        os.fspath(path),
+    )
