@@ -26,11 +26,16 @@ class Decay:
 
     Near 1, float32 steps by 6e-8: of a uniform average over 1e6 iterates, 1 - β = 1e-6
     would be read back with an error of several percent.
+
+    log_kept: (i, T) -> log Π β over the steps i < t <= T, where that has a closed form;
+    i, in [0, T], is float64 and need not be whole. breaks: the t at which it has a kink.
     """
 
     description: str
     beta: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
     complement: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
+    log_kept: Callable[[np.ndarray, int], np.ndarray] | None = None
+    breaks: tuple[float, ...] = ()
 
     def __call__(self, t: ArrayLike) -> Any:
         return self.beta(*_namespace(t))
@@ -71,6 +76,16 @@ def evaluate(decay: DecayLike, t: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.asarray(one_minus(decay, t), np.float64), t.shape)
 
 
+def log_kept_of(decay: DecayLike) -> Callable[[np.ndarray, int], np.ndarray] | None:
+    """`Decay.log_kept` of a decay, a constant one too; None if it has no closed form."""
+    if callable(decay):
+        return decay.log_kept if isinstance(decay, Decay) else None
+    if isinstance(decay, jax.Array):
+        return None
+    log_beta = math.log(decay) if decay > 0 else -math.inf
+    return lambda i, last: np.where(i < last, np.maximum(last - i, 1e-9) * log_beta, 0.0)
+
+
 def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
     """Rises as TensorFlow's `num_updates` rule: β(t) = min(max_decay, (1+t)/(10+t)).
 
@@ -101,7 +116,31 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
         t = t.astype(np.float32)
         return xp.minimum(t.dtype.type(max_decay), (1 + t) / (10 + t))
 
-    return Decay(f"warmup_decay({max_decay})", beta, lambda xp, t: 1 - beta(xp, t))
+    # (1+t)/(10+t) up to the step where it reaches the largest β, as float32 has it. Past
+    # 0.99999, 1 - β is a few units of float32's last place: not what the formula says.
+    largest = float(np.float32(max_decay))
+    reached = (10 * largest - 1) / (1 - largest) if largest < 1 else math.inf
+    reached = math.floor(reached) if reached < math.inf else reached
+
+    def log_kept(i, last):
+        rising = min(last, max(reached, 0))
+        i_rising = np.minimum(i, rising)
+        found = np.zeros_like(i)
+        for k in range(2, 11):
+            found += np.log((i_rising + k) / (rising + k))
+        if last > rising:
+            log_beta = math.log(largest) if largest > 0 else -math.inf
+            steps = last - np.maximum(i, rising)
+            found = found + np.where(steps > 0, np.maximum(steps, 1e-9) * log_beta, 0.0)
+        return found
+
+    return Decay(
+        f"warmup_decay({max_decay})",
+        beta,
+        lambda xp, t: 1 - beta(xp, t),
+        log_kept if largest < 0.999991 else None,
+        (reached,),
+    )
 
 
 def uniform_decay() -> Callable[[ArrayLike], Any]:
@@ -131,7 +170,10 @@ def uniform_decay() -> Callable[[ArrayLike], Any]:
         t = xp.maximum(t, 1)
         return (t - 1) / t
 
-    return Decay("uniform_decay()", beta, complement)
+    def log_kept(i, last):
+        return np.log(i / last)
+
+    return Decay("uniform_decay()", beta, complement, log_kept)
 
 
 def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
@@ -166,7 +208,23 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
         t = xp.maximum(t, 1)
         return (t - 1) / (t + eta)
 
-    return Decay(f"polynomial_decay({eta})", beta, complement)
+    # Π (t-1)/(t+η) = r(i) / r(T), r(i) = Γ(i+1+η) / Γ(i), by Stirling's series from 16
+    # on. Of log r(i), what grows as i log i cancels and is never formed.
+    def stirling(z):
+        return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
+
+    def log_ratio(i):
+        y = np.asarray(i, np.float64)
+        below = sum(np.log1p((1 + eta) / (y + k)) for k in range(16))
+        y = y + 16
+        z = y + 1 + eta
+        found = (y - 0.5) * np.log1p((1 + eta) / y) + (1 + eta) * (np.log(z) - 1)
+        return found + stirling(z) - stirling(y) - below
+
+    def log_kept(i, last):
+        return log_ratio(i) - log_ratio(last)
+
+    return Decay(f"polynomial_decay({eta})", beta, complement, log_kept)
 
 
 def power_decay(
@@ -219,7 +277,10 @@ def power_decay(
     def complement(xp, t):
         return xp.where(t > 1, -xp.expm1(log_beta(xp, t)), 1.0)
 
-    return Decay(description, beta, complement)
+    def log_kept(i, last):
+        return exponent * np.log(i / last)
+
+    return Decay(description, beta, complement, log_kept)
 
 
 def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
@@ -325,6 +386,7 @@ def half_life_decay(
         f"half_life_decay({half_life}" + (f", ramp={ramp})" if ramp else ")"),
         lambda xp, t: xp.exp(exponent(xp, t)),
         lambda xp, t: -xp.expm1(exponent(xp, t)),
+        None if ramp else lambda i, last: (i - last) * (math.log(2) / half_life),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._checks import check_decay, check_integer, check_number
+from emaopt._checks import check_decay, check_number
 from emaopt._decays import (
     DecayLike,
     half_life_decay,
@@ -15,7 +15,14 @@ from emaopt._decays import (
     uniform_decay,
     warmup_decay,
 )
-from emaopt._weights import checked_weights, decay_weights
+from emaopt._sums import Profile, sums_of
+from emaopt._weights import (
+    WeightSummary,
+    check_num_steps,
+    checked_weights,
+    decay_weights,
+    weight_summary,
+)
 
 SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # w(x), x in [0, 1]
     "linear": lambda x: 1 - x,
@@ -61,17 +68,38 @@ def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray
       Hägele et al., 2024, Scaling laws and compute-optimal training beyond fixed training
       durations, §3, https://arxiv.org/abs/2405.18392 (1-sqrt)
     """
-    if shape not in SHAPES:
+    if not isinstance(shape, str) or shape not in SHAPES:
         raise ValueError(
             f"annealing_weights: shape must be one of {', '.join(SHAPES)}, got {shape!r}."
         )
-    check_integer("annealing_weights", "num_steps", num_steps, 1)
+    check_num_steps("annealing_weights", num_steps, 1)
     check_number("annealing_weights", "fraction", fraction, 0, 1, above=True)
-    length = fraction * num_steps
-    middle = np.arange(num_steps) + 0.5  # of each step
-    kept = SHAPES[shape](np.clip((middle - num_steps) / length + 1, 0, 1))
+    kept = _kept(shape, np.arange(1.0, num_steps + 1), num_steps, fraction)
     kept = np.concatenate([[1.0], kept, [0.0]])
     return kept[:-1] - kept[1:]
+
+
+def _kept(shape: str, step: np.ndarray, num_steps: int, fraction: float) -> np.ndarray:
+    """w of the middle of each step."""
+    x = (step - 0.5 - num_steps) / (fraction * num_steps) + 1
+    return SHAPES[shape](np.clip(x, 0, 1))
+
+
+def _annealing_summary(shape: str, num_steps: int, fraction: float) -> WeightSummary:
+    """`weight_summary` of `annealing_weights`, without the array."""
+
+    def kept(step):
+        return _kept(shape, step, num_steps, fraction)
+
+    first = num_steps * (1 - fraction)  # where w begins to fall; it ends within a step
+    kinks = (first - 1, first, first + 1, num_steps - 1)
+    profile = Profile(
+        num_steps,
+        lambda i: np.log1p(-kept(i + 1)),
+        lambda i: kept(i) - kept(i + 1),
+        kinks,
+    )
+    return WeightSummary(*sums_of(profile, False))
 
 
 def checkpoint_weights(weights: Any, steps: Any) -> np.ndarray:
@@ -161,16 +189,27 @@ def says_decay(name: str) -> bool:
 
 def weights_of(spec: str, num_steps: int) -> np.ndarray:
     """The weight of every iterate, [T+1], of a decay's average or of an annealing."""
+    return _of(spec, num_steps, decay_weights, annealing_weights)
+
+
+def summary_of(spec: str, num_steps: int) -> WeightSummary:
+    """What `weights_of` amounts to, of a run of any length."""
+    weights_of(spec, 1)  # whether it is a profile at all
+    return _of(spec, num_steps, weight_summary, _annealing_summary)
+
+
+def _of(spec: str, num_steps: int, of_decay: Any, of_annealing: Any) -> Any:
     shape, _, fraction = spec.partition(":")
-    if shape not in SHAPES:
-        others = [f"{shape}:fraction" for shape in SHAPES]
-        return decay_weights(decay_of(spec, others), num_steps)
-    if not _is_number(fraction):
+    others = [f"{shape}:fraction" for shape in SHAPES]
+    if shape in SHAPES and not _is_number(fraction):
         raise BadProfile(
             f"{spec!r}: say which fraction of the run it takes, as in {shape}:0.2."
         )
+    decay = None if shape in SHAPES else decay_of(spec, others)
     try:
-        return annealing_weights(shape, num_steps, float(fraction))
+        if decay is None:
+            return of_annealing(shape, num_steps, float(fraction))
+        return of_decay(decay, num_steps)
     except ValueError as error:
         raise BadProfile(f"{spec!r}: {error}") from None
 

@@ -4,7 +4,7 @@ import os
 from typing import Any, NamedTuple
 
 from emaopt._profiles import decay_of
-from emaopt._weights import WeightSummary, decay_weights, weight_summary
+from emaopt._weights import MOST, WeightSummary, weight_summary
 from emaopt.checkpoint import _files, _record, _replacing, _selecting, _synthesis
 
 
@@ -79,8 +79,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         updates = _synthesis.updates("describe", files, one)
         summary = None
         if (spec := _selecting.decay_said(one.names)) is not None:
-            profile = decay_weights(decay_of(spec), updates, debias=one.debias)
-            summary = weight_summary(profile)
+            summary = _summary(decay_of(spec), updates, one.debias)
         name = "/".join(one.names)
         averages.append(AverageDescription(name, updates, one.served, summary))
     return Description(
@@ -92,6 +91,15 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         files.custom.get(_record.RECORD, {}),
         _size(files.path),
     )
+
+
+def _summary(decay: Any, updates: int, debias: bool) -> WeightSummary | None:
+    try:
+        return weight_summary(decay, updates, debias=debias)
+    except ValueError:
+        if updates <= MOST:
+            raise
+        return None  # of a decay without a closed form, nothing to fail for
 
 
 def _size(path: Any) -> int:

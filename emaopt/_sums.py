@@ -1,0 +1,98 @@
+"""Sums over the iterates of a run, however long, of a profile that is smooth.
+
+A sum of N equidistant terms that are a polynomial of degree below 2m is m of them at
+nodes between, weighted: Gauss' rule for the discrete measure, whose orthogonal
+polynomials are Chebyshev's of one discrete variable. Profiles are smooth on the scale of
+the distance from the ends of a run and from their kinks, so blocks that double from there
+need the same m each.
+
+References:
+  Golub & Welsch, 1969, Calculation of Gauss quadrature rules,
+  https://doi.org/10.1090/S0025-5718-69-99647-1 (nodes from the recurrence)
+  NIST Digital Library of Mathematical Functions, §18.22(i), https://dlmf.nist.gov/18.22
+  (the recurrence of Hahn's polynomials; α = β = 0 are Chebyshev's)
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_NODES = 40  # m; blocks up to this long are summed term by term
+
+
+class Profile(NamedTuple):
+    """The weights of θ_0 ... θ_T, without an array of them; the functions take arrays."""
+
+    num_steps: int  # T, at least 1
+    log_older: Callable[[np.ndarray], np.ndarray]  # i -> log of what θ_0 ... θ_i weigh
+    weights: Callable[[np.ndarray], np.ndarray]  # i -> w_i, for i >= 1 not whole, too
+    breaks: Iterable[float]  # the i where they have a kink
+
+
+def sums_of(profile: Profile, debias: bool) -> tuple[float, float, float, float]:
+    """Mean age, 1/Σw², w_0, half-life; with `debias` of the profile without its θ_0."""
+    last = profile.num_steps
+    with np.errstate(divide="ignore", under="ignore", over="ignore"):
+        log_initial = float(profile.log_older(np.zeros(1))[0])
+        if debias and log_initial < 0:
+            initial, total = 0.0, -np.expm1(log_initial)
+        else:
+            initial, total = np.exp(log_initial), 1.0
+
+        age, squares = initial * last, initial**2
+        for i, count in _blocks(last, profile.breaks):
+            w = profile.weights(i) / total
+            age += count @ (w * (last - i))
+            squares += count @ w**2
+
+        def younger(n):  # weight of the iterates of age < n
+            if n > last:
+                return 1.0
+            older = profile.log_older(np.full(1, float(last - n)))[0]
+            return -np.expm1(older) / total
+
+        low, high = 0, last + 1  # younger(low) <= 0.5 < younger(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if younger(middle) <= 0.5 else (low, middle)
+        below, above = younger(low), younger(high)
+        half_life = low + (0.5 - below) / (above - below)
+    return float(age), float(1 / squares), float(initial), float(half_life)
+
+
+def _blocks(
+    last: int, breaks: Iterable[float]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Nodes and weights, block by block, of the rule for the steps 1 ... T."""
+    inner = {int(b) for b in breaks if 0 < b < last}
+    edges = sorted({0, *inner, last})
+    for start, stop in itertools.pairwise(edges):
+        size, left, right = _NODES, start, stop
+        while right - left > 2 * size:  # towards the middle from both sides
+            yield _nodes(left, size)
+            yield _nodes(right - size, size)
+            left, right, size = left + size, right - size, 2 * size
+        half = (right - left) // 2
+        for first, count in ((left, half), (left + half, right - left - half)):
+            if count:
+                yield _nodes(first, count)
+
+
+def _nodes(before: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rule for the steps before + 1 ... before + count."""
+    if count <= _NODES:
+        return before + np.arange(1.0, count + 1), np.ones(count)
+    places, weights = _rule(count)
+    return before + (count + 1) / 2 + places, weights
+
+
+@functools.lru_cache(256)
+def _rule(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rule for as many terms, around their middle."""
+    k = np.arange(1.0, _NODES)
+    off = k * np.sqrt((1 - (k / count) ** 2) / (4 * (4 * k**2 - 1)))
+    places, vectors = np.linalg.eigh(np.diag(off, 1) + np.diag(off, -1))
+    return count * places, count * vectors[0] ** 2
