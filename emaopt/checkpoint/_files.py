@@ -25,6 +25,7 @@ from emaopt._nodes import (
     swapped_nodes,
 )
 from emaopt._places import Names
+from emaopt._writing import is_url, url
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
 from emaopt.checkpoint._locating import located_in
 
@@ -47,7 +48,7 @@ class Files(NamedTuple):
 
 def absolute(path: str | os.PathLike) -> Any:
     path = os.fspath(path)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    return url(path) if is_url(path) else epath.Path(os.path.abspath(path))
 
 
 def open_files(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from emaopt._writing import clear, of_system
 from emaopt.checkpoint import _arrays, _checksums, _files, _finished
 from emaopt.checkpoint._files import Names
 
@@ -115,20 +116,32 @@ def write(
     tree: Any,
     arrays: Iterator[dict[Names, np.ndarray]],
     custom_metadata: dict[str, Any],
+    place: Any,
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
-    The path is nobody else's, so what is left of it after an error is removed.
+    The path is nobody else's, so what is left of it after an error is removed. The error
+    names `place`, where the checkpoint is going to stand.
     """
-    handler = _handler(Pending, _Writing(arrays))
+    of_arrays: list[BaseException] = []
+
+    def watched():
+        try:
+            yield from arrays
+        except BaseException as error:
+            of_arrays.append(error)
+            raise
+
+    handler = _handler(Pending, _Writing(watched()))
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(
                 path, args=ocp.args.PyTreeSave(tree), custom_metadata=custom_metadata
             )
-    except BaseException:
-        for left in (path, path.with_name(path.name + _finished.UNFINISHED)):
-            left.rmtree(missing_ok=True)
+    except BaseException as error:
+        clear(path, path.with_name(path.name + _finished.UNFINISHED))
+        if not of_arrays and (plain := of_system(error, place)):
+            raise plain from error
         raise
 
 
