@@ -49,11 +49,24 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
       >>> print(weight_profiles(new_axes(), {"β = 0.99": weights}).get_xlabel())
       training step
     """
-    for i, (label, weights) in enumerate(profiles.items()):
-        weights = np.asarray(weights)
-        steps = np.arange(1, weights.size)
+    curves = {label: np.asarray(weights) for label, weights in profiles.items()}
+    return weight_curves(axes, {k: (np.arange(w.size), w) for k, w in curves.items()})
+
+
+def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Any, Any]]) -> Axes:
+    """Is `weight_profiles` of some of the steps: {label: (steps [n], weights [n])}.
+
+    Example:
+      >>> print(weight_curves(new_axes(), {"x": ([0, 1, 9], [0, 0.1, 0.9])}).get_ylabel())
+      weight in the average
+    """
+    for i, (label, (steps, weights)) in enumerate(profiles.items()):
+        later = np.asarray(steps) > 0
+        drawn = np.asarray(steps)[later], np.asarray(weights)[later]
         color = _COLORS[i % len(_COLORS)]
-        axes.plot(steps, weights[1:], color=color, label=label, lw=1.8)
+        axes.plot(*drawn, color=color, label=label, lw=1.8)
+        if drawn[0].size and drawn[0][-1] >= 10**7:
+            axes.locator_params(axis="x", nbins=4)  # the numbers would touch
     axes.set_ylabel("weight in the average")
     axes.set_ylim(bottom=0)
     return _finished(axes)
