@@ -106,6 +106,7 @@ LAYERS = {
         "_names",
         "_nodes",
         "_places",
+        "_writing",
         "checkpoint",
         "checkpoint._locating",
         "orbax",
@@ -155,6 +156,7 @@ LAYERS = {
         "checkpoint._worker_rows",
     },
     "checkpoint._selecting": {
+        "_names",
         "_nodes",
         "_profiles",
         "checkpoint",
@@ -169,8 +171,9 @@ LAYERS = {
         "checkpoint._locating",
     },
     "checkpoint._replacing": {"checkpoint"},
-    "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
+    "checkpoint._streaming": {"_writing", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
+        "_names",
         "_profiles",
         "_weights",
         "checkpoint",
@@ -187,9 +190,19 @@ LAYERS = {
         "orbax",
     },
     "plots": {"_writing", "matplotlib"},
-    "_printing": {"_weights", "rich"},
-    "_terminal": {"_profiles", "rich", "typer"},
-    "cli": {"", "_terminal", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},
+    "_terminal": {"rich", "typer"},
+    "_commands": {"_names", "_profiles", "_terminal", "typer"},
+    "_options": {"_profiles", "typer"},
+    "_printing": {"_terminal", "_weights", "rich"},
+    "cli": {
+        "",
+        "_commands",
+        "_options",
+        "_terminal",
+        "demo",
+        "rich",
+        "typer",
+    },
 }
 
 
