@@ -588,7 +588,8 @@ ERRORS = {
     "a run instead of one of its steps": (
         ("inspect", "cut"),
         1,
-        r"cut is not .* It holds steps: give the directory of one, such as \S*cut/400\.",
+        r"cut is not .* It holds steps: 100, 200, 300, 400\. Give the directory of one, "
+        r"such as \S*cut/400\.",
     ),
     "an output that is the run itself": (
         ("average", "cut/100", "cut/200", "--out", "cut", "--force"),

@@ -55,6 +55,7 @@ def test_a_run_that_is_numbered_by_the_time_is_averaged(tmp_path):
     np.testing.assert_allclose(mean, [100, 100], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_profile_of_2_billion_steps_is_summed_up_and_drawn(tmp_path):
     png, steps = tmp_path / "weights.png", str(2**31 - 1)
     arguments = ["profile", "power:0.1", "linear:0.2", "--steps", steps]

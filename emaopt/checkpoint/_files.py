@@ -84,7 +84,8 @@ def open_files(
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
         what = (
-            f"It holds steps: give the directory of one, such as {path / str(steps[-1])}."
+            f"It holds steps: {_few(steps)}. Give the directory of one, such as "
+            f"{path / str(steps[-1])}."
             if steps
             else "The save was not finished, its metadata is lost, or it never was one: "
             "take another step."
@@ -119,6 +120,12 @@ def open_files(
         return open_files(function, path.parent, at=at, option=option, lazy=lazy)
     _check_marker(function, files)
     return files
+
+
+def _few(steps: list[int]) -> str:
+    """Some of a run's steps, the first and the last."""
+    few = [str(step) for step in steps]
+    return ", ".join(few if len(few) <= 8 else [*few[:3], "...", *few[-3:]])
 
 
 def _check_marker(function: str, files: Files) -> None:
