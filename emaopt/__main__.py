@@ -1,6 +1,8 @@
 """`python -m emaopt`, and the command `emaopt`."""
 
+import os
 import sys
+from typing import Any
 
 _EXTRAS = {
     "flax": "demo",
@@ -12,12 +14,31 @@ _EXTRAS = {
 }
 
 
+def _unraised(what: Any) -> None:
+    """Drops what TensorStore's threads still tell once Orbax has given up."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
+
+
 def main() -> None:
     """Runs the command line; if a package for it is missing, says how to install it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # in place of a closed output, whose number no other file shall get
+    os.close(number)
+    sys.unraisablehook = _unraised
     try:
         from emaopt import cli
 
         cli.app(prog_name="emaopt")
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code > 128:  # by a signal
+            # Threads of XLA's and TensorStore's may be at work, which Python's end is
+            # not safe with.
+            os._exit(stopped.code)
+        raise
+    except KeyboardInterrupt:  # before a command has begun
+        print("emaopt: stopped by SIGINT.", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:

@@ -17,6 +17,14 @@ _VARIABLES = (  # of Flax: what is a dict with the one key "value" on disk
 )
 
 
+class Unknown(ValueError):
+    """What an argument names or numbers is not there, though it could be elsewhere."""
+
+    def __init__(self, message: str, argument: str = ""):
+        super().__init__(message)
+        self.argument = argument
+
+
 def by_name(*regexes: str) -> Callable[[Any], Any]:
     """Returns a mask that is True for the leaves whose path matches any of `regexes`.
 

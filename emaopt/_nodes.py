@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from emaopt._local_updates import LocalUpdatesState, SwappedLocalUpdatesState
-from emaopt._names import leaves_with_keys
+from emaopt._names import Unknown, leaves_with_keys
 from emaopt._recursion import AverageState, SwappedState
 
 # What holds the parameters to be served, in its last field; what `swap` makes of it; and
@@ -141,8 +141,8 @@ def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
     """Raises if the state holds averages or centers, but none of the name."""
     if name is not None and (nodes := average_nodes(state) | center_nodes(state)):
         there = ", ".join(repr("/".join(names)) for names in nodes)
-        raise ValueError(
-            f"{function}: no average under the name {name!r}; there are {there}."
+        raise Unknown(
+            f"{function}: no average under the name {name!r}; there are {there}.", "name"
         )
 
 

@@ -3,24 +3,46 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.table import Table
 
-from emaopt._weights import WeightSummary, weight_summary
+from emaopt._terminal import in_letters, shown
+from emaopt._weights import WeightSummary
 
 _SUMMARY = ["mean age\n(steps)", "half-life\n(steps)", "effective\niterates"]
 _SUMMARY += ["weight\nof θ_0"]
 
 
-def summaries(profiles: Mapping[str, Any], steps: int) -> Table:
+def escape(name: Any) -> str:
+    """A name of the user's: neither markup nor what steers a terminal."""
+    return without_markup(shown(name))
+
+
+def document(value: Any) -> Any:
+    """The same as JSON has it: tuples with names are objects."""
+    if hasattr(value, "_asdict"):
+        return document(value._asdict())
+    if isinstance(value, Mapping):
+        return {name: document(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [document(one) for one in value]
+    return value
+
+
+def summaries(found: Mapping[str, WeightSummary], steps: int) -> Table:
     """A row for each profile."""
     table = _table(
         f"averages after {steps:,} steps",
         ["", *_SUMMARY],
     )
-    for name, weights in profiles.items():
-        table.add_row(escape(name), *_cells(weight_summary(weights)))
+    for name, summary in found.items():
+        table.add_row(escape(name), *_cells(summary))
     return table
+
+
+def named(found: Mapping[str, WeightSummary]) -> list[dict[str, Any]]:
+    """The same for JSON, as the averages of a checkpoint are described."""
+    return [{"name": name, "summary": document(one)} for name, one in found.items()]
 
 
 def combination(record: Mapping[str, Any]) -> Iterator[Any]:
@@ -47,7 +69,7 @@ def description(found: Any) -> Iterator[Any]:
     """A checkpoint: its arrays, then its averages and what is served."""
     table = _table(escape(found.path), ["array", "dtype", "shape", "size"])
     for leaf in found.leaves:
-        shape = " × ".join(map(str, leaf.shape)) or "scalar"
+        shape = in_letters(" × ").join(map(str, leaf.shape)) or "scalar"
         name = escape(leaf.name) or "(the root)"
         table.add_row(name, leaf.dtype, shape, _size(leaf.nbytes))
     yield table
@@ -86,7 +108,9 @@ def _table(title: str, columns: list[str]) -> Table:
     for i, column in enumerate(columns):
         # Names are folded where the line ends, numbers never.
         justify = "right" if i else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=i > 0)
+        table.add_column(
+            in_letters(column), justify=justify, overflow="fold", no_wrap=i > 0
+        )
     return table
 
 

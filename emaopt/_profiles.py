@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._betas import DecayLike
+from emaopt._betas import DecayLike, evaluate, log_kept_of
 from emaopt._checks import check_decay, check_number
 from emaopt._decays import (
     half_life_decay,
@@ -15,7 +15,7 @@ from emaopt._decays import (
     uniform_decay,
     warmup_decay,
 )
-from emaopt._sums import Profile, sums_of
+from emaopt._sums import Profile, shared_out, sums_of
 from emaopt._weights import (
     WeightSummary,
     check_num_steps,
@@ -29,6 +29,9 @@ SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # w(x), x in [0, 1]
     "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
     "1-sqrt": lambda x: 1 - np.sqrt(x),
 }
+
+LONG = 1 << 20  # steps, from which on no array is made of them
+_DRAWN = 2000  # of a long run's steps, from each end
 
 
 class BadProfile(ValueError):
@@ -85,21 +88,37 @@ def _kept(shape: str, step: np.ndarray, num_steps: int, fraction: float) -> np.n
     return SHAPES[shape](np.clip(x, 0, 1))
 
 
-def _annealing_summary(shape: str, num_steps: int, fraction: float) -> WeightSummary:
-    """`weight_summary` of `annealing_weights`, without the array."""
+def _annealing(shape: str, num_steps: int, fraction: float) -> Profile:
+    """`annealing_weights` without the array."""
+    check_number("annealing_weights", "fraction", fraction, 0, 1, above=True)
 
     def kept(step):
         return _kept(shape, step, num_steps, fraction)
 
     first = num_steps * (1 - fraction)  # where w begins to fall; it ends within a step
     kinks = (first - 1, first, first + 1, num_steps - 1)
-    profile = Profile(
+    return Profile(
         num_steps,
         lambda i: np.log1p(-kept(i + 1)),
         lambda i: kept(i) - kept(i + 1),
         kinks,
     )
-    return WeightSummary(*sums_of(profile, False))
+
+
+def _annealing_summary(shape: str, num_steps: int, fraction: float) -> WeightSummary:
+    return WeightSummary(*sums_of(_annealing(shape, num_steps, fraction), False))
+
+
+def _averaging(decay: DecayLike, num_steps: int) -> Profile | None:
+    """`decay_weights` without the array; None if there is no closed form."""
+    if (log_kept := log_kept_of(decay)) is None:
+        return None
+    return Profile(
+        num_steps,
+        lambda i: log_kept(i, num_steps),
+        lambda i: evaluate(decay, i) * np.exp(log_kept(i, num_steps)),
+        getattr(decay, "breaks", ()),
+    )
 
 
 def checkpoint_weights(weights: Any, steps: Any) -> np.ndarray:
@@ -198,6 +217,22 @@ def summary_of(spec: str, num_steps: int) -> WeightSummary:
     return _of(spec, num_steps, weight_summary, _annealing_summary)
 
 
+def profile_of(spec: str, num_steps: int) -> Profile | None:
+    """`weights_of` without the array; None if there is no closed form."""
+    return _of(spec, num_steps, _averaging, _annealing)
+
+
+def curve_of(spec: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and their weights to draw: all of them, of a long run a few thousand."""
+    profile = profile_of(spec, num_steps) if num_steps > LONG else None
+    if profile is None:
+        return np.arange(num_steps + 1), weights_of(spec, num_steps)
+    ends = np.geomspace(1, num_steps, _DRAWN)  # many near both ends of the run
+    steps = np.unique(np.rint(np.concatenate([ends, num_steps + 1 - ends])))
+    with np.errstate(divide="ignore", under="ignore"):
+        return steps, profile.weights(steps)
+
+
 def _of(spec: str, num_steps: int, of_decay: Any, of_annealing: Any) -> Any:
     shape, _, fraction = spec.partition(":")
     others = [f"{shape}:fraction" for shape in SHAPES]
@@ -233,10 +268,11 @@ def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndar
     if spec in SHAPES:
         if count == 1:
             return np.ones(1)
-        weights = annealing_weights(spec, steps[-1], 1 - steps[0] / steps[-1])
-    else:
-        weights = weights_of(spec, steps[-1])
-    return checkpoint_weights(weights, steps)
+        spec = f"{spec}:{1 - steps[0] / steps[-1]!r}"
+    profile = profile_of(spec, steps[-1]) if steps[-1] > LONG else None
+    if profile is None:
+        return checkpoint_weights(weights_of(spec, steps[-1]), steps)
+    return shared_out(profile.log_older, steps, profile.breaks)
 
 
 def _is_number(text: str) -> bool:

@@ -15,7 +15,7 @@ References:
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,32 @@ def sums_of(profile: Profile, debias: bool) -> tuple[float, float, float, float]
         below, above = younger(low), younger(high)
         half_life = low + (0.5 - below) / (above - below)
     return float(age), float(1 / squares), float(initial), float(half_life)
+
+
+def shared_out(
+    log_older: Callable[[np.ndarray], np.ndarray],
+    points: Sequence[int],
+    breaks: Iterable[float],
+) -> np.ndarray:
+    """What a few steps weigh if each iterate's weight goes to the two around it.
+
+    In proportion to its nearness; what is before the first goes there, and the last one
+    is T. Let W(i) be what θ_0 ... θ_i weigh, and a < b two of the points. Of what lies
+    between them, b gets
+
+        Σ_i (i - a)/(b - a) w_i = W(b) - M,    M = Σ_{a <= i < b} W(i) / (b - a),
+
+    and a the rest, M - W(a). So a point gets the difference of the means M on its sides.
+    """
+    means = [0.0]
+    with np.errstate(divide="ignore", under="ignore"):
+        for a, b in itertools.pairwise(points):
+            inner = [one - a + 1 for one in breaks]
+            total = sum(
+                count @ np.exp(log_older(a - 1 + i)) for i, count in _blocks(b - a, inner)
+            )
+            means.append(float(total) / (b - a))
+    return np.diff([*means, 1.0])
 
 
 def _blocks(

@@ -1,16 +1,42 @@
-"""Files that stand under their names whole or not at all."""
+"""Files and directories that stand under their names whole or not at all."""
 
 import contextlib
 import os
+import re
 import secrets
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+_PAUSE, _ABSENT = 0.05, 4  # seconds, and after how many of them a directory stays away
+_LONGEST = 20.0  # seconds that cleaning up may take
 
 
 def own_name(path: str) -> str:
     """A place beside a path that no other writer takes, whatever the path is called."""
     name = f".{secrets.token_hex(8)}.unfinished"
     return os.path.join(os.path.dirname(path), name)
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether anything stands at a path, be it a link that leads nowhere, or a URL."""
+    if is_url(path):
+        return url(path).exists()
+    return os.path.lexists(path)
+
+
+def refuse_existing(function: str, path: str | os.PathLike) -> None:
+    """Raises if anything stands where a file is to be made."""
+    if exists(path):
+        raise FileExistsError(
+            f"{function}: {path} exists; pass force=True to replace it."
+        )
 
 
 @contextlib.contextmanager
@@ -20,17 +46,126 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     It is written beside its place under a name of its own, which is removed if the
     writing fails. A link at `path` is replaced, and what it leads to stays.
     """
+    if is_url(path):
+        with _writing_url(url(path)) as file:
+            yield file
+        return
     path = os.path.abspath(os.fspath(path))
-    os.makedirs(os.path.dirname(path), exist_ok=True)  # as Orbax does for a checkpoint
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(making_parents(path))
         unfinished = own_name(path)
         # "x" makes a file or fails: it follows no link, and nothing of others' is lost.
         file = cleanup.enter_context(open(unfinished, "xb"))
         cleanup.callback(_remove, unfinished)
-        yield file
-        file.close()  # whose errors, such as a full disk, come before the rename
-        os.replace(unfinished, path)
-        cleanup.pop_all()
+        try:
+            yield file
+            file.close()  # whose errors, such as a full disk, come before the rename
+        except OSError as error:
+            if plain := of_system(error, path):
+                raise plain from error
+            raise
+        with undisturbed():
+            os.replace(unfinished, path)
+            cleanup.pop_all()
+
+
+def of_system(error: BaseException, place: Any) -> OSError | None:
+    """The system's error of which TensorStore tells, as one of where files should go.
+
+    TensorStore names what it was writing, which is a file that the user never named, and
+    an error in writing names nothing.
+    """
+    if isinstance(error, OSError):
+        if error.errno is None or error.filename is not None:
+            return None
+        return OSError(error.errno, os.strerror(error.errno), os.fspath(place))
+    if (number := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+        return None
+    code = int(number[1])
+    return OSError(code, os.strerror(code), os.fspath(place))
+
+
+def url(path: str | os.PathLike) -> Any:
+    """What opens a URL; ValueError if nothing does."""
+    from etils import epath
+
+    try:
+        return epath.Path(os.fspath(path))
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is no kind of URL that can be opened: {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _writing_url(path: Any) -> Iterator[BinaryIO]:
+    """`writing` in a store, where what is closed is there, whole or not."""
+    unfinished = path.parent / os.path.basename(own_name(path.name))
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        with undisturbed():
+            unfinished.rename(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def making_parents(path: str | os.PathLike) -> Iterator[None]:
+    """Makes the directories above a path; if what is done in them fails, removes them.
+
+    Only those that it made, and that are still empty.
+    """
+    made, above = [], os.path.dirname(os.path.abspath(path))
+    while not is_url(path) and not os.path.lexists(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    try:
+        if not is_url(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for directory in made:
+                os.rmdir(directory)
+        raise
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps signals that would raise an exception until a few renames are done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where none are handled
+        return
+    came = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")
+        if (number := getattr(signal, name, None)) and callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def clear(*paths: Any) -> None:
+    """Removes directories that threads may still be writing to, until they have ended.
+
+    For TensorStore makes a directory anew that it does not find.
+    """
+    absent, end = 0, time.monotonic() + _LONGEST
+    while absent < _ABSENT and time.monotonic() < end:
+        left = [path for path in paths if path.exists()]
+        absent = 0 if left else absent + 1
+        for path in left:
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        time.sleep(_PAUSE)
 
 
 def _remove(path: str) -> None:

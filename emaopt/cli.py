@@ -6,103 +6,69 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from emaopt._terminal import (
-    failing,
-    integers,
-    progress_bar,
-    quiet_cpu,
-    show,
-    stop,
-    warn,
-    written,
-)
+from emaopt import _options
+from emaopt._commands import Commands, failing
+from emaopt._options import At, Checkpoint, Dtype, Force, Json, Out, Which
+from emaopt._terminal import progress_bar, report, stop, warn
 
 app = typer.Typer(
-    add_completion=False,
+    name="emaopt",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
-        "CheckpointManager, one step's.",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    str,
-    typer.Option(
-        help="Directory to make: an ordinary Orbax checkpoint of the parameters alone, "
-        "under their original names. It is there whole or not at all.",
-        show_default=False,
-    ),
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace what stands at the output.")
-]
-Which = Annotated[
-    str | None,
-    typer.Option(
-        help="Which weights: *raw* for the raw parameters, *average* for the average "
-        "wherever it stands, or the name of one. Else what stands under the parameters' "
-        "names: in a checkpoint of emaopt's, the averages.",
-        show_default=False,
-    ),
-]
-At = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the parameters stand, as in *model/params*, or a part of them. Else "
-        "found: by the average of them, or *params*, or all of a checkpoint without "
-        "optimizer state.",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Cast floating arrays, as in *bfloat16*. Else as saved.",
-        show_default=False,
-    ),
-]
-
 
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_options.version,
+            is_eager=True,
+            help="Print the versions of emaopt and of what it stands on.",
+        ),
+    ] = False,
+) -> None:
     """Averages of the weights, for JAX and Optax.
 
     On checkpoint directories of Orbax's, with emaopt's averages in them or without.
 
-    Exit status: 0 done, 1 failed (the last line on stderr says why), 2 a wrong call.
+    Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal, of
+    which nothing is left over. The last line on stderr says why.
     """
 
 
 @app.command()
 def demo(
     steps: Annotated[
-        int, typer.Option(help="Optimizer steps of each training run; at least 20.")
+        int, typer.Option(min=20, help="Optimizer steps of each training run.")
     ] = 2000,
     seeds: Annotated[
         int,
         typer.Option(
+            min=1,
             help="Training runs. From two on, the demo can tell what the average does "
-            "from what chance does."
+            "from what chance does.",
         ),
     ] = 3,
     out: Annotated[
-        pathlib.Path,
+        str,
         typer.Option(
-            help="Directory for checkpoint/, serve.py and curves.png. Made if missing; "
-            "an earlier demo's files are replaced, others are left alone."
+            help="Directory of this machine for checkpoint/, serve.py and curves.png. "
+            "Made if missing; an earlier demo's files are replaced, others are left "
+            "alone.",
+            callback=_options.local,
         ),
-    ] = pathlib.Path("emaopt-demo"),
+    ] = "emaopt-demo",
     seed: Annotated[
-        int, typer.Option(help="Seed of the first run; the others count up from it.")
+        int,
+        typer.Option(min=0, help="Seed of the first run; the others count up from it."),
     ] = 0,
+    as_json: Json = False,
 ) -> None:
     """Train on handwritten digits, serve the average, resume bit for bit.
 
@@ -110,36 +76,45 @@ def demo(
     You see whether the average classifies unseen digits better than the last weights do.
     Then a process that cannot import emaopt restores the checkpoint and must serve
     exactly that average, and a resumed run must end exactly as the uninterrupted one.
+
+    As JSON: *steps*, *seeds*, *loss* and *accuracy*, each {*raw*, *average*} with a
+    number for each seed, *served* {*loss*, *accuracy*, *step*}, *written*.
     """
-    for option, value, low in (
-        ("steps", steps, 20),
-        ("seeds", seeds, 1),
-        ("seed", seed, 0),
-    ):
-        if value < low:
-            stop(f"emaopt demo: --{option} must be at least {low}, got {value}.", 2)
+    with failing("demo"):
+        import emaopt.demo  # on the CPU, as the server; the network is small
 
-    quiet_cpu()  # as the server; the network is small
-    import emaopt.demo  # after the checks: it loads Flax, Orbax and scikit-learn
-
-    try:
-        emaopt.demo.run(steps=steps, seeds=seeds, seed=seed, out=out, console=Console())
-    except (emaopt.demo.CheckFailed, OSError) as error:
-        stop(f"emaopt demo: {error}", 1)
+        try:
+            console = Console(quiet=as_json)
+            found = emaopt.demo.run(
+                steps=steps,
+                seeds=seeds,
+                seed=seed,
+                out=pathlib.Path(out),
+                console=console,
+            )
+        except emaopt.demo.CheckFailed as error:
+            stop(f"emaopt demo: {error}", 1)
+    if as_json:
+        report(True, found, written=out)
 
 
 @app.command()
-def inspect(path: Checkpoint, at: At = None) -> None:
+def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
     """Show what a checkpoint holds, without reading its arrays.
 
     Names, dtypes, shapes and sizes; which weights a reader finds under the parameters'
     names; every average in it, with its number of updates and, if its name says its decay
     (*power:0.1*), what that average is made of.
+
+    As JSON: *path*, *parameters*, *served*, *leaves* [{*name*, *dtype*, *shape*,
+    *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*}], *record*,
+    *nbytes_on_disk*: the fields of emaopt.checkpoint.describe.
     """
     with failing("inspect"):
         from emaopt import _printing, checkpoint
 
-        show(_printing.description(checkpoint.describe(path, at=at)))
+        found = checkpoint.describe(path, at=at)
+    report(as_json, _printing.document(found), _printing.description(found))
 
 
 @app.command()
@@ -158,7 +133,9 @@ def average(
         typer.Option(
             help="*uniform* | *linear*, *cosine*, *1-sqrt*, alone or with a fraction "
             "(*cosine:0.2*) | *ema:0.999*, *half-life:500*, *power:0.1* (σ_rel), "
-            "*polynomial:3*, *warmup:0.999*."
+            "*polynomial:3*, *warmup:0.999*.",
+            callback=_options.profile,
+            autocompletion=lambda: _options.PROFILES,
         ),
     ] = "uniform",
     steps: Annotated[
@@ -167,12 +144,14 @@ def average(
             help="The step of each checkpoint, as in 100,200,300. Else the numbers in "
             "which their names end.",
             show_default=False,
+            callback=_options.steps,
         ),
     ] = None,
     weights: Which = None,
     at: At = None,
     dtype: Dtype = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Average checkpoints, instead of letting the learning rate decay.
 
@@ -185,16 +164,18 @@ def average(
         emaopt average run/800 run/900 run/1000 --weights raw --out mean
 
     Memory holds a few arrays at a time, not a model.
+
+    As JSON: *record* {*profile*, *weights*, *checkpoints*, *coefficients*, ...}, as
+    inspect shows it, and *written*.
     """
     with failing("average"), progress_bar("averaging") as progress:
-        numbers = None if steps is None else integers("average", steps)
         from emaopt import _printing, checkpoint
 
         checkpoint.average(
             paths,
             out,
             profile=profile,
-            steps=numbers,
+            steps=None if steps is None else [int(one) for one in steps.split(",")],
             weights=weights,
             at=at,
             dtype=dtype,
@@ -202,9 +183,8 @@ def average(
             progress=progress,
             report=warn,
         )
-        made = checkpoint.describe(out)
-    show(_printing.combination(made.record))
-    written(out)
+        record = checkpoint.describe(out).record
+    report(as_json, {"record": record}, _printing.combination(record), out)
 
 
 @app.command()
@@ -219,18 +199,24 @@ def synthesize(
         typer.Option(
             help="The width of the power average to make, below 0.2887.",
             show_default=False,
+            callback=_options.width,
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
+            "--target",
+            "--profile",
             help="Another average to make: any profile that *emaopt profile* shows.",
             show_default=False,
+            callback=_options.target,
+            autocompletion=lambda: _options.PROFILES,
         ),
     ] = None,
     step: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help="At which step, best a snapshot's. Else at the newest one's.",
             show_default=False,
         ),
@@ -241,13 +227,19 @@ def synthesize(
             help="NAME=DECAY of a recorded average whose name does not say its decay, as "
             "in *short=power:0.05*. Repeat it for each; no others are used then.",
             show_default=False,
+            callback=_options.recorded,
         ),
     ] = None,
-    every: Annotated[int, typer.Option(help="`every` of the recorded averages.")] = 1,
-    start: Annotated[int, typer.Option(help="`start` of the recorded averages.")] = 0,
+    every: Annotated[
+        int, typer.Option(min=1, help="`every` of the recorded averages.")
+    ] = 1,
+    start: Annotated[
+        int, typer.Option(min=0, help="`start` of the recorded averages.")
+    ] = 0,
     at: At = None,
     dtype: Dtype = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Make an average after training that was not recorded during it.
 
@@ -267,13 +259,13 @@ def synthesize(
 
     It prints how far the profile got is from the one wanted (relative L2 error), and by
     how much rounding errors of the snapshots are amplified.
+
+    As JSON: *record* {*target*, *step*, *checkpoints*, *averages*, *coefficients*,
+    *residual*, *noise_gain*, ...}, as inspect shows it, and *written*.
     """
     if (sigma_rel is None) == (target is None):
         stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
     pairs = [one.rpartition("=") for one in recorded or []]
-    for name, _, decay in pairs:
-        if not name or not decay:
-            stop("emaopt synthesize: --recorded takes NAME=DECAY.", 2)
     with failing("synthesize"), progress_bar("synthesizing") as progress:
         from emaopt import _printing, checkpoint
 
@@ -291,23 +283,26 @@ def synthesize(
             progress=progress,
             report=warn,
         )
-        made = checkpoint.describe(out)
-    show(_printing.combination(made.record))
-    written(out)
+        record = checkpoint.describe(out).record
+    report(as_json, {"record": record}, _printing.combination(record), out)
 
 
 @app.command()
 def export(
     path: Checkpoint,
     safetensors: Annotated[
-        pathlib.Path, typer.Option(help="The file to make.", show_default=False)
+        str,
+        typer.Option(
+            "--safetensors", "--out", help="The file to make.", show_default=False
+        ),
     ],
     weights: Annotated[
         str,
         typer.Option(
             help="Which weights: *served* for the average, wherever it stands, of a "
             "checkpoint that holds any, else the parameters; *raw*, *average*, or the "
-            "name of an average."
+            "name of an average.",
+            autocompletion=lambda: ["served", "raw", "average"],
         ),
     ] = "served",
     at: At = None,
@@ -316,6 +311,7 @@ def export(
         str, typer.Option(help="What joins the names of nested parameters.")
     ] = "/",
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Export the parameters of a checkpoint to a safetensors file.
 
@@ -323,9 +319,11 @@ def export(
     the parameters. It goes array by array, and says which it exported.
 
         emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
+
+    As JSON: *weights*, which they are in words, and *written*.
     """
     with failing("export"), progress_bar("exporting") as progress:
-        from emaopt import checkpoint
+        from emaopt import _printing, checkpoint
 
         said = checkpoint.export_safetensors(
             path,
@@ -337,8 +335,8 @@ def export(
             force=force,
             progress=progress,
         )
-    show([f"Exported {said}."])
-    written(safetensors)
+    sentence = f"Exported {_printing.escape(said)}."
+    report(as_json, {"weights": said}, [sentence], safetensors)
 
 
 @app.command()
@@ -351,14 +349,17 @@ def profile(
             "*power:0.1* (σ_rel), *half-life:500*; *linear:0.2*, *cosine:0.2*, "
             "*1-sqrt:0.2* for decays of the learning rate.",
             show_default=False,
+            callback=_options.decays,
+            autocompletion=lambda: _options.PROFILES,
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Length of the run.")] = 10_000,
+    steps: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 10_000,
     plot: Annotated[
-        pathlib.Path | None,
+        str | None,
         typer.Option(help="Draw the weights into this PNG.", show_default=False),
     ] = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Show which iterates an average is made of.
 
@@ -367,19 +368,20 @@ def profile(
     steps.
 
         emaopt profile 0.9999 warmup:0.9999 power:0.1 --steps 10000 --plot weights.png
-    """
-    if steps < 1:
-        stop(f"emaopt profile: --steps must be at least 1, got {steps}.", 2)
-    if plot is not None and plot.exists() and not force:
-        stop(f"emaopt profile: {plot} exists; --force replaces it.", 1)
-    with failing("profile"):
-        from emaopt import _printing, _profiles
 
-        profiles = {spec: _profiles.weights_of(spec, steps) for spec in decays}
+    As JSON: *steps*, *averages* [{*name*, *summary* {*mean_age*, *effective_iterates*,
+    *initial_weight*, *half_life*}}] and, with a plot, *written*.
+    """
+    with failing("profile"):
+        from emaopt import _printing, _profiles, _writing
+
+        if plot is not None and not force:
+            _writing.refuse_existing("profile", plot)
+        found = {spec: _profiles.summary_of(spec, steps) for spec in decays}
         if plot is not None:
             from emaopt import plots
 
-            plots.save(plots.weight_profiles(plots.new_axes(), profiles), plot)
-    show([_printing.summaries(profiles, steps)])
-    if plot is not None:
-        written(plot)
+            drawn = {spec: _profiles.curve_of(spec, steps) for spec in decays}
+            plots.save(plots.weight_curves(plots.new_axes(), drawn), plot)
+    document = {"steps": steps, "averages": _printing.named(found)}
+    report(as_json, document, [_printing.summaries(found, steps)], plot)

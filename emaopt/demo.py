@@ -5,28 +5,39 @@ its parameters never settle. The demo measures whether their average is the bett
 lets a process without emaopt serve the average, and resumes the training bit for bit.
 """
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax import lax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy import stats
 
 import emaopt
 from emaopt import checkpoint, digits
-from emaopt._writing import writing
+from emaopt._writing import (
+    clear,
+    making_parents,
+    of_system,
+    own_name,
+    undisturbed,
+    writing,
+)
 
 # Picked from about twenty settings for a large, steady gain from the average on seeds 100
 # to 108: a regime that suits averages, not a typical one. Seeds 0 to 2 had no say.
@@ -35,6 +46,7 @@ LEARNING_RATE = 0.02  # constant, and high: a schedule would do some of the aver
 WEIGHT_DECAY = 0.1
 DECAY = 0.995  # the largest: the average's window grows to 200 steps
 POINTS = 40  # of each curve
+FILES = ("checkpoint", "serve.py", "curves.png")
 
 
 class CheckFailed(Exception):
@@ -43,8 +55,11 @@ class CheckFailed(Exception):
 
 def run(
     *, steps: int, seeds: int, seed: int, out: pathlib.Path, console: Console
-) -> None:
+) -> dict[str, Any]:
     """Trains, compares, serves and resumes; prints what it finds.
+
+    The files are made in a directory of their own and moved into `out` at the end, or if
+    a check fails, to be looked at.
 
     What to watch: the server computes on the CPU. Its numbers are exactly those of this
     process only if this one does too (`emaopt demo` sees to it).
@@ -56,6 +71,9 @@ def run(
       out: Directory for checkpoint/, serve.py and curves.png; other files in it stay.
       console: Where to print.
 
+    Returns:
+      What was found, as `emaopt demo --json` prints it.
+
     Raises:
       CheckFailed: If the served or the resumed numbers are not exactly the trained ones,
         or if `out` holds files of these names that no demo wrote.
@@ -65,6 +83,19 @@ def run(
 
     out = out.absolute()
     prepare(out)
+    with staged(out) as stage:
+        return _run(steps, seeds, seed, stage, out, console)
+
+
+def _run(
+    steps: int,
+    seeds: int,
+    seed: int,
+    stage: pathlib.Path,
+    out: pathlib.Path,
+    console: Console,
+) -> dict[str, Any]:
+    """`run`, with files in `stage` that will be those of `out`."""
     marks = np.unique(np.linspace(0, steps, POINTS + 1).round().astype(int))[1:]
     half = len(marks) // 2
     data = digits.load()
@@ -75,23 +106,24 @@ def run(
         for run_seed in range(seed, seed + seeds):
             state, before = train(start(run_seed), run_seed, marks[:half], data, tick)
             if run_seed == seed:
-                checkpoint.save(out / "checkpoint", state, force=True)
+                checkpoint.save(stage / "checkpoint", state)
             state, after = train(state, run_seed, marks[half:], data, tick)
             scores.append(before + after)
             finals.append(state)
-        resumed = restore(out / "checkpoint")
+        resumed = restore(stage / "checkpoint")
         resumed, _ = train(resumed, seed, marks[half:], data, tick)
     arrays = len(jax.tree.leaves(resumed))
     different = differences(finals[0], resumed)
     raw, averaged = np.moveaxis(np.array(scores), 2, 0)  # [seeds, marks, 2]
-    plot(marks, raw[..., 0], averaged[..., 0], out / "curves.png")
+    plot(marks, raw[..., 0], averaged[..., 0], stage / "curves.png")
 
     late = marks > 0.75 * steps
     raw, averaged = raw[:, late].mean(axis=1), averaged[:, late].mean(axis=1)
     console.print(comparison(raw, averaged, marks[late]))
     console.print(verdict(raw[:, 0], averaged[:, 0]), style="bold")
     then = f"step {marks[half - 1]:,}"
-    console.print(f"\n[bold]Serve.[/] {serve(out, scores[0][half - 1][1], then)}")
+    served = scores[0][half - 1][1]
+    console.print(f"\n[bold]Serve.[/] {serve(stage, served, then)}")
     if different:
         raise CheckFailed(
             f"resuming from {then} gave other arrays than training without a stop: "
@@ -102,30 +134,62 @@ def run(
         f"to step {steps:,}: all {arrays} arrays (parameters, optimizer state, average) "
         "are bit for bit those of the run without a stop."
     )
-    console.print(f"\nIn {out}:", soft_wrap=True, highlight=False)
+    console.print(f"\nIn {escape(str(out))}:", soft_wrap=True, highlight=False)
     console.print(
         "  curves.png   held-out loss, raw and averaged\n"
         f"  checkpoint/  the training state at {then}\n"
         "  serve.py     the server; there, with this Python: python serve.py checkpoint",
         highlight=False,
     )
+    found: dict[str, Any] = {"steps": steps, "seeds": [*range(seed, seed + seeds)]}
+    for column, name in enumerate(("loss", "accuracy")):
+        pair = raw[:, column].tolist(), averaged[:, column].tolist()
+        found[name] = dict(zip(("raw", "average"), pair, strict=True))
+    step = int(marks[half - 1])
+    return found | {"served": {"loss": served[0], "accuracy": served[1], "step": step}}
 
 
 def prepare(out: pathlib.Path) -> None:
-    """Makes `out` with serve.py in it; refuses to replace what no demo wrote."""
+    """Refuses to replace what no demo wrote."""
     source = pathlib.Path(digits.__file__)
     server = out / "serve.py"
     title = source.read_text(encoding="utf-8").splitlines()[0]
     ours = server.is_file() and server.read_text(errors="replace").startswith(title)
-    names = ("checkpoint", "serve.py", "curves.png")
-    if not ours and (taken := [name for name in names if (out / name).exists()]):
+    if not ours and (taken := [name for name in FILES if (out / name).exists()]):
         raise CheckFailed(
             f"{out} holds {' and '.join(taken)}, not written by this demo: choose "
             "another --out."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    with writing(server) as file:
-        file.write(source.read_bytes())
+
+
+@contextlib.contextmanager
+def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory with serve.py in it, of which the files go to `out` at the end."""
+    with making_parents(out / "serve.py"):
+        stage = pathlib.Path(own_name(str(out / "demo")))
+        try:
+            stage.mkdir()
+            with writing(stage / "serve.py") as file:
+                file.write(pathlib.Path(digits.__file__).read_bytes())
+            failed = None
+            try:
+                yield stage
+            except CheckFailed as error:
+                failed = error
+            except (OSError, ValueError) as error:
+                if plain := of_system(error, out):
+                    raise plain from error
+                raise
+            with undisturbed():
+                for name in FILES:
+                    if (stage / name).exists():
+                        if (out / name).is_dir():
+                            shutil.rmtree(out / name)
+                        (stage / name).replace(out / name)
+        finally:
+            clear(epath.Path(stage))
+    if failed is not None:
+        raise failed
 
 
 def optimizer() -> optax.GradientTransformationExtraArgs:
@@ -293,4 +357,5 @@ def plot(
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    quiet = not console.is_terminal
+    return Progress(*columns, console=console, transient=True, disable=quiet)

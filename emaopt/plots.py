@@ -85,12 +85,28 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
     """
     _check_axes("weight_profiles", axes)
     check_mapping("weight_profiles", "profiles", profiles)
-    for i, (label, weights) in enumerate(profiles.items()):
+    curves = {}
+    for label, given in profiles.items():
         check_text("weight_profiles", "each label of profiles", label)
-        weights = check_vector("weight_profiles", "profiles", weights)
-        steps = np.arange(1, weights.size)
+        weights = check_vector("weight_profiles", "profiles", given)
+        curves[label] = np.arange(weights.size), weights
+    return weight_curves(axes, curves)
+
+
+def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Any, Any]]) -> Axes:
+    """Is `weight_profiles` of some of the steps: {label: (steps [n], weights [n])}.
+
+    Example:
+      >>> print(weight_curves(new_axes(), {"x": ([0, 1, 9], [0, 0.1, 0.9])}).get_ylabel())
+      weight in the average
+    """
+    for i, (label, (steps, weights)) in enumerate(profiles.items()):
+        later = np.asarray(steps) > 0
+        drawn = np.asarray(steps)[later], np.asarray(weights)[later]
         color = _COLORS[i % len(_COLORS)]
-        axes.plot(steps, weights[1:], color=color, label=label, lw=1.8)
+        axes.plot(*drawn, color=color, label=label, lw=1.8)
+        if drawn[0].size and drawn[0][-1] >= 10**7:
+            axes.locator_params(axis="x", nbins=4)  # the numbers would touch
     axes.set_ylabel("weight in the average")
     axes.set_ylim(bottom=0)
     return _finished(axes)

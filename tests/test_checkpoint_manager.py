@@ -614,7 +614,8 @@ def test_manager_directory_and_unfinished_step_say_what_to_give(tmp_path):
     with manager(tmp_path) as m:
         m.save(3, args=Save(trained()))
     with pytest.raises(
-        ValueError, match=r"It holds steps: give the directory of one, such as \S+/3"
+        ValueError,
+        match=r"It holds steps: 3. Give the directory of one, such as \S+/3",
     ):
         checkpoint.load_averaged(tmp_path)
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()

@@ -173,7 +173,8 @@ def test_what_was_not_recorded_cannot_be_synthesized(
 ):
     arguments = "--sigma-rel", 0.1, *options, "--out", tmp_path / "out"
     result = emaopt_command("synthesize", recorded[0], *arguments)
-    assert result.exit_code == 1 and re.search(message, result.stderr), result.stderr
+    assert result.exit_code == 2 and re.search(message, result.stderr), result.stderr
+    assert result.stderr.startswith(f"emaopt synthesize: {options[0]}: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -561,8 +562,8 @@ ERRORS = {
     ),
     "no such place": (
         ("export", "good_1", "--at", "model", "--safetensors", "out"),
-        1,
-        r"good_1 has nothing at 'model'; at the top stand params",
+        2,
+        r"--at: \S*good_1 has nothing at 'model'; at the top stand params",
     ),
     "no averages to synthesize from": (
         ("synthesize", "good_1", "--sigma-rel", "0.1", "--out", "out"),
@@ -587,7 +588,8 @@ ERRORS = {
     "a run instead of one of its steps": (
         ("inspect", "cut"),
         1,
-        r"cut is not .* It holds steps: give the directory of one, such as \S*cut/400\.",
+        r"cut is not .* It holds steps: 100, 200, 300, 400\. Give the directory of one, "
+        r"such as \S*cut/400\.",
     ),
     "an output that is the run itself": (
         ("average", "cut/100", "cut/200", "--out", "cut", "--force"),
@@ -625,17 +627,17 @@ ERRORS = {
     "steps that are none": (
         ("average", "good_1", "--steps", "a,b", "--out", "out"),
         2,
-        r"--steps takes numbers as in 100,200, got 'a,b'",
+        r"'--steps': takes numbers as in 100,200, got 'a,b'",
     ),
     "too many steps": (
         ("average", "good_1", "--steps", "1,2", "--out", "out"),
-        1,
-        r"2 steps for 1 checkpoints",
+        2,
+        r"--steps: 2 steps for 1 checkpoints",
     ),
     "a width out of range": (
         ("synthesize", "cut", "--sigma-rel", "0.4", "--out", "out"),
         2,
-        r"'power:0.4' is no decay: .*below 1/sqrt\(12\)",
+        r"'--sigma-rel': 'power:0.4' is no decay: .*below 1/sqrt\(12\)",
     ),
     "two targets": (
         ("synthesize", "cut", "--sigma-rel", 0.1, "--target", "uniform", "--out", "out"),
@@ -645,14 +647,14 @@ ERRORS = {
     "no decay of a recorded one": (
         ("synthesize", "cut", "--sigma-rel", 0.1, "--recorded", "short", "--out", "out"),
         2,
-        "--recorded takes NAME=DECAY",
+        "'--recorded': takes NAME=DECAY",
     ),
     "a type that is none": (
         ("export", "good_1", "--dtype", "int8", "--safetensors", "out"),
-        1,
-        "dtype must be floating",
+        2,
+        "Invalid value for '--dtype': 'int8' is no floating dtype",
     ),
-    "no run": (("profile", "0.9", "--steps", 0), 2, "--steps must be at least 1, got 0"),
+    "no run": (("profile", "0.9", "--steps", 0), 2, "Invalid value for '--steps': "),
 }
 
 

@@ -81,9 +81,9 @@ def test_demo_replaces_its_own_files_and_no_others(finished):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--steps", 19), 2, "--steps must be at least 20, got 19"),
-        (("--seeds", 0), 2, "--seeds must be at least 1, got 0"),
-        (("--seed", -1), 2, "--seed must be at least 0, got -1"),
+        (("--steps", 19), 2, "Invalid value for '--steps': "),
+        (("--seeds", 0), 2, "Invalid value for '--seeds': "),
+        (("--seed", -1), 2, "Invalid value for '--seed': "),
         (("--out", __file__), 1, "File exists"),
     ],
 )

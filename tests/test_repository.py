@@ -137,6 +137,7 @@ LAYERS = {
         "_names",
         "_nodes",
         "_places",
+        "_writing",
         "checkpoint",
         "checkpoint._agreement",
         "checkpoint._locating",
@@ -190,6 +191,7 @@ LAYERS = {
         "checkpoint._worker_rows",
     },
     "checkpoint._selecting": {
+        "_names",
         "_nodes",
         "_profiles",
         "checkpoint",
@@ -204,9 +206,10 @@ LAYERS = {
         "checkpoint._locating",
     },
     "checkpoint._replacing": {"checkpoint"},
-    "checkpoint._streaming": {"checkpoint", "checkpoint._files", "orbax"},
+    "checkpoint._streaming": {"_writing", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
         "_checks",
+        "_names",
         "_paths",
         "_profiles",
         "_weights",
@@ -225,9 +228,19 @@ LAYERS = {
         "orbax",
     },
     "plots": {"_checks", "_paths", "_writing", "matplotlib"},
-    "_printing": {"_weights", "rich"},
-    "_terminal": {"_profiles", "rich", "typer"},
-    "cli": {"", "_terminal", "demo", "checkpoint", "_profiles", "plots", "rich", "typer"},
+    "_terminal": {"rich", "typer"},
+    "_commands": {"_names", "_profiles", "_terminal", "typer"},
+    "_options": {"_profiles", "typer"},
+    "_printing": {"_terminal", "_weights", "rich"},
+    "cli": {
+        "",
+        "_commands",
+        "_options",
+        "_terminal",
+        "demo",
+        "rich",
+        "typer",
+    },
 }
 
 

@@ -27,11 +27,16 @@ def saved(tmp_path):
     return tmp_path / "c"
 
 
+def _demo(out):
+    with demo.staged(out):
+        pass
+
+
 # Each writer of a file: called with a checkpoint and the place of the file.
 WRITERS = {
     "export": lambda source, out: checkpoint.export_safetensors(source, out, force=True),
     "plot": lambda source, out: plots.save(plots.new_axes(), out),
-    "demo": lambda source, out: demo.prepare(out.parent),
+    "demo": lambda source, out: _demo(out.parent),
 }
 
 

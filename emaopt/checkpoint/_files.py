@@ -19,6 +19,7 @@ from etils import epath
 from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._places import Names
+from emaopt._writing import is_url, url
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
 from emaopt.checkpoint._agreement import agreed, holes
 from emaopt.checkpoint._locating import located_in
@@ -41,7 +42,7 @@ class Files(NamedTuple):
 
 def absolute(path: str | os.PathLike) -> Any:
     path = os.fspath(path)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    return url(path) if is_url(path) else epath.Path(os.path.abspath(path))
 
 
 def open_files(
@@ -78,7 +79,8 @@ def open_files(
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
         what = (
-            f"It holds steps: give the directory of one, such as {path / str(steps[-1])}."
+            f"It holds steps: {_few(steps)}. Give the directory of one, such as "
+            f"{path / str(steps[-1])}."
             if steps
             else "The save was not finished, its metadata is lost, or it never was one: "
             "take another step."
@@ -127,6 +129,12 @@ def _metadata(function: str, directory: Any, lazy: bool) -> Any:
             f"{function}: the metadata in {directory} cannot be read, {_brief(error)}. "
             "Take another step."
         ) from error
+
+
+def _few(steps: list[int]) -> str:
+    """Some of a run's steps, the first and the last."""
+    few = [str(step) for step in steps]
+    return ", ".join(few if len(few) <= 8 else [*few[:3], "...", *few[-3:]])
 
 
 def _one_of(

@@ -12,7 +12,14 @@ import numpy as np
 
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
-from emaopt._writing import own_name, writing
+from emaopt._writing import (
+    is_url,
+    making_parents,
+    own_name,
+    refuse_existing,
+    undisturbed,
+    writing,
+)
 from emaopt.checkpoint import _files, _replacing, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
@@ -106,7 +113,16 @@ def combined(
         **_trees.values(own, own_values(tree)),
         **record,
     }
-    _streaming.write(written, tree, arrays, said, newest.prefix)
+    with making_parents(place):
+        _streaming.write(written, tree, arrays, said, newest.prefix, place)
+        with undisturbed():
+            _put(function, written, place, force=force, report=report)
+
+
+def _put(
+    function: str, written: Any, place: Any, *, force: bool, report: Callable[[str], Any]
+) -> None:
+    """Gives what was written its name."""
     try:
         _replacing.refuse_replaced()
     except ValueError:
@@ -214,7 +230,8 @@ def exported(
       https://github.com/huggingface/safetensors#format
     """
     _selecting.refuse_optimizer_state(function, weights)
-    out = os.path.abspath(os.fspath(out))
+    out = os.fspath(out)
+    out = out if is_url(out) else os.path.abspath(out)
     source = weights.files.path
     if _holds(source, out) or _holds(out, source):
         raise ValueError(
@@ -226,8 +243,8 @@ def exported(
             f"{function}: {out} is a directory; give the file to make, such as "
             f"{os.path.join(out, 'model.safetensors')}."
         )
-    if os.path.lexists(out) and not force:
-        raise FileExistsError(f"{function}: {out} exists; pass force=True to replace it.")
+    if not force:
+        refuse_existing(function, out)
     cast = _cast(function, dtype)
     empty = weights.files.marker.empty if weights.files.marker else {}
     full = [n for n, there in weights.places.items() if there not in empty]

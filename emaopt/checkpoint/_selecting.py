@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._profiles import says_decay
 from emaopt.checkpoint import _files, _finished, _restoring, _standing, _trees
@@ -192,7 +193,9 @@ def in_order(
     if not found:
         raise ValueError(f"{function}: give at least one checkpoint.")
     if steps is not None and len(steps) != len(found):
-        raise ValueError(f"{function}: {len(steps)} steps for {len(found)} checkpoints.")
+        raise Unknown(
+            f"{function}: {len(steps)} steps for {len(found)} checkpoints.", "steps"
+        )
     given = steps or [step_of(path) for path in found]
     numbers = [number for number in given if number is not None]
     if len(numbers) < len(found):

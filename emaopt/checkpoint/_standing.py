@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from emaopt._names import is_below, num_common, split
+from emaopt._names import Unknown, is_below, num_common, split
 from emaopt._nodes import (
     average_nodes,
     center_nodes,
@@ -52,7 +52,9 @@ def way_to(function: str, files: _files.Files, at: str | None) -> Names:
     beside = sorted({n[depth] for n in present if is_below(n[:-1], names[:depth])})
     where = f"at {'/'.join(names[:depth])}" if depth else "at the top"
     there = f"stand {', '.join(beside)}" if beside else "stands an array"
-    raise ValueError(f"{function}: {files.path} has nothing at {at!r}; {where} {there}.")
+    raise Unknown(
+        f"{function}: {files.path} has nothing at {at!r}; {where} {there}.", "at"
+    )
 
 
 def averages_at(
@@ -252,9 +254,10 @@ def _chosen_at(
         raise errors[0]
     if not found:
         there = listed([s.average for s in served] + others)
-        raise ValueError(
+        raise Unknown(
             f"{function}: {files.path} holds no average of what stands at {at!r}; it "
-            f"holds the averages of {there}."
+            f"holds the averages of {there}.",
+            "at",
         )
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if _overlap(a, b)]
     if not all(a.served and b.served for a, b in pairs):

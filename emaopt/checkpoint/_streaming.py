@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from emaopt._writing import clear, of_system
 from emaopt.checkpoint import (
     _arrays,
     _checksums,
@@ -123,20 +124,27 @@ def write(
     arrays: Iterator[dict[Names, np.ndarray]],
     record: dict[str, Any],
     prefix: Names,
+    place: Any,
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
     Their names on disk have the prefix before them. The path is nobody else's, so what is
-    left of it after an error is removed.
+    left of it after an error is removed. The error names `place`, where the checkpoint is
+    going to stand.
     """
     custom_metadata: dict[str, Any] = {}
+    of_arrays: list[BaseException] = []
 
     def summed() -> Iterator[dict[Names, np.ndarray]]:
         checksums = []
-        for batch in arrays:
-            named = ((prefix + names, array) for names, array in batch.items())
-            checksums += _checksums.of_leaves(named)
-            yield batch
+        try:
+            for batch in arrays:
+                named = ((prefix + names, array) for names, array in batch.items())
+                checksums += _checksums.of_leaves(named)
+                yield batch
+        except BaseException as error:
+            of_arrays.append(error)
+            raise
         # Orbax writes it down after the arrays.
         sealed = _record.sealed({**record, "checksums": checksums})
         custom_metadata[_record.RECORD] = sealed
@@ -147,9 +155,10 @@ def write(
             checkpointer.save(
                 path, args=ocp.args.PyTreeSave(tree), custom_metadata=custom_metadata
             )
-    except BaseException:
-        for left in (path, path.with_name(path.name + _finished.UNFINISHED)):
-            left.rmtree(missing_ok=True)
+    except BaseException as error:
+        clear(path, path.with_name(path.name + _finished.UNFINISHED))
+        if not of_arrays and (plain := of_system(error, place)):
+            raise plain from error
         raise
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
+from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._profiles import BadProfile, decay_of, weights_of
 from emaopt._weights import checked_weights, shares_taken, weights_of_shares
@@ -144,9 +145,10 @@ def synthesize(
     }
     newest = max(taken[-1][0] for taken in snapshots.values())
     if step is not None and not 0 <= step <= newest:
-        raise ValueError(
+        raise Unknown(
             f"{name}: step must be in [0, {newest}], up to the newest snapshot's, got "
-            f"{step}."
+            f"{step}.",
+            "step",
         )
     wanted = _target(name, target, newest if step is None else step)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
@@ -214,9 +216,10 @@ def _known(
         ]
         if len(fitting) != 1:
             count = "several averages" if fitting else "no average"
-            raise ValueError(
+            raise Unknown(
                 f"{function}: {files.path} has {count} of the name {name!r}; it has "
-                f"{_listed(averages)}."
+                f"{_listed(averages)}.",
+                "recorded",
             )
         found["/".join(fitting[0].names)] = decay, fitting[0]
     if not decays:

@@ -1,0 +1,159 @@
+"""Options that several commands have, and the checks of their values."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
+        "CheckpointManager, one step's.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str,
+    typer.Option(
+        help="Directory to make: an ordinary Orbax checkpoint of the parameters alone, "
+        "under their original names. It is there whole or not at all.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what stands at the output.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document, described above, instead of tables."
+    ),
+]
+Which = Annotated[
+    str | None,
+    typer.Option(
+        help="Which weights: *raw* for the raw parameters, *average* for the average "
+        "wherever it stands, or the name of one. Else what stands under the parameters' "
+        "names: in a checkpoint of emaopt's, the averages.",
+        show_default=False,
+        autocompletion=lambda: ["raw", "average"],
+    ),
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the parameters stand, as in *model/params*, or a part of them. Else "
+        "found: by the average of them, or *params*, or all of a checkpoint without "
+        "optimizer state.",
+        show_default=False,
+    ),
+]
+
+
+def _floating(value: str | None) -> str | None:
+    import jax.numpy as jnp
+
+    try:
+        if value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating):
+            return value
+    except TypeError:
+        pass
+    raise typer.BadParameter(f"{value!r} is no floating dtype, such as bfloat16.")
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Cast floating arrays, as in *bfloat16*. Else as saved.",
+        show_default=False,
+        callback=_floating,
+        autocompletion=lambda: ["bfloat16", "float16", "float32", "float64"],
+    ),
+]
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    from emaopt._profiles import BadProfile
+
+    try:
+        yield
+    except BadProfile as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def decays(values: list[str]) -> list[str]:
+    """Refuses what says no profile of a whole run."""
+    from emaopt._profiles import weights_of
+
+    with _refusing():
+        for value in values:
+            weights_of(value, 1)
+    return values
+
+
+def profile(value: str | None) -> str | None:
+    """Refuses what says no profile; an annealing needs no fraction."""
+    from emaopt._profiles import SHAPES
+
+    if value is not None and value not in SHAPES:
+        decays([value])
+    return value
+
+
+def target(value: str | None) -> str | None:
+    """Refuses what says no profile of a whole run."""
+    return decays([value])[0] if value is not None else None
+
+
+def width(value: float | None) -> float | None:
+    """Refuses what is no width of a power average."""
+    target(None if value is None else f"power:{value}")
+    return value
+
+
+def steps(value: str | None) -> str | None:
+    """Refuses what is not numbers as in "100,200"."""
+    if value is not None and not all(one.strip().isdecimal() for one in value.split(",")):
+        raise typer.BadParameter(f"takes numbers as in 100,200, got {value!r}.")
+    return value
+
+
+def recorded(values: list[str] | None) -> list[str] | None:
+    """Refuses what is not NAME=DECAY."""
+    from emaopt._profiles import decay_of
+
+    for value in values or []:
+        name, _, decay = value.rpartition("=")
+        if not name or not decay:
+            raise typer.BadParameter(f"takes NAME=DECAY, got {value!r}.")
+        with _refusing():
+            decay_of(decay)
+    return values
+
+
+def local(value: str) -> str:
+    """Refuses a URL where other programs are to run in a directory."""
+    if "://" in value:
+        raise typer.BadParameter(f"takes a directory of this machine, got {value!r}.")
+    return value
+
+
+def version(value: bool) -> None:
+    """Prints the versions, and exits."""
+    if not value:
+        return
+    import platform
+    from importlib import metadata
+
+    others = ("jax", "optax", "orbax-checkpoint")
+    beneath = [f"{name} {metadata.version(name)}" for name in others]
+    typer.echo(f"emaopt {metadata.version('emaopt')}")
+    typer.echo(", ".join([*beneath, f"Python {platform.python_version()}"]))
+    raise typer.Exit()
+
+
+PROFILES = ["uniform", "linear", "cosine", "1-sqrt", "ema:0.999", "half-life:500"]
+PROFILES += ["power:0.1", "polynomial:3", "warmup:0.999"]
