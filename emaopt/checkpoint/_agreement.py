@@ -39,41 +39,41 @@ def agreed(
             if (field := field_of(nodes[served.average])) != served.field:
                 raise ValueError(
                     f"{says} the {served.field} of {name} under the parameters' names, "
-                    f"but that state holds the {field}. {_OTHER_TREE}"
+                    f"but that state holds the {field}; {_OTHER_TREE}"
                 )
         elif is_here(served.average):
             there = ", ".join(map(_joined, swapped))
             has = f"it has one at {there}" if swapped else "nothing is swapped there"
             raise ValueError(
-                f"{says} a swapped average at {name}, but {has}. {_OTHER_TREE}"
+                f"{says} a swapped average at {name}, but {has}; {_OTHER_TREE}"
             )
         if not is_here(served.params):
             raise ValueError(
                 f"{says} the averages of {name} in the item {served.params[0]}, which is "
-                "not there."
+                f"not there. Or it never was: {_OTHER_TREE}"
             )
         if missing := _missing(served, saved):
             raise ValueError(
                 f"{says} the averages of {name} at {_joined(served.params)}, but there "
-                f"is no {_joined(missing)}. {_OTHER_TREE}"
+                f"is no {_joined(missing)}; {_OTHER_TREE}"
             )
     ours = [served.average for served in marker.served]
     if others := [_joined(names) for names in swapped if names not in ours]:
         raise ValueError(
             f"{says} the averages of {', '.join(map(_joined, ours))} under the "
-            f"parameters' names, but swapped are {', '.join(others)}, too. {_OTHER_TREE}"
+            f"parameters' names, but swapped are {', '.join(others)}, too; {_OTHER_TREE}"
         )
     empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
     free = holes(tree) if empty else set()
     if odd := [_joined(names) for names in empty if names not in free]:
         raise ValueError(
-            f"{says} an array of size 0 at {odd[0]}, where none is. {_OTHER_TREE}"
+            f"{says} an array of size 0 at {odd[0]}, where none is; {_OTHER_TREE}"
         )
     return marker._replace(empty=empty)
 
 
 _OTHER_TREE = (
-    "The record is of another tree than the one that was saved: give to "
+    "the record is of another tree than the one that was saved: give to "
     "emaopt.checkpoint.metadata the whole that is saved, with the names of its items, "
     "such as metadata({'state': state})."
 )

@@ -33,6 +33,7 @@ def checksums(tree: Any) -> list[list[Any]]:
 
 
 def of_leaves(leaves: Iterable[tuple[Names, Any]]) -> list[list[Any]]:
+    """The same of leaves with their names."""
     sums = [(list(names), _checksum(leaf)) for names, leaf in leaves]
     return [[names, s[0], int(s[1])] for names, s in sums if s is not None]
 

@@ -75,7 +75,8 @@ def handler_registry(
       metrics_of: Which weights the metrics given to `manager.save` were measured on; goes
         on record, in custom_metadata["emaopt"]["metrics_of"] of each item.
       report: As for `restore`; default the warning function of the logger "emaopt".
-      checksums: As for `save`. They are computed before `manager.save` returns.
+      checksums: As for `save`, computed before `manager.save` returns; none of what
+        save_args cast.
 
     Returns:
       A registry for `ocp.CheckpointManager(..., handler_registry=...)`.
@@ -198,12 +199,17 @@ class _Swapping:
             more[_record.IN_PLACE] = True
         if self._metrics_of is not None:
             more["metrics_of"] = self._metrics_of
-        if self._checksums:
-            more["checksums"] = _checksums.checksums(item)
-        marker = _trees.marker(state, places, **more)
         each = args.save_args
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step, places)
+        if self._checksums:
+            told = _files.names_of(each).items()
+            cast = {names for names, one in told if getattr(one, "dtype", None)}
+            leaves = _files.names_of(item).items()  # Orbax casts some on the way
+            more["checksums"] = _checksums.of_leaves(
+                x for x in leaves if x[0] not in cast
+            )
+        marker = _trees.marker(state, places, **more)
         return dataclasses.replace(
             args,
             item=item,
