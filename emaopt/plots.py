@@ -94,15 +94,39 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
 
 
 def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Any, Any]]) -> Axes:
-    """Is `weight_profiles` of some of the steps: {label: (steps [n], weights [n])}.
+    """Draws `weight_profiles` of some of the steps, as of a long run.
+
+    Args:
+      axes: Where to draw.
+      profiles: {label: (steps [n], float [n] their weights)}. Step 0 is left out.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError, TypeError: If an argument is of another kind; if steps and weights are
+        not as many.
 
     Example:
       >>> print(weight_curves(new_axes(), {"x": ([0, 1, 9], [0, 0.1, 0.9])}).get_ylabel())
       weight in the average
     """
-    for i, (label, (steps, weights)) in enumerate(profiles.items()):
-        later = np.asarray(steps) > 0
-        drawn = np.asarray(steps)[later], np.asarray(weights)[later]
+    _check_axes("weight_curves", axes)
+    check_mapping("weight_curves", "profiles", profiles)
+    for i, (label, curve) in enumerate(profiles.items()):
+        check_text("weight_curves", "each label of profiles", label)
+        if not isinstance(curve, (tuple, list)) or len(curve) != 2:
+            raise TypeError(
+                f"weight_curves: each label of profiles has a pair (steps, weights), got "
+                f"{curve!r}."
+            )
+        steps, weights = (check_vector("weight_curves", "profiles", x) for x in curve)
+        if steps.size != weights.size:
+            raise ValueError(
+                f"weight_curves: profiles[{label!r}] has {steps.size} steps and "
+                f"{weights.size} weights."
+            )
+        drawn = steps[steps > 0], weights[steps > 0]
         color = _COLORS[i % len(_COLORS)]
         axes.plot(*drawn, color=color, label=label, lw=1.8)
         if drawn[0].size and drawn[0][-1] >= 10**7:

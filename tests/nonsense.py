@@ -197,6 +197,7 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "plots.new_axes": {},
     "plots.save": {"axes": AXES, "path": NEW},
+    "plots.weight_curves": {"axes": AXES, "profiles": {"a": (WEIGHTS, WEIGHTS)}},
     "plots.weight_profiles": {"axes": AXES, "profiles": {"a": WEIGHTS}},
     "plots.width_sweep": {"axes": AXES, "sigma_rel": [0.1, 0.2], "losses": [0.3, 0.2]},
     "posthoc.annealing_weights": {"shape": "cosine", "num_steps": 9, "fraction": 0.5},

@@ -214,7 +214,9 @@ def _refuse_bare(function: str, path: Any, directories: dict[Names, Any]) -> Non
     if () in directories and directories[()] == path:
         return
     for p in path.iterdir():
-        if p not in directories.values() and (p / "manifest.ocdbt").exists():
+        if p in directories.values() or (p / "_CHECKPOINT_METADATA").exists():
+            continue
+        if (p / "manifest.ocdbt").exists():
             raise ValueError(
                 f"{function}: {p} has arrays, but lacks its _METADATA. It is damaged, "
                 "take another step."
