@@ -16,6 +16,8 @@ from tensorflow_records import assert_close, cases, load
 
 from emaopt import simulate_async
 
+pytestmark = pytest.mark.quick(1)
+
 SGD = optax.sgd(1.0)
 
 # The oracle: optimizers are functions (x, g, slots, exponent) -> x, which change `slots`.

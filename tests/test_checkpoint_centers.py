@@ -21,6 +21,8 @@ from test_checkpoint import abstract
 import emaopt
 from emaopt import checkpoint
 
+pytestmark = pytest.mark.quick(1)
+
 W = 4
 INNER = optax.adam(0.1)
 AVERAGED = emaopt.averaged(optax.sgd(0.7, momentum=0.9), 0.5)

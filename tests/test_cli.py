@@ -161,6 +161,7 @@ def test_of_recorded_averages_the_last_is_given_back(recorded, options, name, tm
     np.testing.assert_allclose(plain(tmp_path / "out")["params"]["w"], real, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -118,11 +118,15 @@ def test_a_signal_is_one_line_and_nothing_is_left(
 
 def test_renames_are_not_disturbed_by_signals_but_followed_by_them():
     done = []
-    with pytest.raises(KeyboardInterrupt):
-        with _writing.undisturbed():
-            signal.raise_signal(signal.SIGINT)
-            done.append("renamed")
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may not
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with _writing.undisturbed():
+                signal.raise_signal(signal.SIGINT)
+                done.append("renamed")
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def process(*arguments, **options):

@@ -18,6 +18,8 @@ from local_oracle import (
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 # Largest relative error of a rounding: 2^-p for p bits of the significand, hidden one
 # included. (Values here stay off the subnormal ones.)
 ROUNDING = {

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 WORKERS, STEPS = 4, 7
 START = {
     "a": np.random.default_rng(0).normal(size=(3, 2)),

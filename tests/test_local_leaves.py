@@ -19,6 +19,8 @@ from local_oracle import (
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 COMMITS = ["delta", "mean_delta", "mean_gradient"]
 NARROW = [jnp.bfloat16, jnp.float16]
 

@@ -13,6 +13,8 @@ from local_oracle import NOISE, STARTS, TARGETS, WORKERS
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 START = {"w": STARTS[0], "b": STARTS[1][:2]}
 OPTIONS = {
     "delta": {},

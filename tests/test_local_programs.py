@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 WORKERS = 4
 SHAPES = {"w0": (64, 64), "w1": (32, 64), "b": (64,)}
 COUNT = sum(map(math.prod, SHAPES.values()))

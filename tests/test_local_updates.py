@@ -20,6 +20,8 @@ from local_oracle import (
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 INNER = {
     "sgd": (optax.sgd(0.1), sgd(0.1)),
     "momentum": (optax.sgd(0.1, 0.9), sgd(0.1, 0.9)),

@@ -13,6 +13,8 @@ from local_oracle import NOISE, TARGETS, WORKERS, stepper
 
 import emaopt
 
+pytestmark = pytest.mark.quick(1)
+
 START = {"w": np.arange(8.0).reshape(4, 2) / 8, "b": np.array([1.0, -1.0])}
 TARGET = {"w": np.stack([TARGETS, -TARGETS], -1), "b": TARGETS[:, :2]}
 

@@ -15,6 +15,8 @@ from meshes import HAS_HOST, KINDS, ON_HOST, make_mesh, start
 import emaopt
 from emaopt import checkpoint
 
+pytestmark = pytest.mark.quick(1)
+
 ADAM = optax.adam(0.05)
 WAYS = {
     "chained": lambda **kw: optax.chain(ADAM, emaopt.average_params(0.9, **kw)),
