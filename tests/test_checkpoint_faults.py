@@ -179,6 +179,8 @@ def test_a_full_disk(place, small_disk):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(5 * 2**19))
     assert_fails_and_leaves(first, second)
+    if place == "over":
+        assert sorted(path.name for path in small_disk.iterdir()) == ["1", "ballast"]
     ballast.unlink()
     checkpoint.save(second, state_of(1), force=place == "over")
     assert digest(checkpoint.restore(second, state_of(0))) == digest(state_of(1))

@@ -1,5 +1,10 @@
 """No kill, and no run that starts over after it, takes the only complete checkpoint."""
 
+import contextlib
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -128,5 +133,45 @@ def test_an_error_of_the_first_process_is_one_of_all(process, tmp_path, monkeypa
     for number in range(process + 1):
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
         with pytest.raises(OSError, match="was not completed"):
-            _replacing.replace(checkpoint._files.absolute(tmp_path / "c"))
+            path = checkpoint._files.absolute(tmp_path / "c")
+            _replacing.replace(path, path.parent / "none")
     assert len(told) == process + 1
+
+
+SAVES_OVER = """
+import sys
+import jax, jax.numpy as jnp, optax
+import emaopt
+from emaopt import checkpoint
+
+path, number = sys.argv[1], int(sys.argv[2])
+tx = emaopt.averaged(optax.adam(1e-2), 0.9)
+params = {f"w{i}": jnp.zeros((64, 64)) for i in range(8)}
+state = {"params": params, "opt_state": tx.init(params)}
+for i in range(number, 60 + number, 2):
+    checkpoint.save(path, jax.tree.map(lambda x: jnp.full_like(x, i), state), force=True)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
+    command = [sys.executable, "-c", SAVES_OVER, tmp_path / "c"]
+    writers = [subprocess.Popen([*command, str(number)]) for number in (0, 1)]
+    found = set()
+    while any(writer.poll() is None for writer in writers):
+        with contextlib.suppress(FileNotFoundError, _replacing.Replaced):
+            loaded = checkpoint.load_averaged(tmp_path / "c")
+            (number,) = {float(x) for leaf in loaded.values() for x in leaf.ravel()}
+            found.add(number)
+    assert [writer.wait() for writer in writers] == [0, 0] and len(found) > 2
+    assert float(checkpoint.load_averaged(tmp_path / "c")["w0"][0, 0]) in (58.0, 59.0)
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
+    for name in (".c.0.unfinished", ".c.1.unfinished", ".other.0.unfinished"):
+        (tmp_path / name / "part").mkdir(parents=True)
+    with _replacing._locked(tmp_path / ".c.1.unfinished"):
+        checkpoint.save(tmp_path / "c", state_of(1), force=True)
+    left = {".c.1.unfinished", ".other.0.unfinished", "c"}
+    assert set(os.listdir(tmp_path)) == left

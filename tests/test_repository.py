@@ -205,7 +205,7 @@ LAYERS = {
         "checkpoint._files",
         "checkpoint._locating",
     },
-    "checkpoint._replacing": {"checkpoint"},
+    "checkpoint._replacing": {"_writing", "checkpoint"},
     "checkpoint._streaming": {"_writing", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._synthesis": {
         "_checks",

@@ -6,6 +6,7 @@ average's own slot the raw parameters. Any reader of the parameters serves the a
 `restore` changes them back and resumes bit for bit.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -137,25 +138,21 @@ def save(
     place = _replacing.followed(_files.absolute(path))
     if place.exists() and not force:
         raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
-    if force:
-        _replacing.settle(place, _restoring.log_warning)
-    written = _replacing.replacement(place) if force else place
     marker = {}
     if places:
         stored, more = _trees.without_empty(state), {}
         if checksums:
             more["checksums"] = _checksums.checksums(stored)
         marker, state = _trees.marker(state, places, **more), stored
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            written,
-            state,
-            force=force,
-            custom_metadata={**(custom_metadata or {}), **marker},
-        )
+    custom_metadata = {**(custom_metadata or {}), **marker}
+    with contextlib.ExitStack() as stack:
+        if force:
+            place = stack.enter_context(
+                _replacing.replacing(place, _restoring.log_warning)
+            )
+        checkpointer = stack.enter_context(ocp.StandardCheckpointer())
+        checkpointer.save(place, state, custom_metadata=custom_metadata)
         checkpointer.wait_until_finished()  # raises what went wrong
-    if force:
-        _replacing.replace(place)
 
 
 @_replacing.whole

@@ -133,10 +133,7 @@ def _put(
         raise ValueError(f"{function}: {place} has come to exist; it was left as it is.")
     _replacing.settle(place, report)
     if place.exists():
-        new = _replacing.replacement(place)
-        new.rmtree(missing_ok=True)
-        written.rename(new)
-        _replacing.replace(place)
+        _replacing.replace(place, written)
     else:
         written.rename(place)
 

@@ -1,14 +1,18 @@
 """A checkpoint that takes another's place, and what a kill on the way leaves.
 
-The new one is completed as `path`.replacement. Then `path` is moved aside, to
-`path`.replaced, the new one takes its place, and the old one is removed. Directories
-cannot be exchanged in one step everywhere, so a kill may leave nothing at `path`; but at
-every moment one of the three is complete, and the newest such is what stands there.
+The new one is written in a directory of its own, which no other writer touches while
+this one lives, and becomes `path`.replacement when it is complete. Then `path` is moved
+aside, to `path`.replaced, the new one takes its place, and the old one is removed.
+Directories cannot be exchanged in one step everywhere, so a kill may leave nothing at
+`path`; but at every moment one of the three is complete, and the newest such is what
+stands there. Of several writers one at a time does this, and the last one's stays.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,7 +21,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from emaopt._writing import clear, is_url, of_system
 from emaopt.checkpoint import _finished
+
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl: Any = None
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,9 +45,87 @@ def followed(path: Any) -> Any:
     return epath.Path(os.path.realpath(path))
 
 
-def replacement(path: Any) -> Any:
-    """Where a checkpoint that is to take another's place is written."""
+def _replacement(path: Any) -> Any:
     return path.with_name(path.name + ".replacement")
+
+
+@contextlib.contextmanager
+def replacing(path: Any, report: Callable[[str], Any]) -> Iterator[Any]:
+    """Gives a place to write what is to stand at a path; it takes it at the end.
+
+    All processes enter, and get the same place. What an earlier run left is settled.
+    """
+    if is_url(path):  # where nothing can be locked
+        settle(path, report)
+        yield (written := _replacement(path))
+        replace(path, written)
+        return
+    with contextlib.ExitStack() as held:
+
+        def make() -> str:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.parent):
+                _remove_dead(path)
+                own = path.with_name(f"{_own(path)}{secrets.token_hex(8)}{_OWN}")
+                own.mkdir()
+                held.enter_context(_locked(own))
+            return own.name
+
+        own = path.with_name(_by_the_first(make, path))
+        try:
+            settle(path, report)
+            yield (written := own / path.name)
+            replace(path, written)
+        except BaseException as error:
+            if jax.process_index() == 0:
+                clear(own)
+            if plain := of_system(error, path):
+                raise plain from error
+            raise
+        if jax.process_index() == 0:
+            own.rmtree(missing_ok=True)
+
+
+_OWN = ".unfinished"
+
+
+def _own(path: Any) -> str:
+    """How the directories are called in which what replaces a path is written."""
+    return f".{path.name}."
+
+
+def _remove_dead(path: Any) -> None:
+    """Removes what writers left that are no more: nobody has the lock on it."""
+    for left in path.parent.iterdir():
+        if left.name.startswith(_own(path)) and left.name.endswith(_OWN):
+            with _locked(left, wait=False) as alone:
+                if alone:
+                    left.rmtree(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Any, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a directory for itself, and says whether it does; a kill ends it.
+
+    Where a file system has no locks, all are let in, as if nobody else was there.
+    """
+    if fcntl is None:
+        yield wait
+        return
+    try:
+        number = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError:
+            alone = wait
+        yield alone
+    finally:
+        os.close(number)
 
 
 def _aside(path: Any) -> Any:
@@ -58,7 +146,7 @@ def standing(path: Any) -> Any:
     path = followed(path)
     if path.exists():
         return path
-    return next(filter(_complete, (replacement(path), _aside(path))), None)
+    return next(filter(_complete, (_replacement(path), _aside(path))), None)
 
 
 def identity(path: Any) -> Any:
@@ -145,7 +233,7 @@ def settle(path: Any, report: Callable[[str], Any]) -> None:
     """
 
     def act():
-        beside = [p for p in (replacement(path), _aside(path)) if _complete(p)]
+        beside = [p for p in (_replacement(path), _aside(path)) if _complete(p)]
         if not beside or _complete(path):
             return
         newest = beside[0]
@@ -158,7 +246,15 @@ def settle(path: Any, report: Callable[[str], Any]) -> None:
             f"not restored by this run; it is kept as {kept}."
         )
 
-    _by_the_first(act, path)
+    _by_the_first(lambda: _in_turn(path, act), path)
+
+
+def _in_turn(path: Any, act: Callable[[], Any]) -> None:
+    """Acts on what stands at a path and beside it while no other process does."""
+    if is_url(path):
+        return act()
+    with _locked(path.parent):
+        return act()
 
 
 def _free(path: Any) -> Any:
@@ -169,39 +265,42 @@ def _free(path: Any) -> Any:
     return place
 
 
-def replace(path: Any) -> None:
-    """Puts the replacement in its place; all processes wait for the first, or fail."""
+def replace(path: Any, written: Any) -> None:
+    """Puts what was written in a path's place; all wait for the first, or fail."""
 
     def act():
-        if not (new := replacement(path)).exists():
-            raise OSError(f"save: {new} was not completed; {path} is as it was.")
-        aside = _aside(path)
+        if not written.exists():
+            raise OSError(f"save: {written} was not completed; {path} is as it was.")
+        aside, new = _aside(path), _replacement(path)
+        if written != new:
+            new.rmtree(missing_ok=True)  # no complete one, which was settled
+            written.rename(new)
         if path.exists():
             aside.rmtree(missing_ok=True)
             path.rename(aside)
         new.rename(path)
         aside.rmtree(missing_ok=True)
 
-    _by_the_first(act, path)
+    _by_the_first(lambda: _in_turn(path, act), path)
     _taken_up.discard(os.fspath(path))
 
 
-def _by_the_first(act: Callable[[], Any], path: Any) -> None:
-    """Lets the first process act; its error is one of all, none of which waits for it."""
-    failed = None
+def _by_the_first(act: Callable[[], Any], path: Any) -> str:
+    """Lets the first process act; what it says, or its error, is that of all."""
+    failed, text = None, ""
     if jax.process_index() == 0:
         try:
-            act()
+            text = f"={act() or ''}"
         except Exception as error:
-            failed = error
+            failed, text = error, f"{type(error).__name__}: {error}"
     if jax.process_count() > 1:
         said = np.zeros(_LONGEST, np.uint8)
-        if failed is not None:
-            text = f"{type(failed).__name__}: {failed}".encode()[:_LONGEST]
-            said[: len(text)] = np.frombuffer(text, np.uint8)
+        content = text.encode()[:_LONGEST]
+        said[: len(content)] = np.frombuffer(content, np.uint8)
         said = multihost_utils.broadcast_one_to_all(said)
         text = bytes(np.asarray(said, np.uint8)).rstrip(bytes(1)).decode(errors="replace")
-        if text and failed is None:
-            raise OSError(f"save: the first process could not replace {path}: {text}")
     if failed is not None:
         raise failed
+    if not text.startswith("="):
+        raise OSError(f"save: the first process could not replace {path}: {text}")
+    return text[1:]
