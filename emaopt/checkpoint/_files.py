@@ -197,8 +197,9 @@ def _lost_marker(
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
-    step = "_CHECKPOINT_METADATA"  # which Orbax always writes
-    is_damaged = not any((p / step).exists() for p in (files.path, files.path.parent))
+    step = "_CHECKPOINT_METADATA"  # which Orbax always writes, with this entry
+    found = [_finished.json_of(p / step) for p in (files.path, files.path.parent)]
+    is_damaged = not any("custom_metadata" in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
         raise ValueError(

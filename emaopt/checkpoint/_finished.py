@@ -41,7 +41,7 @@ def unfinished(path: Any) -> str | None:
     here = (path / _STEP).exists() or (path / "_METADATA").exists()
     if here and not ocp.utils.is_checkpoint_finalized(path):
         return f"it lacks {MARK}"  # where Orbax always writes in place
-    step = _json(path / _STEP)
+    step = json_of(path / _STEP)
     # In either way, the last thing before the directory is renamed or gets the mark.
     committed = step.get(_COMMITTED)
     if step.get("init_timestamp_nsecs") and not committed:
@@ -65,7 +65,7 @@ def _is_item(path: Any) -> bool:
 
 
 def _is_in_place(path: Any) -> bool:
-    record = (_json(path / "_METADATA").get("custom_metadata") or {}).get("emaopt")
+    record = (json_of(path / "_METADATA").get("custom_metadata") or {}).get("emaopt")
     return isinstance(record, dict) and bool(record.get(IN_PLACE))
 
 
@@ -75,10 +75,10 @@ def _marked_beside(path: Any) -> Iterator[int]:
         another = re.compile(re.escape(path.name[: number.start()]) + r"\d+")
         for other in path.parent.iterdir():
             if another.fullmatch(other.name) and (other / MARK).exists():
-                yield _json(other / _STEP).get(_COMMITTED) or 0
+                yield json_of(other / _STEP).get(_COMMITTED) or 0
 
 
-def _json(file: Any) -> dict[str, Any]:
+def json_of(file: Any) -> dict[str, Any]:
     """What a file holds; nothing if it cannot be read, for whoever needs it says that."""
     try:
         found = json.loads(file.read_text())
