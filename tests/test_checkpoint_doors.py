@@ -356,3 +356,21 @@ def test_a_lone_item_of_any_name_is_read_by_its_record(item, tmp_path):
         theirs.wait_until_finished()
     same(checkpoint.restore(tmp_path / "1", items), items)
     same(checkpoint.load_averaged(tmp_path / "1"), emaopt.get_average(opt_state))
+
+
+def test_an_item_that_the_record_does_not_speak_of_is_read_by_itself(tmp_path):
+    params, opt_state = trained()
+    train, other = {"params": params, "opt_state": opt_state}, {"x": jnp.ones(2)}
+    with manager(tmp_path) as ours:
+        args = {"train": A.PyTreeSave(train), "other": A.PyTreeSave(other)}
+        ours.save(1, args=A.Composite(**args))
+        ours.wait_until_finished()
+    same(checkpoint.restore(tmp_path / "1" / "other", {"x": jnp.zeros(2)}), other)
+    with pytest.raises(ValueError, match="other holds no average"):
+        checkpoint.load_averaged(tmp_path / "1" / "other")
+    same(
+        checkpoint.restore(tmp_path / "1" / "train", {"train": train, "other": other})[
+            "train"
+        ],
+        train,
+    )

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -105,8 +105,11 @@ def open_files(
         marker = _lost_marker(function, files, at, option)
     else:
         marker = _record.as_marker(record)
-        if () in items and _is_item(path, marker):
-            return open_files(function, path.parent, at=at, option=option, lazy=lazy)
+        if () in items and _is_item(path):
+            if _speaks_of(marker, [(path.name,)]):
+                return open_files(function, path.parent, at=at, option=option, lazy=lazy)
+            if not _speaks_of(marker, saved):  # of other items of the step
+                return files
         marker = agreed(function, path, marker, whole_tree(files), saved, items)
     _refuse_lost(function, files)
     if combination is not None:
@@ -173,10 +176,16 @@ def _refuse_lost(function: str, files: Files) -> None:
         )
 
 
-def _is_item(path: Any, marker: _record.Marker) -> bool:
-    """Whether the directory is one item of a step, and the marker speaks of the step."""
-    ways = {way[:1] for one in marker.served for way in (one.params, one.average)}
-    return (path.name,) in ways and (path.parent / "_CHECKPOINT_METADATA").exists()
+def _is_item(path: Any) -> bool:
+    """Whether a directory is one item of a step."""
+    step = "_CHECKPOINT_METADATA"
+    return (path.parent / step).exists() and not (path / step).exists()
+
+
+def _speaks_of(marker: _record.Marker, names: Iterable[Names]) -> bool:
+    """Whether a record's averages or parameters are below one of the first names."""
+    ways = [way for one in marker.served for way in (one.params, one.average)]
+    return bool({way[:1] for way in ways} & {name[:1] for name in names})
 
 
 def whole_tree(files: Files) -> Any:
@@ -246,12 +255,12 @@ def _directories(path: Any, record: dict[str, Any] | None) -> dict[Names, Any]:
         and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
     }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
-        if record is None or not _speaks_of(record, name, found[name]):
+        if record is None or not _names_item(record, name, found[name]):
             return {(): found[name]}
     return {(name,): found[name] for name in sorted(found)}
 
 
-def _speaks_of(record: dict[str, Any], item: str, directory: Any) -> bool:
+def _names_item(record: dict[str, Any], item: str, directory: Any) -> bool:
     """Whether a record names an item, which is no key of the tree that is in it."""
     if {way[0] for key in ("params", "average") if (way := record[key])} != {item}:
         return False
