@@ -280,3 +280,28 @@ def test_a_manager_records_and_checks(asynchronous, composite, tmp_path):
         where = "/".join(["params"] * composite + first[0])
         with pytest.raises(ValueError, match=re.escape(f"numbers at {where} than")):
             manager.restore(1, args=restore)
+
+
+def test_copies_that_are_not_alike_have_no_checksum(tmp_path):
+    """As of statistics that nobody averaged: Orbax writes parts of any of them."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("a"))
+    x = jax.device_put(jnp.arange(16.0).reshape(8, 2), rows)
+    own = jax.shard_map(
+        lambda x: x[0],
+        mesh=mesh,
+        in_specs=PartitionSpec("a"),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    state = small() | {"statistics": jax.jit(own)(x), "rows": x}
+    names = [names for names, *_ in _checksums.checksums(state)]
+    assert ["rows"] in names and ["statistics"] not in names
+    checkpoint.save(tmp_path / "c", state)
+    restored = checkpoint.restore(tmp_path / "c", state)
+    assert_same(restored["rows"], x)
+
+
+def test_what_is_no_number_has_no_checksum():
+    odd = {"text": np.asarray("x"), "object": np.asarray([None]), "large": 2**70}
+    assert _checksums.checksums(odd) == []

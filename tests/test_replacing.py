@@ -169,9 +169,31 @@ def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    for name in (".c.0.unfinished", ".c.1.unfinished", ".other.0.unfinished"):
+    own, other = (_replacing._own(tmp_path / name) for name in ("c", "other"))
+    dead, living, others = (
+        f"{own}0.unfinished",
+        f"{own}1.unfinished",
+        f"{other}0.unfinished",
+    )
+    for name in (dead, living, others):
         (tmp_path / name / "part").mkdir(parents=True)
-    with _replacing._locked(tmp_path / ".c.1.unfinished"):
+    with _replacing._locked(tmp_path / living):
         checkpoint.save(tmp_path / "c", state_of(1), force=True)
-    left = {".c.1.unfinished", ".other.0.unfinished", "c"}
-    assert set(os.listdir(tmp_path)) == left
+    assert set(os.listdir(tmp_path)) == {living, others, "c"}
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for_for_ever(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(_replacing, "_PATIENCE", 0.1)
+    with _replacing._locked(tmp_path):
+        checkpoint.save(tmp_path / "c", state_of(1), force=True)
+    assert value(tmp_path / "c") == 1 and "not waited for any longer" in caplog.text
+
+
+def test_on_a_url_what_a_killed_save_left_is_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(_replacing, "is_url", lambda path: True)
+    checkpoint.save(tmp_path / "c", state_of(1), force=True)
+    (tmp_path / "c.replacement" / "part").mkdir(parents=True)
+    checkpoint.save(tmp_path / "c", state_of(2), force=True)
+    assert value(tmp_path / "c") == 2 and os.listdir(tmp_path) == ["c"]

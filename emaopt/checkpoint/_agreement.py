@@ -65,6 +65,7 @@ def agreed(
         )
     empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
     free = holes(tree) if empty else set()
+    free |= {names[:-1] for names in free if names[-1:] == ("value",)}  # of variables
     if odd := [_joined(names) for names in empty if names not in free]:
         raise ValueError(
             f"{says} an array of size 0 at {odd[0]}, where none is; {_OTHER_TREE}"

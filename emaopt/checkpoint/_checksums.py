@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 
 from emaopt._names import Names, leaves_with_keys
 
@@ -29,13 +30,33 @@ def checksums(tree: Any) -> list[list[Any]]:
 
     All processes call it. Arrays are not held when it returns.
     """
-    return of_leaves(leaves_with_keys(tree))
+    return of_leaves(leaves_with_keys(tree), together=True)
 
 
-def of_leaves(leaves: Iterable[tuple[Names, Any]]) -> list[list[Any]]:
-    """The same of leaves with their names."""
-    sums = [(list(names), _checksum(leaf)) for names, leaf in leaves]
-    return [[names, s[0], int(s[1])] for names, s in sums if s is not None]
+def of_leaves(leaves: Iterable[tuple[Names, Any]], *, together: bool) -> list[list[Any]]:
+    """The same of leaves with their names; by all processes, if they do it together.
+
+    An array whose copies are not alike has none: which parts of which copies Orbax writes
+    is not known.
+    """
+    names, found = [], []
+    for name, leaf in leaves:
+        names.append(list(name))
+        found.append(_checksum(leaf))
+    rows = [({int(s) for s in sums}, dtype) for dtype, sums in found]
+    if together and jax.process_count() > 1:
+        # How many sums each process has of its copies, and one of them.
+        own = [(min(len(sums), 2), max(sums, default=0)) for sums, _ in rows]
+        own = np.asarray(own, np.uint32).reshape(-1, 2)
+        all_ = np.asarray(multihost_utils.process_allgather(own))
+        for i, (sums, _) in enumerate(rows):
+            sums |= {int(s) for count, s in all_[:, i] if count}
+            sums |= {-1, -2} if (all_[:, i, 0] > 1).any() else set()
+    return [
+        [name, dtype, sums.pop()]
+        for name, (sums, dtype) in zip(names, rows, strict=True)
+        if len(sums) == 1
+    ]
 
 
 def recorded(entries: Iterable[Any]) -> dict[Names, Checksum]:
@@ -60,30 +81,42 @@ def check(
 
 
 def _differ(saved: Checksum, value: Any) -> bool:
-    read = _checksum(value)
-    return read is not None and read[0] == saved[0] and int(read[1]) != saved[1]
+    dtype, sums = _checksum(value)
+    return dtype == saved[0] and any(int(s) != saved[1] for s in sums)
 
 
-def _checksum(leaf: Any) -> tuple[str, Any] | None:
-    """The dtype and sum of an array or a number that this process has a part of."""
+def _checksum(leaf: Any) -> tuple[str, list[Any]]:
+    """The dtype of an array or a number, and the sums of the copies in this process."""
     if isinstance(leaf, jax.Array):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)  # what Orbax writes
-        devices = leaf.sharding.addressable_devices
-        if not devices:
-            return None
-        if any(device.platform != "cpu" for device in devices):
-            return str(leaf.dtype), _of_array(_on_device(leaf))  # awaited by the caller
-        if not leaf.is_fully_replicated:
-            # Awaited, for XLA makes the products of a whole array on CPUs.
-            return str(leaf.dtype), int(_of_array(_on_device(leaf)))
-        # A view for NumPy, which takes a tenth of XLA's time. Of another jax.Array: one
-        # that NumPy has seen keeps its view, and is not donated any more.
-        leaf = np.asarray(leaf.addressable_shards[0].data)
+        return str(leaf.dtype), _of_copies(leaf)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         leaf = np.asarray(leaf)
-        return str(leaf.dtype), _of_numpy(leaf)
-    return None
+        if not jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype != np.bool_:
+            return "", []  # text, objects, integers that are too large
+        return str(leaf.dtype), [_of_numpy(leaf)]
+    return "", []
+
+
+def _of_copies(leaf: jax.Array) -> list[Any]:
+    devices = leaf.sharding.addressable_devices
+    platforms = {device.platform for device in devices}
+    if not devices:
+        return []
+    if platforms == {"cpu"} and leaf.is_fully_replicated:
+        # Views for NumPy, which takes a tenth of XLA's time. Of other jax.Arrays: one
+        # that NumPy has seen keeps its view, and is not donated any more.
+        return [_of_numpy(np.asarray(shard.data)) for shard in leaf.addressable_shards]
+    if not platforms <= {"cpu", "gpu"} and leaf.dtype in (np.float64, np.complex128):
+        return []  # XLA cannot take the bits there
+    there = _on_device(leaf)
+    sums = [shard.data for shard in _of_array(there).addressable_shards]
+    if platforms == {"cpu"} or there is not leaf:
+        # Awaited, for XLA makes the products of a whole array on CPUs, and what is kept
+        # in the host's memory may not fit a device.
+        return [int(one) for one in sums]
+    return sums
 
 
 def _on_device(leaf: jax.Array) -> jax.Array:

@@ -93,6 +93,7 @@ def open_files(
     for prefix, directory in directories.items():
         metadata = _metadata(function, directory, lazy)
         said.append((prefix, directory / "_METADATA", metadata.custom_metadata or {}))
+        _refuse_misplaced(function, *said[-1][1:])
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
         lost |= {prefix + names for names in own_values(metadata.tree)}
@@ -283,14 +284,18 @@ def _step_metadata(function: str, file: Any) -> dict[str, Any]:
             f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
             "remove the file: all arrays but those of size 0 can be had without it."
         ) from error
-    others = {**content, **custom}
-    for key in others.keys() - {"custom_metadata", _record.KEY}:
-        if _record.looks_like_one(others[key]):
+    _refuse_misplaced(function, file, {**content, **custom})
+    return custom
+
+
+def _refuse_misplaced(function: str, file: Any, found: dict[str, Any]) -> None:
+    """Raises if our record is under another key."""
+    for key in found.keys() - {"custom_metadata", _record.KEY}:
+        if _record.looks_like_one(found[key]):
             raise ValueError(
                 f"{function}: {file} has emaopt's record under {key!r}: it is damaged. "
                 "Take another step."
             )
-    return custom
 
 
 def logical_names(files: Files) -> dict[Names, Names]:

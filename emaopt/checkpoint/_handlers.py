@@ -205,10 +205,9 @@ class _Swapping:
         if self._checksums:
             told = _files.names_of(each).items()
             cast = {names for names, one in told if getattr(one, "dtype", None)}
-            leaves = _files.names_of(item).items()  # Orbax casts some on the way
-            more["checksums"] = _checksums.of_leaves(
-                x for x in leaves if x[0] not in cast
-            )
+            kept = [x for x in _files.names_of(item).items() if x[0] not in cast]
+            # Orbax casts the others.
+            more["checksums"] = _checksums.of_leaves(kept, together=True)
         marker = _trees.marker(state, places, **more)
         return dataclasses.replace(
             args,

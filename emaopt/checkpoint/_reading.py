@@ -1,11 +1,14 @@
 """Reading of chosen leaves, each checked against what was saved."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from emaopt.checkpoint import _arrays, _checksums, _files
 from emaopt.checkpoint._files import Names
@@ -17,6 +20,35 @@ def read(
     function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Any]]
 ) -> Any:
     """Reads leaves, and nothing else: where each stands and as what, by any names."""
+    with _all_together(function, files, [plan for _, plan in wanted.values()]):
+        values, whole = _read(function, files, wanted)
+    _checksums.check(function, files.path, files.checksums, whole)
+    return values
+
+
+@contextlib.contextmanager
+def _all_together(function: str, files: _files.Files, plans: list[Any]) -> Iterator[None]:
+    """Lets none of several processes go on to what they do together if one has failed."""
+    places = [getattr(plan, "sharding", None) for plan in plans]
+    if all(place is None or place.is_fully_addressable for place in places):
+        yield
+        return
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    any_failed = multihost_utils.process_allgather(np.asarray(failed is not None))
+    if failed is not None:
+        raise failed
+    if np.any(any_failed):
+        raise ValueError(f"{function}: {files.path} cannot be read by another process.")
+
+
+def _read(
+    function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Any]]
+) -> tuple[dict[Names, Any], dict[Names, Any]]:
+    """The values, and those of whole arrays by where they stand."""
     with _files.explained(function, files.path):
         _arrays.open_all(files.saved[place] for place, _ in wanted.values())
     here = {
@@ -64,9 +96,7 @@ def read(
         if n not in here or _files.shape(value) == here[n][0].shape  # not of other rows
     }
     # In one order in all processes, which go through the checksums together.
-    whole = {place: whole[place] for place in files.saved if place in whole}
-    _checksums.check(function, files.path, files.checksums, whole)
-    return values
+    return values, {place: whole[place] for place in files.saved if place in whole}
 
 
 def _cuts(files: _files.Files, place: Names, plan: Any) -> bool:

@@ -58,7 +58,13 @@ def marker(
         for place in places
     )
     record = {**first, "empty": empty, **values, **more}
-    return {KEY: sealed(record | {"more": others} if others else record)}
+    record = sealed(record | {"more": others} if others else record)
+    if fault := _fault(record, _FIELDS):
+        raise ValueError(
+            f"save: what stands where cannot be put on record: {fault}. Leave it out of "
+            "the state."
+        )
+    return {KEY: record}
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _is_empty(value: Any) -> bool:
         and len(value) == 3
         and _is_names(value[0])
         and isinstance(value[1], list)
-        and all(type(n) is int and 0 <= n < 2**31 for n in value[1])
+        and all(type(n) is int and 0 <= n < 2**63 for n in value[1])
         and 0 in value[1]
         and _is_dtype(value[2])
     )

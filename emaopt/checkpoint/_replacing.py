@@ -4,14 +4,18 @@ The new one is written in a directory of its own, which no other writer touches 
 this one lives, and becomes `path`.replacement when it is complete. Then `path` is moved
 aside, to `path`.replaced, the new one takes its place, and the old one is removed.
 Directories cannot be exchanged in one step everywhere, so a kill may leave nothing at
-`path`; but at every moment one of the three is complete, and the newest such is what
-stands there. Of several writers one at a time does this, and the last one's stays.
+`path`; but at every moment one of the three is complete. What stands there is `path` if
+there is one, else the newest complete one. Of several writers one at a time does this,
+and the last one's stays.
 """
 
 import contextlib
 import functools
+import logging
 import os
 import secrets
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -21,7 +25,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from emaopt._writing import clear, is_url, of_system
+from emaopt._writing import clear, is_url, of_system, undisturbed
 from emaopt.checkpoint import _finished
 
 try:
@@ -32,6 +36,8 @@ except ImportError:  # a system without such locks
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_log_warning = logging.getLogger("emaopt").warning
+_PATIENCE, _PAUSE = 60.0, 0.02  # seconds: for a lock, and between two tries
 _ATTEMPTS = 5  # to read what is replaced meanwhile
 _LONGEST = 1000  # bytes of an error that the first process tells the others
 # What was read beside its path: the run that saves there next has gone on from it.
@@ -57,7 +63,9 @@ def replacing(path: Any, report: Callable[[str], Any]) -> Iterator[Any]:
     """
     if is_url(path):  # where nothing can be locked
         settle(path, report)
-        yield (written := _replacement(path))
+        written = _replacement(path)
+        _by_the_first(lambda: written.rmtree(missing_ok=True), path)  # a kill left it
+        yield written
         replace(path, written)
         return
     with contextlib.ExitStack() as held:
@@ -83,7 +91,7 @@ def replacing(path: Any, report: Callable[[str], Any]) -> Iterator[Any]:
                 raise plain from error
             raise
         if jax.process_index() == 0:
-            own.rmtree(missing_ok=True)
+            _remove(own)
 
 
 _OWN = ".unfinished"
@@ -91,7 +99,7 @@ _OWN = ".unfinished"
 
 def _own(path: Any) -> str:
     """How the directories are called in which what replaces a path is written."""
-    return f".{path.name}."
+    return f".{zlib.crc32(os.fsencode(path.name)):08x}."
 
 
 def _remove_dead(path: Any) -> None:
@@ -100,14 +108,21 @@ def _remove_dead(path: Any) -> None:
         if left.name.startswith(_own(path)) and left.name.endswith(_OWN):
             with _locked(left, wait=False) as alone:
                 if alone:
-                    left.rmtree(missing_ok=True)
+                    _remove(left)
+
+
+def _remove(directory: Any) -> None:
+    """Removes what is in nobody's way, if that may be."""
+    with contextlib.suppress(OSError):
+        directory.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(directory: Any, *, wait: bool = True) -> Iterator[bool]:
     """Holds a directory for itself, and says whether it does; a kill ends it.
 
-    Where a file system has no locks, all are let in, as if nobody else was there.
+    Where a file system has no locks, or somebody else keeps this one, all are let in, as
+    if nobody else was there.
     """
     if fcntl is None:
         yield wait
@@ -119,13 +134,32 @@ def _locked(directory: Any, *, wait: bool = True) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            alone = True
+            alone = _lock(number, directory, _PATIENCE if wait else 0)
         except OSError:
             alone = wait
         yield alone
     finally:
+        with contextlib.suppress(OSError):  # a process that was forked has it, too
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
+
+
+def _lock(number: int, directory: Any, patience: float) -> bool:
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() - began >= patience:
+                break
+            time.sleep(_PAUSE)
+    if patience:
+        _log_warning(
+            f"save: another process has held the lock on {directory} for {patience:g} s; "
+            "it is not waited for any longer."
+        )
+    return bool(patience)
 
 
 def _aside(path: Any) -> Any:
@@ -279,9 +313,10 @@ def replace(path: Any, written: Any) -> None:
             aside.rmtree(missing_ok=True)
             path.rename(aside)
         new.rename(path)
-        aside.rmtree(missing_ok=True)
+        _remove(aside)
 
-    _by_the_first(lambda: _in_turn(path, act), path)
+    with undisturbed():
+        _by_the_first(lambda: _in_turn(path, act), path)
     _taken_up.discard(os.fspath(path))
 
 
@@ -291,11 +326,11 @@ def _by_the_first(act: Callable[[], Any], path: Any) -> str:
     if jax.process_index() == 0:
         try:
             text = f"={act() or ''}"
-        except Exception as error:
+        except BaseException as error:  # the others wait for any
             failed, text = error, f"{type(error).__name__}: {error}"
     if jax.process_count() > 1:
         said = np.zeros(_LONGEST, np.uint8)
-        content = text.encode()[:_LONGEST]
+        content = text.encode(errors="replace")[:_LONGEST]
         said[: len(content)] = np.frombuffer(content, np.uint8)
         said = multihost_utils.broadcast_one_to_all(said)
         text = bytes(np.asarray(said, np.uint8)).rstrip(bytes(1)).decode(errors="replace")

@@ -140,7 +140,7 @@ def write(
         try:
             for batch in arrays:
                 named = ((prefix + names, array) for names, array in batch.items())
-                checksums += _checksums.of_leaves(named)
+                checksums += _checksums.of_leaves(named, together=False)
                 yield batch
         except BaseException as error:
             of_arrays.append(error)
