@@ -84,6 +84,13 @@ def test_checksum_of_a_large_array_of_numpy():
         assert of(array) == of(jnp.asarray(array)) == by_hand(array)
 
 
+@pytest.mark.slow
+def test_factors_of_numpy_begin_anew_after_2_to_the_30_words():
+    array = np.zeros(4 * (2**30 + 1) + 1, np.uint8)  # whose zeros take no memory
+    array[[4 * 2**30, -1]] = 1  # the words 2**30 and 2**30 + 1: 1 * 1 + 3 * 1
+    assert of(array) == ("uint8", 4)
+
+
 @pytest.mark.parametrize("kind", [np.int8, np.float16, np.float32, np.complex64])
 def test_each_bit_and_the_order_count(kind):
     array = noise(kind, (5,))
