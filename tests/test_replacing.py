@@ -1,6 +1,7 @@
 """No kill, and no run that starts over after it, takes the only complete checkpoint."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -169,12 +170,12 @@ def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    for name in (".c.0.unfinished", ".c.1.unfinished", ".other.0.unfinished"):
+    others = {".c.1.unfinished", ".other.0.unfinished", ".c.notes"}
+    for name in (".c.0.unfinished", *others):
         (tmp_path / name / "part").mkdir(parents=True)
     with _replacing._locked(tmp_path / ".c.1.unfinished"):
         checkpoint.save(tmp_path / "c", state_of(1), force=True)
-    left = {".c.1.unfinished", ".other.0.unfinished", "c"}
-    assert set(os.listdir(tmp_path)) == left
+    assert set(os.listdir(tmp_path)) == {*others, "c"}
 
 
 def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_path):
@@ -186,6 +187,14 @@ def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_pat
             assert written.exists()
             raise RuntimeError("stop")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_system_names_the_path_and_not_where_it_was_written(tmp_path):
+    path = checkpoint._files.absolute(tmp_path / "c")
+    with pytest.raises(OSError, match="No space left") as raised:
+        with _replacing.replacing(path, print) as written:
+            raise ValueError(f"Error writing {written}: os_error_code='{errno.ENOSPC}'")
+    assert raised.value.filename == str(path)
 
 
 def test_without_locks_nothing_is_taken_for_a_killed_writers(tmp_path, monkeypatch):
