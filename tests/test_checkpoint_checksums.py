@@ -15,7 +15,7 @@ from test_checkpoint import assert_same
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _checksums
+from emaopt.checkpoint import _checksums, _streaming
 
 TX = emaopt.averaged(optax.adam(1e-2), 0.9)
 KINDS = [
@@ -84,6 +84,13 @@ def test_checksum_of_a_large_array_of_numpy():
         assert of(array) == of(jnp.asarray(array)) == by_hand(array)
 
 
+@pytest.mark.slow
+def test_factors_of_numpy_begin_anew_after_2_to_the_30_words():
+    array = np.zeros(4 * (2**30 + 1) + 1, np.uint8)  # whose zeros take no memory
+    array[[4 * 2**30, -1]] = 1  # the words 2**30 and 2**30 + 1: 1 * 1 + 3 * 1
+    assert of(array) == ("uint8", 4)
+
+
 @pytest.mark.parametrize("kind", [np.int8, np.float16, np.float32, np.complex64])
 def test_each_bit_and_the_order_count(kind):
     array = noise(kind, (5,))
@@ -119,13 +126,13 @@ def mixed():
     }
 
 
-def change_sum(file, i):
+def change_sum(file, i, key="emaopt"):
     """Changes a checksum in Orbax's JSON."""
 
     def change(record):
         record["checksums"][i][2] ^= 1
 
-    edit(file, change)
+    edit(file, change, key)
 
 
 @pytest.mark.slow
@@ -146,6 +153,22 @@ def test_every_leaf_is_checked(tmp_path):
         ):
             checkpoint.restore(tmp_path / "c", state)
         file.write_text(before)
+
+
+def test_every_array_of_an_average_is_checked_that_is_written_in_batches(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_streaming, "BATCH", 1)
+    params = {name: jnp.full(2, i, jnp.float32) for i, name in enumerate("abc")}
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": TX.init(params)})
+    checkpoint.average([tmp_path / "c"], tmp_path / "out")
+    file = tmp_path / "out" / "_CHECKPOINT_METADATA"
+    content = file.read_text()
+    for i, name in enumerate("abc"):
+        change_sum(file, i, "emaopt_combination")
+        with pytest.raises(ValueError, match=rf"other numbers at params/{name} than"):
+            checkpoint.load_averaged(tmp_path / "out")
+        file.write_text(content)
 
 
 def test_a_checkpoint_without_checksums_is_read(tmp_path):

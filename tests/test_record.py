@@ -14,6 +14,7 @@ from test_places import same
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import _record
 
 TX = emaopt.averaged(optax.adam(1e-2), 0.9, zero_init=True)
 
@@ -80,15 +81,17 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(step, copy):
     assert right_or_refused(copy)
 
 
-def test_a_record_of_an_item_is_checked_too(tmp_path):
-    names = ("params", "sarams", "opt_state")
+def saved_as_items(directory):
     with ocp.CheckpointManager(
-        tmp_path, handler_registry=checkpoint.handler_registry(params="params")
+        directory, handler_registry=checkpoint.handler_registry(params="params")
     ) as manager:
-        args = {name: ocp.args.StandardSave(STATE[name]) for name in names}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in STATE.items()}
         manager.save(1, args=ocp.args.Composite(**args))
-        manager.wait_until_finished()
-    path = tmp_path / "1"
+    return directory / "1"
+
+
+def test_a_record_of_an_item_is_checked_too(tmp_path):
+    path = saved_as_items(tmp_path)
     assert right_or_refused(path)
     file = path / "opt_state" / "_METADATA"
 
@@ -96,12 +99,28 @@ def test_a_record_of_an_item_is_checked_too(tmp_path):
         record["params"] = ["sarams"]
 
     content = file.read_text()
-    edit(file, other)
-    with pytest.raises(ValueError, match=r"have records that differ"):
-        checkpoint.load_averaged(path)
-    file.write_text(content)
+    for change in (other, lambda record: record.pop("field")):
+        edit(file, change)
+        with pytest.raises(ValueError, match=r"have records that differ"):
+            checkpoint.load_averaged(path)
+        file.write_text(content)
     edit(file, other, seal=False)
     with pytest.raises(ValueError, match=r"opt_state/_METADATA has .* its checksum is"):
+        checkpoint.load_averaged(path)
+
+
+def test_parameters_that_were_kept_alone_are_the_averages(tmp_path):
+    path = saved_as_items(tmp_path)
+    shutil.rmtree(path / "opt_state")
+    same(checkpoint.load_averaged(path), STATE["opt_state"].averaging.average)
+
+
+def test_an_item_that_lost_its_metadata_is_named_and_a_checkpoint_there_is_none(tmp_path):
+    path = saved_as_items(tmp_path)
+    checkpoint.save(path / "another", STATE, params="params")
+    assert right_or_refused(path)
+    (path / "sarams" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match=r"sarams has arrays, but lacks its _METADATA"):
         checkpoint.load_averaged(path)
 
 
@@ -144,6 +163,50 @@ def test_each_field_is_checked(case, version, copy):
     assert not right_or_refused(copy)
     with pytest.raises(ValueError, match=r"record|size 0|newer|lacks .*/empty"):
         checkpoint.restore(copy, STATE, params="params")
+
+
+def test_a_record_without_its_checksum_or_of_a_format_that_had_none_is_refused(copy):
+    def older(record):
+        record["version"] = 2
+
+    content = file_of(copy).read_text()
+    edit(file_of(copy), lambda record: record.pop("sum"), seal=False)
+    with pytest.raises(ValueError, match="its checksum is of another content"):
+        checkpoint.load_averaged(copy)
+    file_of(copy).write_text(content)
+    edit(file_of(copy), older)
+    with pytest.raises(ValueError, match="of format 2, it has a checksum"):
+        checkpoint.load_averaged(copy)
+
+
+def test_a_record_that_lost_its_place_is_refused(copy):
+    content = file_of(copy).read_text()
+    for entry in ("custom_metadata", "emaopt"):
+        file_of(copy).write_text(content.replace(f'"{entry}"', '"other"', 1))
+        with pytest.raises(ValueError, match="has emaopt's record under 'other'"):
+            checkpoint.load_averaged(copy)
+
+
+def test_an_empty_array_has_no_elements_and_a_place_no_other_fields(copy):
+    content = file_of(copy).read_text()
+    place = {"params": ["params"], "average": ["opt_state", "averaging"], "x": 1}
+    for field, value in (
+        ("empty", [[["params", "empty"], [2**30, 2**30], "float32"]]),
+        ("more", [place | {"field": "average"}]),
+    ):
+        edit(file_of(copy), lambda record, entry=(field, value): record.update([entry]))
+        with pytest.raises(ValueError, match=f"its {field} is"):
+            checkpoint.load_averaged(copy)
+        file_of(copy).write_text(content)
+
+
+def test_what_is_nested_too_deep_is_said_to_be():
+    deep = []
+    for _ in range(200_000):
+        deep = [deep]
+    record = {"version": 3, "params": deep}
+    with pytest.raises(ValueError, match=r"load: file has .* it is nested too deep"):
+        _record.checked("load", "file", {"emaopt": record}, "emaopt")
 
 
 def test_what_lacks_and_has_a_checksum_is_named(copy):
@@ -206,6 +269,24 @@ def test_a_state_says_itself_that_it_was_swapped(copy):
     same((loaded["w"], loaded["g"]), (served["w"], served["g"]))
     with pytest.raises(ValueError, match=r"lacks .*params/empty"):
         checkpoint.restore(copy, STATE, params="params")
+
+
+def test_where_nothing_says_what_was_empty_the_reader_may_do_without(copy):
+    file_of(copy).unlink()
+    with pytest.raises(ValueError, match=r"lost its _CHECKPOINT_METADATA.*params/empty"):
+        checkpoint.load_averaged(copy)
+    served = STATE["opt_state"].averaging.average
+    loaded = checkpoint.load_averaged(copy, at="params")
+    same((loaded["w"], loaded["g"]), (served["w"], served["g"]))
+
+
+def test_a_record_names_all_that_was_swapped(tmp_path):
+    one = {name: STATE[name] for name in ("params", "opt_state")}
+    names = ("a/opt_state/averaging", "b/opt_state/averaging")
+    checkpoint.save(tmp_path / "c", {"a": one, "b": one}, name=names)
+    edit(file_of(tmp_path / "c"), lambda record: record.pop("more"))
+    with pytest.raises(ValueError, match="but swapped are b/opt_state/averaging, too"):
+        checkpoint.load_averaged(tmp_path / "c")
 
 
 def test_a_combination_has_a_record_with_a_checksum(saved, tmp_path):

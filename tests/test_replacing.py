@@ -1,6 +1,7 @@
 """No kill, and no run that starts over after it, takes the only complete checkpoint."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -175,11 +176,12 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
         f"{own}1.unfinished",
         f"{other}0.unfinished",
     )
-    for name in (dead, living, others):
+    notes = f"{own}notes"
+    for name in (dead, living, others, notes):
         (tmp_path / name / "part").mkdir(parents=True)
     with _replacing._locked(tmp_path / living):
         checkpoint.save(tmp_path / "c", state_of(1), force=True)
-    assert set(os.listdir(tmp_path)) == {living, others, "c"}
+    assert set(os.listdir(tmp_path)) == {living, others, notes, "c"}
 
 
 def test_a_lock_that_somebody_keeps_is_not_waited_for_for_ever(
@@ -197,3 +199,57 @@ def test_on_a_url_what_a_killed_save_left_is_written_over(tmp_path, monkeypatch)
     (tmp_path / "c.replacement" / "part").mkdir(parents=True)
     checkpoint.save(tmp_path / "c", state_of(2), force=True)
     assert value(tmp_path / "c") == 2 and os.listdir(tmp_path) == ["c"]
+
+
+def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_path):
+    path = checkpoint._files.absolute(tmp_path / "c")
+    with pytest.raises(RuntimeError, match="stop"):
+        with _replacing.replacing(path, print) as written:
+            written.mkdir()
+            _replacing._remove_dead(path)  # as every writer does
+            assert written.exists()
+            raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_system_names_the_path_and_not_where_it_was_written(tmp_path):
+    path = checkpoint._files.absolute(tmp_path / "c")
+    with pytest.raises(OSError, match="No space left") as raised:
+        with _replacing.replacing(path, print) as written:
+            raise ValueError(f"Error writing {written}: os_error_code='{errno.ENOSPC}'")
+    assert raised.value.filename == str(path)
+
+
+def test_without_locks_nothing_is_taken_for_a_killed_writers(tmp_path, monkeypatch):
+    monkeypatch.setattr(_replacing, "fcntl", None)
+    left = f"{_replacing._own(tmp_path / 'c')}0.unfinished"
+    (tmp_path / left).mkdir()
+    checkpoint.save(tmp_path / "c", state_of(1), force=True)
+    assert set(os.listdir(tmp_path)) == {left, "c"}
+
+
+def test_one_writer_at_a_time_acts(tmp_path):
+    def alone():
+        with _replacing._locked(tmp_path, wait=False) as alone:
+            return alone
+
+    path = checkpoint._files.absolute(tmp_path / "c")
+    assert alone() and not _replacing._in_turn(path, alone)
+
+
+def test_what_is_not_finished_beside_the_path_makes_way(tmp_path):
+    for suffix in (".replacement", ".replaced"):
+        (tmp_path / f"c{suffix}" / "part").mkdir(parents=True)
+    for number in (1, 2):
+        checkpoint.save(tmp_path / "c", state_of(number), force=True)
+    assert values_in(tmp_path) == [2]
+
+
+def test_what_was_restored_before_a_save_is_not_what_is_left_after_it(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(tmp_path / "c.replacement", state_of(500))
+    assert value(path) == 500
+    checkpoint.save(path, state_of(1), force=True)
+    path.rename(tmp_path / "c.replacement")  # as another process that was killed
+    checkpoint.save(path, state_of(2), force=True)
+    assert values_in(tmp_path) == [1, 2]

@@ -1,5 +1,6 @@
 """Files of all writers are whole, and are nobody else's."""
 
+import errno
 import json
 import threading
 
@@ -133,6 +134,16 @@ def test_an_average_leaves_the_saves_of_others(name, fails, saved, tmp_path):
         assert fails, error
     left = {path.name for path in (tmp_path / "o").iterdir()}
     assert left == {other.name} | (set() if fails else {name})
+
+
+def test_an_error_on_the_way_stays_and_is_none_of_the_place(saved, tmp_path):
+    def progress(done, total):
+        raise OSError(errno.EIO, "of the reader")
+
+    with pytest.raises(OSError, match="of the reader") as raised:
+        checkpoint.average([saved], tmp_path / "o" / "out", progress=progress)
+    assert raised.value.filename is None
+    assert not (tmp_path / "o").exists()
 
 
 def test_averages_to_one_place_at_once_are_each_whole(saved, tmp_path):

@@ -169,8 +169,7 @@ def _one_of(
 
 def _refuse_lost(function: str, files: Files) -> None:
     """Raises if something is not there whose checksum is on record."""
-    here = [n for n in files.checksums if () in files.items or n[:1] in files.items]
-    if odd := [names for names in here if names not in files.saved]:
+    if odd := [names for names in files.checksums if names not in files.saved]:
         raise ValueError(
             f"{function}: {files.path} lacks {listed(odd)}, of which its record has "
             "checksums. Its files are damaged, take another step."
