@@ -169,14 +169,16 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
         stage = pathlib.Path(own_name(str(out / "demo")))
         try:
             stage.mkdir()
-            with writing(stage / "serve.py") as file:
-                file.write(pathlib.Path(digits.__file__).read_bytes())
             failed = None
             try:
+                with writing(stage / "serve.py") as file:
+                    file.write(pathlib.Path(digits.__file__).read_bytes())
                 yield stage
             except CheckFailed as error:
                 failed = error
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and str(stage) in str(error.filename):
+                    error.filename = str(out)  # the stage is nothing of the user's
                 if plain := of_system(error, out):
                     raise plain from error
                 raise

@@ -89,7 +89,7 @@ WRAPPERS = {
     "chain": (chained, lambda tx: tx),
     "averaged": (averaged, lambda tx: tx),
     "overwrite_every": (
-        lambda inner, **kw: averaged(inner, overwrite_every=9, **kw),
+        lambda inner, **kw: averaged(inner, overwrite_every=8, **kw),
         lambda tx: tx,
     ),
     "masked": (chained, lambda tx: optax.masked(tx, [True, True])),
@@ -104,7 +104,7 @@ WRAPPERS = {
     "apply_if_finite": (chained, lambda tx: optax.apply_if_finite(tx, 3)),
     "averaged in apply_if_finite": (averaged, lambda tx: optax.apply_if_finite(tx, 3)),
     "overwrite_every in apply_if_finite": (
-        lambda inner, **kw: averaged(inner, overwrite_every=9, **kw),
+        lambda inner, **kw: averaged(inner, overwrite_every=8, **kw),
         lambda tx: optax.apply_if_finite(tx, 3),
     ),
     "MultiSteps": (chained, lambda tx: multi_steps(tx, 2)),

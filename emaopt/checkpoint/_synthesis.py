@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
@@ -253,7 +252,7 @@ def _target(function: str, target: Any, step: int) -> np.ndarray:
             return weights_of(target, step)
     except BadProfile as error:
         raise BadProfile(f"{function}: {error}") from None
-    if isinstance(target, (list, tuple, np.ndarray, jax.Array)) and np.shape(target):
+    if isinstance(target, (list, tuple)) or getattr(target, "ndim", 0):
         return checked_weights(function, target, "target")
     taken = shares_taken(function, decay, step, every=1, start=0, debias=False)
     return weights_of_shares(taken)
