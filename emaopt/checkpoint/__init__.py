@@ -102,9 +102,9 @@ def save(
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
       checksums: Record a checksum of each array, by which whatever of emaopt reads it
         notices a changed bit; but not if it is read split over devices in another dtype,
-        or for another number of workers. Saving and reading each go once more through
-        what they save or read; of an array that is split over CPUs they hold another
-        copy, of 32 bits.
+        or for another number of workers; none of an array whose copies on several devices
+        are not alike. Saving and reading each go once more through what they save or
+        read; of an array that is split over CPUs they hold another copy, of 32 bits.
 
     Raises:
       ValueError: If the state holds no average, several, or no parameters that it is the
