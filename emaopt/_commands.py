@@ -51,11 +51,11 @@ class Commands(TyperGroup):
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except Exception as error:
-            if not hasattr(error, "format_message"):
+            if (message_of := getattr(error, "format_message", None)) is None:
                 raise
             # A wrong call; one without anything has printed the help.
             code = getattr(error, "exit_code", 2)
-            if message := error.format_message():  # type: ignore[attr-defined]
+            if message := message_of():
                 context = getattr(error, "ctx", None)
                 say(f"{context.command_path if context else 'emaopt'}: {message}")
         sys.exit(code if isinstance(code, int) else 0)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from emaopt._writing import is_url
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -136,7 +138,7 @@ def recorded(values: list[str] | None) -> list[str] | None:
 
 def local(value: str) -> str:
     """Refuses a URL where other programs are to run in a directory."""
-    if "://" in value:
+    if is_url(value):
         raise typer.BadParameter(f"takes a directory of this machine, got {value!r}.")
     return value
 

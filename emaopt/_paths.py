@@ -4,6 +4,8 @@ import errno
 import os
 from typing import Any
 
+from emaopt._writing import is_url
+
 # As the process is now: a program that started as another user may have given that up.
 _EFFECTIVE = os.access in os.supports_effective_ids
 
@@ -12,7 +14,7 @@ def check_path(function: str, argument: str, path: Any) -> None:
     """Raises unless `path` can be a path, and can be looked at if it is there."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{function}: {argument} must be a path, got {path!r}.")
-    if _is_url(path):
+    if is_url(path):
         return
     try:
         os.stat(path)
@@ -29,15 +31,20 @@ def check_path(function: str, argument: str, path: Any) -> None:
 def check_readable(function: str, argument: str, path: Any) -> None:
     """Raises unless `path` can be a path, and a directory there can be entered."""
     check_path(function, argument, path)
-    if not _is_url(path) and os.path.isdir(path):
-        if not _may(path, os.R_OK | os.X_OK):
-            raise _refused(function, argument, path, PermissionError())
+    if not may_enter(path):
+        raise _refused(function, argument, path, PermissionError())
+
+
+def may_enter(path: Any) -> bool:
+    """Whether a path is no directory here that this user may not enter."""
+    local = not is_url(path) and os.path.isdir(path)
+    return not local or _may(path, os.R_OK | os.X_OK)
 
 
 def check_writable(function: str, argument: str, path: Any) -> None:
     """Raises unless something can be made at `path`, with directories on the way."""
     check_path(function, argument, path)
-    if _is_url(path):
+    if is_url(path):
         return
     above = os.path.dirname(os.path.realpath(path))  # what a link leads to is written
     while not os.path.lexists(above):
@@ -50,10 +57,6 @@ def check_writable(function: str, argument: str, path: Any) -> None:
         )
     if not _may(above, os.W_OK | os.X_OK):
         raise _refused(function, argument, path, PermissionError())
-
-
-def _is_url(path: Any) -> bool:
-    return "://" in os.fspath(path)
 
 
 def _may(path: Any, mode: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
+from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
 from emaopt.checkpoint import _files, _finished, _restoring, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
@@ -216,8 +217,7 @@ def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
         step = step_of(path)
         if (step is None and _finished.UNFINISHED not in path.name) or not path.is_dir():
             continue
-        local = "://" not in os.fspath(path)
-        if local and not os.access(path, os.R_OK | os.X_OK):
+        if not may_enter(path):
             raise PermissionError(
                 f"{function}: {path} may not be entered. Let this user read it, or give "
                 "the steps that are wanted one by one."
