@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 _PAUSE, _ABSENT = 0.05, 4  # seconds, and after how many of them a directory stays away
 _LONGEST = 20.0  # seconds that cleaning up may take
+UNFINISHED = ".unfinished"  # how the names end that nobody but their writer knows
 
 
-def own_name(path: str) -> str:
+def own_name(path: str, mark: str = "") -> str:
     """A place beside a path that no other writer takes, whatever the path is called."""
-    name = f".{secrets.token_hex(8)}.unfinished"
+    name = f".{mark}{secrets.token_hex(8)}{UNFINISHED}"
     return os.path.join(os.path.dirname(path), name)
 
 
@@ -57,26 +58,34 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         # "x" makes a file or fails: it follows no link, and nothing of others' is lost.
         file = cleanup.enter_context(open(unfinished, "xb"))
         cleanup.callback(_remove, unfinished)
-        try:
+        with naming(path):
             yield file
             file.close()  # whose errors, such as a full disk, come before the rename
-        except OSError as error:
-            if plain := of_system(error, path):
-                raise plain from error
-            raise
         with undisturbed():
             os.replace(unfinished, path)
             cleanup.pop_all()
 
 
+@contextlib.contextmanager
+def naming(place: Any) -> Iterator[None]:
+    """Makes the system's errors ones of where files should go: see `of_system`."""
+    try:
+        yield
+    except Exception as error:
+        if plain := of_system(error, place):
+            raise plain from error
+        raise
+
+
 def of_system(error: BaseException, place: Any) -> OSError | None:
     """The system's error of which TensorStore tells, as one of where files should go.
 
-    TensorStore names what it was writing, which is a file that the user never named, and
-    an error in writing names nothing.
+    TensorStore names what it was writing, which is a file that the user never named, as
+    those under a name of the writer's own are; and an error in writing names nothing.
     """
     if isinstance(error, OSError):
-        if error.errno is None or error.filename is not None:
+        known = error.filename is not None and UNFINISHED not in str(error.filename)
+        if error.errno is None or known:
             return None
         return OSError(error.errno, os.strerror(error.errno), os.fspath(place))
     if (number := re.search(r"os_error_code='(\d+)'", str(error))) is None:

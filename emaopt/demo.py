@@ -33,7 +33,7 @@ from emaopt import checkpoint, digits
 from emaopt._writing import (
     clear,
     making_parents,
-    of_system,
+    naming,
     own_name,
     undisturbed,
     writing,
@@ -171,17 +171,12 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
             stage.mkdir()
             failed = None
             try:
-                with writing(stage / "serve.py") as file:
-                    file.write(pathlib.Path(digits.__file__).read_bytes())
-                yield stage
+                with naming(out):
+                    with writing(stage / "serve.py") as file:
+                        file.write(pathlib.Path(digits.__file__).read_bytes())
+                    yield stage
             except CheckFailed as error:
                 failed = error
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and str(stage) in str(error.filename):
-                    error.filename = str(out)  # the stage is nothing of the user's
-                if plain := of_system(error, out):
-                    raise plain from error
-                raise
             with undisturbed():
                 for name in FILES:
                     if (stage / name).exists():

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
@@ -135,7 +136,7 @@ def test_an_error_of_the_first_process_is_one_of_all(process, tmp_path, monkeypa
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
         with pytest.raises(OSError, match="was not completed"):
             path = checkpoint._files.absolute(tmp_path / "c")
-            _replacing.replace(path, path.parent / "none")
+            _replacing._take_place("save", path, path.parent / "none", True)
     assert len(told) == process + 1
 
 
@@ -168,7 +169,7 @@ def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    own, other = (_replacing._own(tmp_path / name) for name in ("c", "other"))
+    own, other = ("." + _replacing._mark(tmp_path / name) for name in ("c", "other"))
     dead, living, others = (
         f"{own}0.unfinished",
         f"{own}1.unfinished",
@@ -202,7 +203,7 @@ def test_on_a_url_what_a_killed_save_left_is_written_over(tmp_path, monkeypatch)
 def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_path):
     path = checkpoint._files.absolute(tmp_path / "c")
     with pytest.raises(RuntimeError, match="stop"):
-        with _replacing.replacing(path, print) as written:
+        with _replacing.taking_place("save", path, force=True, report=print) as written:
             written.mkdir()
             _replacing._remove_dead(path)  # as every writer does
             assert written.exists()
@@ -210,17 +211,26 @@ def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_an_error_of_the_system_names_the_path_and_not_where_it_was_written(tmp_path):
-    path = checkpoint._files.absolute(tmp_path / "c")
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_an_error_of_the_system_names_the_path_and_not_where_it_was_written(
+    kind, force, tmp_path, monkeypatch
+):
+    def fails(self, where, *args, **options):
+        if kind is ValueError:  # of TensorStore's
+            raise ValueError(f"Error writing {where}: os_error_code='{errno.ENOSPC}'")
+        raise OSError(errno.ENOSPC, "No space left", f"{where}/d")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fails)
     with pytest.raises(OSError, match="No space left") as raised:
-        with _replacing.replacing(path, print) as written:
-            raise ValueError(f"Error writing {written}: os_error_code='{errno.ENOSPC}'")
-    assert raised.value.filename == str(path)
+        checkpoint.save(tmp_path / "new" / "c", state_of(1), force=force)
+    assert raised.value.filename == str(tmp_path / "new" / "c")
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_locks_nothing_is_taken_for_a_killed_writers(tmp_path, monkeypatch):
     monkeypatch.setattr(_replacing, "fcntl", None)
-    left = f"{_replacing._own(tmp_path / 'c')}0.unfinished"
+    left = f".{_replacing._mark(tmp_path / 'c')}0.unfinished"
     (tmp_path / left).mkdir()
     checkpoint.save(tmp_path / "c", state_of(1), force=True)
     assert set(os.listdir(tmp_path)) == {left, "c"}

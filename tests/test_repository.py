@@ -25,7 +25,9 @@ LAYERS = {
     "_decays": {"_betas", "_checks"},
     "_sums": set(),
     "_weights": {"_betas", "_checks", "_sums"},
-    "_paths": set(),
+    "_paths": {
+        "_writing",
+    },
     "_combining": {"_checks"},
     "_least_squares": set(),
     "_power_profiles": {"_checks", "_decays", "_least_squares"},
@@ -86,7 +88,11 @@ LAYERS = {
         "_workers",
     },
     "_optimizer_states": {"_names", "_nodes"},
-    "_places": {"_checks", "_names", "_nodes", "_optimizer_states"},
+    "_places": {
+        "_names",
+        "_nodes",
+        "_optimizer_states",
+    },
     "_swapping": {"_checks", "_names", "_nodes", "_places"},
     "_constraint": {"_checks", "_recursion", "_rounding"},
     "_gates": {"_checks"},
@@ -108,10 +114,12 @@ LAYERS = {
         "_paths",
         "_places",
         "_swapping",
+        "_writing",
         "checkpoint",
         "checkpoint._average_names",
         "checkpoint._combinations",
         "checkpoint._describing",
+        "checkpoint._exporting",
         "checkpoint._handlers",
         "checkpoint._synthesis",
         "orbax",
@@ -132,6 +140,14 @@ LAYERS = {
         "checkpoint",
     },
     "checkpoint._checksums": {"_names"},
+    "checkpoint._exporting": {
+        "_checks",
+        "_paths",
+        "_writing",
+        "checkpoint",
+        "checkpoint._merging",
+        "checkpoint._selecting",
+    },
     "checkpoint._agreement": {"_names", "_nodes", "checkpoint._record"},
     "checkpoint._files": {
         "_names",
@@ -140,8 +156,8 @@ LAYERS = {
         "_writing",
         "checkpoint",
         "checkpoint._agreement",
+        "checkpoint._finished",
         "checkpoint._locating",
-        "orbax",
     },
     "checkpoint._reading": {"checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._finished": {"checkpoint._record", "orbax"},
@@ -175,9 +191,9 @@ LAYERS = {
         "checkpoint._worker_rows",
     },
     "checkpoint._merging": {
+        "_checks",
         "_combining",
         "_names",
-        "_writing",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._selecting",
@@ -193,6 +209,7 @@ LAYERS = {
     "checkpoint._selecting": {
         "_names",
         "_nodes",
+        "_paths",
         "_profiles",
         "checkpoint",
         "checkpoint._files",
@@ -230,7 +247,11 @@ LAYERS = {
     "plots": {"_checks", "_paths", "_writing", "matplotlib"},
     "_terminal": {"rich", "typer"},
     "_commands": {"_names", "_profiles", "_terminal", "typer"},
-    "_options": {"_profiles", "typer"},
+    "_options": {
+        "_profiles",
+        "_writing",
+        "typer",
+    },
     "_printing": {"_terminal", "_weights", "rich"},
     "cli": {
         "",
@@ -252,6 +273,7 @@ def imports(path):
             yield node.module
 
 
+@pytest.mark.quick(1000)
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_imports_run_one_way(name):
     guarded = {"orbax", "flax", "matplotlib", "chex", "sklearn", "rich", "typer"}

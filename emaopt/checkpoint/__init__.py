@@ -6,7 +6,6 @@ average's own slot the raw parameters. Any reader of the parameters serves the a
 `restore` changes them back and resumes bit for bit.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,14 +23,13 @@ from emaopt._checks import (
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
 from emaopt._swapping import swap_state as swap_state
+from emaopt._writing import naming
 from emaopt.checkpoint import (
     _checksums,
     _files,
-    _merging,
     _record,
     _replacing,
     _restoring,
-    _selecting,
     _trees,
 )
 from emaopt.checkpoint._average_names import average_names as average_names
@@ -39,6 +37,7 @@ from emaopt.checkpoint._combinations import average as average
 from emaopt.checkpoint._combinations import combine as combine
 from emaopt.checkpoint._describing import Description as Description
 from emaopt.checkpoint._describing import describe as describe
+from emaopt.checkpoint._exporting import export_safetensors as export_safetensors
 from emaopt.checkpoint._handlers import handler_registry as handler_registry
 from emaopt.checkpoint._synthesis import Synthesis as Synthesis
 from emaopt.checkpoint._synthesis import synthesize as synthesize
@@ -134,25 +133,22 @@ def save(
             "record; take another key."
         )
     state, places = _trees.served("save", state, name, params, optional)
-    _trees.refuse_mixed_keys("save", state)
     place = _replacing.followed(_files.absolute(path))
-    if place.exists() and not force:
-        raise ValueError(f"save: {place} already exists; pass force=True to replace it.")
-    marker = {}
-    if places:
-        stored, more = _trees.without_empty(state), {}
-        if checksums:
-            more["checksums"] = _checksums.checksums(stored)
-        marker, state = _trees.marker(state, places, **more), stored
-    custom_metadata = {**(custom_metadata or {}), **marker}
-    with contextlib.ExitStack() as stack:
-        if force:
-            place = stack.enter_context(
-                _replacing.replacing(place, _restoring.log_warning)
+    taking_place = _replacing.taking_place(
+        "save", place, force=force, report=_restoring.log_warning
+    )
+    with naming(place), taking_place as written:
+        marker = {}
+        if places:
+            stored, more = _trees.without_empty(state), {}
+            if checksums:
+                more["checksums"] = _checksums.checksums(stored)
+            marker, state = _trees.marker("save", state, places, **more), stored
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(
+                written, state, custom_metadata={**(custom_metadata or {}), **marker}
             )
-        checkpointer = stack.enter_context(ocp.StandardCheckpointer())
-        checkpointer.save(place, state, custom_metadata=custom_metadata)
-        checkpointer.wait_until_finished()  # raises what went wrong
+            checkpointer.wait_until_finished()  # raises what went wrong
 
 
 @_replacing.whole
@@ -295,76 +291,6 @@ def load_averaged(
     return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
-@_replacing.whole
-def export_safetensors(
-    path: str | os.PathLike,
-    out: str | os.PathLike,
-    *,
-    weights: str | None = "served",
-    at: str | None = None,
-    dtype: Any = None,
-    separator: str = "/",
-    force: bool = False,
-    progress: _merging.Progress = lambda done, total: None,
-) -> str:
-    """Exports the parameters to serve of a checkpoint to a safetensors file.
-
-    Leaf by leaf, as `combine`. The file is written beside its place and renamed, so `out`
-    never holds half of it.
-
-    Args:
-      path: A checkpoint, as for `load_averaged`.
-      out: The file to make.
-      weights: "served": the average, wherever it stands, of a checkpoint that holds any,
-        else the parameters; several are an error. Others as for `combine`: None is what
-        stands under the parameters' names.
-      at: Where the parameters stand, as for `combine`.
-      dtype: Floating dtype to cast floating arrays to. None: as saved.
-      separator: What joins the names of nested parameters.
-      force: Replace what stands at `out`.
-      progress: As for `combine`.
-
-    Returns:
-      Which weights they are, in words.
-
-    Raises:
-      FileNotFoundError: If there is no checkpoint at `path`.
-      FileExistsError: If `out` exists and `force` is False.
-      ValueError: As for `load_averaged`; or if two names are one with this separator.
-      TypeError: If an argument is of another kind.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, tempfile, emaopt
-      >>> from safetensors.numpy import load_file
-      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
-      >>> params = {"dense": {"kernel": jnp.ones(2)}}
-      >>> path = tempfile.mkdtemp() + "/checkpoint"
-      >>> save(path, (params, tx.init(params)))
-      >>> print(export_safetensors(path, path + ".safetensors"))
-      the averages of 1/averaging
-      >>> load_file(path + ".safetensors")
-      {'dense/kernel': array([1., 1.], dtype=float32)}
-    """
-    check_readable("export_safetensors", "path", path)
-    check_writable("export_safetensors", "out", out)
-    check_text("export_safetensors", "weights", weights, optional=True)
-    check_text("export_safetensors", "at", at, optional=True)
-    check_dtype("export_safetensors", "dtype", dtype)
-    check_text("export_safetensors", "separator", separator)
-    check_flag("export_safetensors", "force", force)
-    check_callable("export_safetensors", "progress", progress, 2)
-    found = _selecting.select("export_safetensors", path, weights, at)
-    return _merging.exported(
-        "export_safetensors",
-        found,
-        out,
-        dtype=dtype,
-        separator=separator,
-        force=force,
-        progress=progress,
-    )
-
-
 def metadata(
     state: Any, *, name: Choice = None, params: Ways = None, optional: bool = False
 ) -> dict[str, Any]:
@@ -400,4 +326,4 @@ def metadata(
     check_choices("metadata", name, params)
     check_flag("metadata", "optional", optional)
     state, places = _trees.served("metadata", state, name, params, optional)
-    return _trees.marker(state, places) if places else {}
+    return _trees.marker("metadata", state, places) if places else {}

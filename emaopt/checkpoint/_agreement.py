@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from emaopt._names import Names, is_below, leaves_with_keys
 from emaopt._nodes import average_nodes, center_nodes, field_of, is_swapped
 from emaopt.checkpoint._record import KEY, Marker, Served
@@ -65,7 +67,6 @@ def agreed(
         )
     empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
     free = holes(tree) if empty else set()
-    free |= {names[:-1] for names in free if names[-1:] == ("value",)}  # of variables
     if odd := [_joined(names) for names in empty if names not in free]:
         raise ValueError(
             f"{says} an array of size 0 at {odd[0]}, where none is; {_OTHER_TREE}"
@@ -93,5 +94,10 @@ def _missing(served: Served, saved: Collection[Names]) -> Names | None:
 
 def holes(tree: Any) -> set[Names]:
     """Where nothing is, which takes the place of an empty array."""
-    leaves = leaves_with_keys(tree, is_leaf=lambda leaf: leaf is None)
-    return {names for names, leaf in leaves if leaf is None}
+    nothing = object()  # a leaf, to be named as the array would be
+    filled = jax.tree.map(
+        lambda leaf: nothing if leaf is None else leaf,
+        tree,
+        is_leaf=lambda leaf: leaf is None,
+    )
+    return {names for names, leaf in leaves_with_keys(filled) if leaf is nothing}

@@ -22,6 +22,7 @@ from emaopt._places import Names
 from emaopt._writing import is_url, url
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
 from emaopt.checkpoint._agreement import agreed, holes
+from emaopt.checkpoint._finished import ITEM, STEP
 from emaopt.checkpoint._locating import located_in
 
 _log_warning = logging.getLogger("emaopt").warning
@@ -72,7 +73,7 @@ def open_files(
         )
         path = found
     _finished.refuse_unfinished(function, path)
-    step = path / "_CHECKPOINT_METADATA"
+    step = path / STEP
     custom = _step_metadata(function, step)
     directories = _directories(path, _record.checked(function, step, custom, _record.KEY))
     if not directories:
@@ -92,7 +93,7 @@ def open_files(
     said: list[tuple[Names, Any, dict[str, Any]]] = [((), step, custom)]
     for prefix, directory in directories.items():
         metadata = _metadata(function, directory, lazy)
-        said.append((prefix, directory / "_METADATA", metadata.custom_metadata or {}))
+        said.append((prefix, directory / ITEM, metadata.custom_metadata or {}))
         _refuse_misplaced(function, *said[-1][1:])
         items[prefix] = directory, metadata.tree
         saved |= {prefix + names: leaf for names, leaf in names_of(metadata.tree).items()}
@@ -101,38 +102,30 @@ def open_files(
     combination, sums = _one_of(function, said, _record.RECORD)
     own = (record or combination or {}).get("values", ())
     values = frozenset(lost if own is True else lost & set(map(tuple, own)))
+    combination = _record.content(combination) if combination else None
     files = Files(path, items, saved, None, combination, checksums | sums, values)
     if record is None:
         marker = _lost_marker(function, files, at, option)
     else:
         marker = _record.as_marker(record)
-        if () in items and _is_item(path):
-            if _speaks_of(marker, [(path.name,)]):
-                return open_files(function, path.parent, at=at, option=option, lazy=lazy)
-            if not _speaks_of(marker, saved):  # of other items of the step
-                return files
-        marker = agreed(function, path, marker, whole_tree(files), saved, items)
+        one_of_step = () in items and _finished.is_item(path)
+        if one_of_step and _speaks_of(marker, [(path.name,)]):
+            return open_files(function, path.parent, at=at, option=option, lazy=lazy)
+        if one_of_step and not _speaks_of(marker, saved):
+            marker = None  # it is of other items of the step
+        else:
+            marker = agreed(function, path, marker, whole_tree(files), saved, items)
     _refuse_lost(function, files)
-    if combination is not None:
-        own = ("checksums", "sum")
-        combination = {k: v for k, v in combination.items() if k not in own}
-    return files._replace(marker=marker, combination=combination)
+    return files._replace(marker=marker)
 
 
 def _metadata(function: str, directory: Any, lazy: bool) -> Any:
     """Orbax's metadata of an item; with all arrays opened, if it is not lazy."""
-    try:
+    with explained(function, f"the metadata in {directory}"):
         metadata = _arrays.metadata(directory)
         if not lazy:
             _arrays.open_all(jax.tree.leaves(metadata.tree))
-        return metadata
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # not of the files
-    except Exception as error:
-        raise ValueError(
-            f"{function}: the metadata in {directory} cannot be read, {_brief(error)}. "
-            "Take another step."
-        ) from error
+    return metadata
 
 
 def _few(steps: list[int]) -> str:
@@ -157,9 +150,8 @@ def _one_of(
         if record["version"] > 2:  # before, they were others
             entries = _checksums.recorded(record.get("checksums", ()))
             checksums |= {prefix + names: entry for names, entry in entries.items()}
-        first, content = found[0]
-        own = ("checksums", "sum")
-        if any(content.get(k) != record.get(k) for k in content | record if k not in own):
+        first, other = found[0]
+        if _record.content(record) != _record.content(other):
             raise ValueError(
                 f"{function}: {first} and {file} have records that differ: they are of "
                 "two saves, or damaged. Take another step."
@@ -174,12 +166,6 @@ def _refuse_lost(function: str, files: Files) -> None:
             f"{function}: {files.path} lacks {listed(odd)}, of which its record has "
             "checksums. Its files are damaged, take another step."
         )
-
-
-def _is_item(path: Any) -> bool:
-    """Whether a directory is one item of a step."""
-    step = "_CHECKPOINT_METADATA"
-    return (path.parent / step).exists() and not (path / step).exists()
 
 
 def _speaks_of(marker: _record.Marker, names: Iterable[Names]) -> bool:
@@ -206,13 +192,13 @@ def _lost_marker(
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
-    step = "_CHECKPOINT_METADATA"  # which Orbax always writes, with this entry
-    found = [_finished.json_of(p / step) for p in (files.path, files.path.parent)]
+    # Orbax always writes it, with this entry.
+    found = [_finished.json_of(p / STEP) for p in (files.path, files.path.parent)]
     is_damaged = not any("custom_metadata" in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
         raise ValueError(
-            f"{function}: {files.path} lost its {step}, which says whether arrays of "
+            f"{function}: {files.path} lost its {STEP}, which says whether arrays of "
             f"size 0 stand at {listed(odd)}. Take another step; or say with {option}= "
             "where the parameters stand, and do without them."
         )
@@ -224,18 +210,18 @@ def _refuse_bare(function: str, path: Any, directories: dict[Names, Any]) -> Non
     if () in directories and directories[()] == path:
         return
     for p in path.iterdir():
-        if p in directories.values() or (p / "_CHECKPOINT_METADATA").exists():
+        if p in directories.values() or (p / STEP).exists():
             continue
         if (p / "manifest.ocdbt").exists():
             raise ValueError(
-                f"{function}: {p} has arrays, but lacks its _METADATA. It is damaged, "
+                f"{function}: {p} has arrays, but lacks its {ITEM}. It is damaged, "
                 "take another step."
             )
 
 
 def is_checkpoint(path: Any) -> bool:
     """Whether anything of a checkpoint's stands there, be it complete or not."""
-    return (path / "_CHECKPOINT_METADATA").exists() or bool(_directories(path, None))
+    return (path / STEP).exists() or bool(_directories(path, None))
 
 
 def _directories(path: Any, record: dict[str, Any] | None) -> dict[Names, Any]:
@@ -244,15 +230,14 @@ def _directories(path: Any, record: dict[str, Any] | None) -> dict[Names, Any]:
     A lone item is one if it has a name of Orbax's for that, but for a record of the step
     that says what stands in the item.
     """
-    if (path / "_METADATA").exists():
+    if (path / ITEM).exists():
         return {(): path}
     if not path.is_dir():
         return {}
     found = {
         p.name: p
         for p in path.iterdir()
-        if (p / "_METADATA").exists()
-        and not (p / "_CHECKPOINT_METADATA").exists()  # a checkpoint by itself
+        if (p / ITEM).exists() and not (p / STEP).exists()  # a checkpoint by itself
     }
     if len(found) == 1 and (name := next(iter(found))) in WHOLE:
         if record is None or not _names_item(record, name, found[name]):
@@ -265,7 +250,7 @@ def _names_item(record: dict[str, Any], item: str, directory: Any) -> bool:
     if {way[0] for key in ("params", "average") if (way := record[key])} != {item}:
         return False
     try:
-        tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+        tree = json.loads((directory / ITEM).read_text())["tree_metadata"]
         return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
     except Exception:
         return False  # damaged, as its reading says

@@ -7,11 +7,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from emaopt.checkpoint._record import IN_PLACE
+from emaopt.checkpoint._record import IN_PLACE, KEY
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in a name, until Orbax renames the directory
 MARK = "commit_success.txt"  # is there, once it has finished what it writes in place
-_STEP = "_CHECKPOINT_METADATA"
+STEP, ITEM = "_CHECKPOINT_METADATA", "_METADATA"  # what Orbax writes of them
 _COMMITTED = "commit_timestamp_nsecs"
 
 
@@ -34,21 +34,21 @@ def unfinished(path: Any) -> str | None:
     """
     if not path.is_dir():
         return None
-    if _is_item(path) and (why := unfinished(path.parent)):
+    if is_item(path) and (why := unfinished(path.parent)):
         return why
     if UNFINISHED in path.name:
         return f"its name has {UNFINISHED} in it"
-    here = (path / _STEP).exists() or (path / "_METADATA").exists()
+    here = (path / STEP).exists() or (path / ITEM).exists()
     if here and not ocp.utils.is_checkpoint_finalized(path):
         return f"it lacks {MARK}"  # where Orbax always writes in place
-    step = json_of(path / _STEP)
+    step = json_of(path / STEP)
     # In either way, the last thing before the directory is renamed or gets the mark.
     committed = step.get(_COMMITTED)
     if step.get("init_timestamp_nsecs") and not committed:
-        return f"its {_STEP} has no {_COMMITTED}"
-    if _is_item(path) or (path / MARK).exists():
+        return f"its {STEP} has no {_COMMITTED}"
+    if is_item(path) or (path / MARK).exists():
         return None
-    items = [p for p in path.iterdir() if p.is_dir() and not (p / _STEP).exists()]
+    items = [p for p in path.iterdir() if p.is_dir() and not (p / STEP).exists()]
     if any((item / MARK).exists() for item in items):
         why = "its items have it"
     elif any(map(_is_in_place, (path, *items))):
@@ -60,12 +60,14 @@ def unfinished(path: Any) -> str | None:
     return f"it lacks {MARK}, and {why} (if it is known to be whole, make that file)"
 
 
-def _is_item(path: Any) -> bool:
-    return not (path / _STEP).exists() and (path.parent / _STEP).exists()
+def is_item(path: Any) -> bool:
+    """Whether a directory is one item of a step."""
+    return not (path / STEP).exists() and (path.parent / STEP).exists()
 
 
 def _is_in_place(path: Any) -> bool:
-    record = (json_of(path / "_METADATA").get("custom_metadata") or {}).get("emaopt")
+    custom = json_of(path / ITEM).get("custom_metadata")
+    record = custom.get(KEY) if isinstance(custom, dict) else None
     return isinstance(record, dict) and bool(record.get(IN_PLACE))
 
 
@@ -75,7 +77,7 @@ def _marked_beside(path: Any) -> Iterator[int]:
         another = re.compile(re.escape(path.name[: number.start()]) + r"\d+")
         for other in path.parent.iterdir():
             if another.fullmatch(other.name) and (other / MARK).exists():
-                yield json_of(other / _STEP).get(_COMMITTED) or 0
+                yield json_of(other / STEP).get(_COMMITTED) or 0
 
 
 def json_of(file: Any) -> dict[str, Any]:

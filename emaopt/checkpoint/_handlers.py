@@ -187,10 +187,10 @@ class _Swapping:
         """What to save of an item: averages under the names, with the marker."""
         args = step[key]
         state, prefix = _as_one({k: _trees.plain(args.item) for k, args in step.items()})
+        function = "CheckpointManager.save"
         state, places = _trees.served(
-            "CheckpointManager.save", state, self._name, self._params, self._optional
+            function, state, self._name, self._params, self._optional
         )
-        _trees.refuse_mixed_keys("CheckpointManager.save", state)
         if not places:
             return args  # no average: as it is
         item = _trees.without_empty(state[key] if prefix else state)
@@ -208,7 +208,7 @@ class _Swapping:
             kept = [x for x in _files.names_of(item).items() if x[0] not in cast]
             # Orbax casts the others.
             more["checksums"] = _checksums.of_leaves(kept, together=True)
-        marker = _trees.marker(state, places, **more)
+        marker = _trees.marker(function, state, places, **more)
         return dataclasses.replace(
             args,
             item=item,

@@ -43,6 +43,7 @@ class Marker(NamedTuple):
 
 
 def marker(
+    function: str,
     places: Sequence[Place],
     empty: list[Any],
     values: Mapping[str, Any],
@@ -61,8 +62,8 @@ def marker(
     record = sealed(record | {"more": others} if others else record)
     if fault := _fault(record, _FIELDS):
         raise ValueError(
-            f"save: what stands where cannot be put on record: {fault}. Leave it out of "
-            "the state."
+            f"{function}: what stands where cannot be put on record: {fault}. Leave it "
+            "out of the state."
         )
     return {KEY: record}
 
@@ -77,6 +78,12 @@ def _sum(record: Mapping[str, Any]) -> str:
     content = {key: value for key, value in record.items() if key != "sum"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says, without the checksums, which are of one item."""
+    own = ("checksums", "sum")
+    return {key: value for key, value in record.items() if key not in own}
 
 
 def checked(

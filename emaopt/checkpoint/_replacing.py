@@ -1,19 +1,18 @@
-"""A checkpoint that takes another's place, and what a kill on the way leaves.
+"""A checkpoint that takes its place, or another's, and what a kill on the way leaves.
 
-The new one is written in a directory of its own, which no other writer touches while
-this one lives, and becomes `path`.replacement when it is complete. Then `path` is moved
-aside, to `path`.replaced, the new one takes its place, and the old one is removed.
-Directories cannot be exchanged in one step everywhere, so a kill may leave nothing at
-`path`; but at every moment one of the three is complete. What stands there is `path` if
-there is one, else the newest complete one. Of several writers one at a time does this,
-and the last one's stays.
+It is written in a directory of its own, which no other writer touches while this one
+lives. If something stands at its path that it may replace, it becomes `path`.replacement
+when it is complete. Then `path` is moved aside, to `path`.replaced, the new one takes its
+place, and the old one is removed. Directories cannot be exchanged in one step everywhere,
+so a kill may leave nothing at `path`; but at every moment one of the three is complete.
+What stands there is `path` if there is one, else the newest complete one. Of several
+writers one at a time does this, and the last one's stays.
 """
 
 import contextlib
 import functools
 import logging
 import os
-import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,7 +24,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from emaopt._writing import clear, is_url, of_system, undisturbed
+from emaopt._writing import (
+    UNFINISHED,
+    clear,
+    is_url,
+    making_parents,
+    own_name,
+    undisturbed,
+)
 from emaopt.checkpoint import _finished
 
 try:
@@ -46,7 +52,7 @@ _taken_up: set[str] = set()
 
 def followed(path: Any) -> Any:
     """The directory that a link leads to: it is what is replaced, and the link stays."""
-    if "://" in os.fspath(path) or not os.path.islink(path):
+    if is_url(path) or not os.path.islink(path):
         return path
     return epath.Path(os.path.realpath(path))
 
@@ -56,56 +62,62 @@ def _replacement(path: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Any, report: Callable[[str], Any]) -> Iterator[Any]:
+def taking_place(
+    function: str, path: Any, *, force: bool, report: Callable[[str], Any]
+) -> Iterator[Any]:
     """Gives a place to write what is to stand at a path; it takes it at the end.
 
-    All processes enter, and get the same place. What an earlier run left is settled.
+    All processes enter, and get the same place. With `force` what stands at the path is
+    replaced, and what an earlier run left beside it settled.
     """
-    if is_url(path):  # where nothing can be locked
+    if path.exists() and not force:
+        raise ValueError(
+            f"{function}: {path} already exists; pass force=True to replace it."
+        )
+    if is_url(path):  # where nothing can be locked, and Orbax takes the place itself
+        if not force:
+            yield path
+            return
         settle(path, report)
         written = _replacement(path)
         _by_the_first(lambda: written.rmtree(missing_ok=True), path)  # a kill left it
         yield written
-        replace(path, written)
+        _take_place(function, path, written, force)
         return
     with contextlib.ExitStack() as held:
 
         def make() -> str:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(making_parents(path))
             with _locked(path.parent):
                 _remove_dead(path)
-                own = path.with_name(f"{_own(path)}{secrets.token_hex(8)}{_OWN}")
+                own = epath.Path(own_name(os.fspath(path), _mark(path)))
                 own.mkdir()
                 held.enter_context(_locked(own))
             return own.name
 
         own = path.with_name(_by_the_first(make, path))
         try:
-            settle(path, report)
+            if force:
+                settle(path, report)
             yield (written := own / path.name)
-            replace(path, written)
-        except BaseException as error:
+            _take_place(function, path, written, force)
+        except BaseException:
             if jax.process_index() == 0:
                 clear(own)
-            if plain := of_system(error, path):
-                raise plain from error
             raise
         if jax.process_index() == 0:
             _remove(own)
 
 
-_OWN = ".unfinished"
-
-
-def _own(path: Any) -> str:
-    """How the directories are called in which what replaces a path is written."""
-    return f".{zlib.crc32(os.fsencode(path.name)):08x}."
+def _mark(path: Any) -> str:
+    """What tells the directories in which what is to stand at a path is written."""
+    return f"{zlib.crc32(os.fsencode(path.name)):08x}."
 
 
 def _remove_dead(path: Any) -> None:
     """Removes what writers left that are no more: nobody has the lock on it."""
     for left in path.parent.iterdir():
-        if left.name.startswith(_own(path)) and left.name.endswith(_OWN):
+        if left.name.startswith(f".{_mark(path)}") and left.name.endswith(UNFINISHED):
             with _locked(left, wait=False) as alone:
                 if alone:
                     _remove(left)
@@ -189,7 +201,7 @@ def identity(path: Any) -> Any:
         return None
     told = [os.fspath(found)]
     try:
-        if "://" not in told[0]:
+        if not is_url(found):
             now = os.stat(found)
             told += [now.st_dev, now.st_ino]
         if (mark := found / "_CHECKPOINT_METADATA").exists():
@@ -299,19 +311,27 @@ def _free(path: Any) -> Any:
     return place
 
 
-def replace(path: Any, written: Any) -> None:
+def _take_place(function: str, path: Any, written: Any, force: bool) -> None:
     """Puts what was written in a path's place; all wait for the first, or fail."""
 
     def act():
         if not written.exists():
-            raise OSError(f"save: {written} was not completed; {path} is as it was.")
+            raise OSError(
+                f"{function}: {written} was not completed; {path} is as it was."
+            )
+        if not path.exists():
+            written.rename(path)
+            return
+        if not force:
+            raise ValueError(
+                f"{function}: {path} has come to exist; it was left as it is."
+            )
         aside, new = _aside(path), _replacement(path)
         if written != new:
             new.rmtree(missing_ok=True)  # no complete one, which was settled
             written.rename(new)
-        if path.exists():
-            aside.rmtree(missing_ok=True)
-            path.rename(aside)
+        aside.rmtree(missing_ok=True)
+        path.rename(aside)
         new.rename(path)
         _remove(aside)
 

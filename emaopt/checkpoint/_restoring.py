@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from emaopt._places import Ways, placed
 from emaopt._swapping import exchange
@@ -141,8 +140,6 @@ def _below_a_key(tree: Any) -> dict[Names, Any]:
 
 def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
-    if dtype is not None and not jnp.issubdtype(np.dtype(dtype), jnp.floating):
-        raise ValueError(f"load_averaged: dtype must be floating, got {dtype!r}.")
     like = {} if target is None else _below_a_key(target)
     if target is not None:
         check_fit("load_averaged", path, like, saved)

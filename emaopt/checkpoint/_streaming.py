@@ -14,12 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt._writing import clear, of_system
+from emaopt._writing import of_system
 from emaopt.checkpoint import (
     _arrays,
     _checksums,
     _files,
-    _finished,
     _reading,
     _record,
 )
@@ -128,9 +127,8 @@ def write(
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
-    Their names on disk have the prefix before them. The path is nobody else's, so what is
-    left of it after an error is removed. The error names `place`, where the checkpoint is
-    going to stand.
+    Their names on disk have the prefix before them. An error of the system in writing
+    names `place`, where the checkpoint is going to stand.
     """
     custom_metadata: dict[str, Any] = {}
     of_arrays: list[BaseException] = []
@@ -155,8 +153,7 @@ def write(
             checkpointer.save(
                 path, args=ocp.args.PyTreeSave(tree), custom_metadata=custom_metadata
             )
-    except BaseException as error:
-        clear(path, path.with_name(path.name + _finished.UNFINISHED))
+    except Exception as error:
         if not of_arrays and (plain := of_system(error, place)):
             raise plain from error
         raise

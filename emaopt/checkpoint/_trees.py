@@ -25,6 +25,7 @@ def served(
     With `optional`, a state that holds none comes back as it is.
     """
     state = plain(state)
+    _refuse_mixed_keys(function, state)
     if optional and not served_nodes(state):
         return state, []
     places = located(function, state, name, params)
@@ -38,7 +39,7 @@ def served(
     return (state if places[0].swapped else exchange(state, places)), places
 
 
-def refuse_mixed_keys(function: str, state: Any) -> None:
+def _refuse_mixed_keys(function: str, state: Any) -> None:
     """Raises where Orbax would write what it cannot read: it sorts the keys of a node."""
     kinds: dict[Any, bool] = {}  # whether the keys of a node are positions
     for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
@@ -66,7 +67,7 @@ def raw_by(state: Any, marker: _record.Marker | None) -> Any:
     return exchange(state, [placed(state, one.average, one.params) for one in served])
 
 
-def marker(state: Any, places: list[Place], **more: Any) -> dict[str, Any]:
+def marker(function: str, state: Any, places: list[Place], **more: Any) -> dict[str, Any]:
     """The record of a state as it goes to disk, with more fields of it."""
     empty = [
         [list(names), list(leaf.shape), str(leaf.dtype)]
@@ -75,7 +76,7 @@ def marker(state: Any, places: list[Place], **more: Any) -> dict[str, Any]:
     ]
     own = own_values(state)
     lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
-    return _record.marker(places, empty, values(own, lost), more)
+    return _record.marker(function, places, empty, values(own, lost), more)
 
 
 def values(own: Collection[Names], lost: Collection[Names]) -> dict[str, Any]:
