@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import damaged_worker
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -161,3 +162,12 @@ def test_sigterm_saves_the_step_and_goes_on_from_it(reference, tmp_path):
     stopped = last["preempted"]
     assert complete_steps(directory) == [1, stopped] and stopped < STEPS
     assert_serves_and_resumes(directory, 2, reference)
+
+
+def test_two_processes_refuse_what_only_one_cannot_read(tmp_path):
+    """Neither waits for the other in what they do together."""
+    program = Path(damaged_worker.__file__)
+    with Group(program, tmp_path / "c", 2, devices=2) as group:
+        said = [lines[-1]["error"] for lines in group.finish()]
+    assert "cannot be read by another process" in said[0]
+    assert "Error reading" in said[1] and "take another step" in said[1]
