@@ -93,6 +93,19 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(run, writer, tmp_path):
     assert everything(tmp_path) == before
 
 
+@contextlib.contextmanager
+def heard(number):
+    """Lets Python hear a signal, which a shell has background jobs ignore."""
+    handler = signal.SIG_DFL
+    if number == signal.SIGINT:
+        handler = signal.default_int_handler
+    before = signal.signal(number, handler)
+    try:
+        yield handler
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("writer", [w for w in WRITERS if w != "profile"])
 def test_a_signal_is_one_line_and_nothing_is_left(
@@ -109,24 +122,23 @@ def test_a_signal_is_one_line_and_nothing_is_left(
 
     monkeypatch.setattr(cli, "progress_bar", lambda _: contextlib.nullcontext(halfway))
     monkeypatch.setattr(_streaming, "BATCH", 8)
-    before, handlers = everything(tmp_path), signal.getsignal(number)
-    result = command(*writers(run, out)[writer])
+    before = everything(tmp_path)
+    with heard(number) as handler:
+        result = command(*writers(run, out)[writer])
+        assert signal.getsignal(number) == handler
     assert result.exit_code == 128 + number
     assert result.stderr == f"emaopt {writer.split()[0]}: stopped by {name}.\n"
-    assert everything(tmp_path) == before and signal.getsignal(number) == handlers
+    assert everything(tmp_path) == before
 
 
 def test_renames_are_not_disturbed_by_signals_but_followed_by_them():
     done = []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may not
-    try:
+    with heard(signal.SIGINT) as handler:
         with pytest.raises(KeyboardInterrupt):
             with _writing.undisturbed():
                 signal.raise_signal(signal.SIGINT)
                 done.append("renamed")
-        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+        assert done and signal.getsignal(signal.SIGINT) is handler
 
 
 def process(*arguments, **options):

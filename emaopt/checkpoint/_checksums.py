@@ -7,8 +7,11 @@ zeros. One flipped bit changes it for certain, because the factors are odd. It i
 over all elements, so it does not depend on how an array is split over devices.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,7 +25,10 @@ from emaopt._names import Names, leaves_with_keys
 Checksum = tuple[str, int]  # the array's dtype, the sum
 
 _COLUMNS = 1 << 12  # words in a row of what is summed at once
-_PART = 1 << 18  # words that are: as many as stay in a core's cache
+_PART = 1 << 19  # words that are: as many as stay in a core's cache
+_THREADS = min(4, os.cpu_count() or 1)  # more would wait for the memory
+_SMALL = 1 << 18  # bytes that are not worth a thread
+_FACTORS = 2 * np.arange(_COLUMNS, dtype=np.uint32) + 1
 
 
 def checksums(tree: Any) -> list[list[Any]]:
@@ -39,11 +45,9 @@ def of_leaves(leaves: Iterable[tuple[Names, Any]], *, together: bool) -> list[li
     An array whose copies are not alike has none: which parts of which copies Orbax writes
     is not known.
     """
-    names, found = [], []
-    for name, leaf in leaves:
-        names.append(list(name))
-        found.append(_checksum(leaf))
-    rows = [({int(s) for s in sums}, dtype) for dtype, sums in found]
+    leaves = list(leaves)
+    names = [list(name) for name, _ in leaves]
+    rows = [(set(sums), dtype) for dtype, sums in _sums(leaf for _, leaf in leaves)]
     if together and jax.process_count() > 1:
         # How many sums each process has of its copies, and one of them.
         own = [(min(len(sums), 2), max(sums, default=0)) for sums, _ in rows]
@@ -70,7 +74,12 @@ def check(
 
     One of another dtype than was saved was converted, and cannot be checked.
     """
-    odd = [n for n in values if n in sums and _differ(sums[n], values[n])]
+    names = [n for n in values if n in sums]
+    odd = []
+    for name, (dtype, found) in zip(names, _sums(values[n] for n in names), strict=True):
+        saved_dtype, saved = sums[name]
+        if dtype == saved_dtype and any(one != saved for one in found):
+            odd.append(name)
     if odd:
         where = ", ".join(map("/".join, sorted(odd)))
         raise ValueError(
@@ -80,26 +89,34 @@ def check(
         )
 
 
-def _differ(saved: Checksum, value: Any) -> bool:
-    dtype, sums = _checksum(value)
-    return dtype == saved[0] and any(int(s) != saved[1] for s in sums)
+def _sums(leaves: Iterable[Any]) -> list[tuple[str, list[int]]]:
+    """The dtype of each array or number, and the sums of the copies in this process."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        begun = [_begin(leaf, pool) for leaf in leaves]
+        return [(dtype, [int(end()) for end in ends]) for dtype, ends in begun]
 
 
-def _checksum(leaf: Any) -> tuple[str, list[Any]]:
-    """The dtype of an array or a number, and the sums of the copies in this process."""
+def _begin(leaf: Any, pool: Executor) -> tuple[str, list[Callable[[], Any]]]:
+    """The dtype of one, and what gives its sums."""
     if isinstance(leaf, jax.Array):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)  # what Orbax writes
-        return str(leaf.dtype), _of_copies(leaf)
+        return str(leaf.dtype), _of_copies(leaf, pool)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         leaf = np.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype != np.bool_:
             return "", []  # text, objects, integers that are too large
-        return str(leaf.dtype), [_of_numpy(leaf)]
+        return str(leaf.dtype), [_begin_numpy(leaf, pool)]
     return "", []
 
 
-def _of_copies(leaf: jax.Array) -> list[Any]:
+def _begin_numpy(array: np.ndarray, pool: Executor) -> Callable[[], int]:
+    if array.nbytes < _SMALL:
+        return functools.partial(_of_numpy, array)
+    return pool.submit(_of_numpy, array).result  # NumPy lets go of the GIL
+
+
+def _of_copies(leaf: jax.Array, pool: Executor) -> list[Callable[[], Any]]:
     devices = leaf.sharding.addressable_devices
     platforms = {device.platform for device in devices}
     if not devices:
@@ -107,7 +124,8 @@ def _of_copies(leaf: jax.Array) -> list[Any]:
     if platforms == {"cpu"} and leaf.is_fully_replicated:
         # Views for NumPy, which takes a tenth of XLA's time. Of other jax.Arrays: one
         # that NumPy has seen keeps its view, and is not donated any more.
-        return [_of_numpy(np.asarray(shard.data)) for shard in leaf.addressable_shards]
+        shards = leaf.addressable_shards
+        return [_begin_numpy(np.asarray(shard.data), pool) for shard in shards]
     if not platforms <= {"cpu", "gpu"} and leaf.dtype in (np.float64, np.complex128):
         return []  # XLA cannot take the bits there
     there = _on_device(leaf)
@@ -115,8 +133,8 @@ def _of_copies(leaf: jax.Array) -> list[Any]:
     if platforms == {"cpu"} or there is not leaf:
         # Awaited, for XLA makes the products of a whole array on CPUs, and what is kept
         # in the host's memory may not fit a device.
-        return [int(one) for one in sums]
-    return sums
+        jax.block_until_ready(sums)
+    return [functools.partial(int, one) for one in sums]
 
 
 def _on_device(leaf: jax.Array) -> jax.Array:
@@ -169,19 +187,25 @@ def _of_words(words: np.ndarray, begin: int) -> int:
     """The sum over words from the place `begin` on.
 
     In a matrix of so many columns, the factor of row r and column c is the sum of one of
-    the row and one of the column, 2 (begin + columns r) + 1 and 2 c. So plain sums over
+    the row and one of the column, 2 (begin + columns r) and 2 c + 1. So plain sums over
     rows and over columns are enough, which NumPy takes at the speed of memory.
     """
     rows = words.size // _COLUMNS
-    matrix = words[: rows * _COLUMNS].reshape(rows, _COLUMNS)
     rest = words[rows * _COLUMNS :]
-    of_rows = np.add.reduce(matrix, axis=1, dtype=np.uint32)
-    of_columns = np.add.reduce(matrix, axis=0, dtype=np.uint32)
-    places = begin + _COLUMNS * np.arange(rows + 1, dtype=np.uint64)
-    columns = np.arange(_COLUMNS, dtype=np.uint64)
-    parts = (
-        of_rows * (2 * places[:rows] + 1),
-        of_columns * (2 * columns),
-        rest * (2 * (places[rows] + columns[: rest.size]) + 1),
-    )
-    return sum(int(np.sum(part, dtype=np.uint64)) for part in parts)
+    total = _dot(rest, _FACTORS) + 2 * (begin + rows * _COLUMNS) * _sum(rest)
+    if rows:
+        matrix = words[: rows * _COLUMNS].reshape(rows, _COLUMNS)
+        of_rows = np.add.reduce(matrix, axis=1, dtype=np.uint32)
+        of_columns = np.add.reduce(matrix, axis=0, dtype=np.uint32)
+        before = _dot(of_rows, _FACTORS) - _sum(of_rows)  # Σ 2 r of the rows r
+        total += _dot(of_columns, _FACTORS)
+        total += _COLUMNS * before + 2 * begin * _sum(of_rows)
+    return total
+
+
+def _dot(words: np.ndarray, factors: np.ndarray) -> int:
+    return _sum(words * factors[: words.size])
+
+
+def _sum(words: np.ndarray) -> int:
+    return int(np.add.reduce(words, dtype=np.uint32))
