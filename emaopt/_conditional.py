@@ -8,6 +8,8 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
+from emaopt._tracing import program_of, traced
+
 
 def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     """Returns f(changing, fixed) where `due`, else `changing`.
@@ -15,10 +17,12 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
     conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), or
     makes a select of it, but leaves what passes a loop alone. Its derivatives are the
-    conditional's: a loop has none backwards.
+    conditional's: a loop has none backwards. Outside of any trace it is Python's if.
     """
+    if not traced((due, changing, fixed)):
+        return f(changing, fixed) if due else changing
     # Traced once, however often it is used below.
-    program, structure, consts = _traced(f, changing, fixed)
+    program, structure, consts = program_of(f, changing, fixed)
     fixed = fixed, consts
 
     def once_more(changing, fixed):
@@ -50,25 +54,6 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
         return jax.jvp(conditional, primals, tangents)
 
     return once(due, changing, fixed)
-
-
-def _traced(f: Callable, *operands: Any) -> tuple[Any, Any, list[Any]]:
-    """A function as (program, structure of its result, what it closes over).
-
-    What it closes over comes first among the program's operands: it may have derivatives,
-    and what a closure holds may outlive the trace. So does what a jaxpr holds, from jax
-    0.12 on; its own trace has nothing left to hold.
-    """
-    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*operands)
-    consts = closed.consts
-
-    def opened(*leaves):
-        operands = leaves[len(consts) :]
-        return jax.core.eval_jaxpr(closed.jaxpr, leaves[: len(consts)], *operands)
-
-    leaves = jax.tree.leaves(operands)
-    program = jax.make_jaxpr(opened)(*consts, *leaves).jaxpr
-    return program, jax.tree.structure(shapes), consts
 
 
 def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
@@ -105,16 +90,21 @@ def vary(leaf: Any, axes: frozenset) -> Any:
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-def inside_conditional(leaf: Any) -> bool:
+def inside_conditional(leaf: Any, *, mapped: bool = False) -> bool:
     """Whether a value is being computed in a branch of a conditional.
 
-    JAX tells it in its traces alone, which are not public: on a JAX that has others the
-    answer is no, and test_exactness fails.
+    With `mapped`, of one that stands inside of the innermost `shard_map`, `pmap` or
+    `vmap`, where each device may take another branch. JAX tells it in its traces alone,
+    which are not public: on a JAX that has others the answer is no, and test_exactness
+    fails.
     """
     trace = getattr(leaf, "_trace", None)
     while trace is not None:
-        info = getattr(getattr(trace, "frame", None), "debug_info", None)
-        if getattr(info, "traced_for", None) in ("cond", "switch"):
+        frame = getattr(trace, "frame", None)
+        purpose = getattr(getattr(frame, "debug_info", None), "traced_for", None)
+        if purpose in ("cond", "switch"):
             return True
+        if mapped and (frame is None or purpose in ("shard_map", "pmap")):
+            return False
         trace = getattr(trace, "parent_trace", None)
     return False

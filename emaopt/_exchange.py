@@ -11,7 +11,7 @@ from jax import lax
 
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked, after, held_until, of_all
+from emaopt._workers import Mapped, Stacked, after, of_all
 
 
 class Leaf(NamedTuple):
@@ -37,6 +37,13 @@ class Fixed(NamedTuple):
     accumulated: Any  # Σ gradients, or None
 
 
+class Workers(NamedTuple):
+    """Which workers' commits count; shaped as the workers' flags are."""
+
+    committing: Any  # bool; the others are left out
+    weights: Any  # float, 0 of those that are absent; None: all alike
+
+
 class Center(NamedTuple):
     leaves: list[Any]
     outer_state: Any
@@ -60,8 +67,9 @@ class Exchange:
     def __call__(
         self,
         part: Part,
-        read: Callable[[Callable[[Any], Any]], list[Fixed]],
+        read: Callable[[Any], list[Fixed]],
         num_steps: Any,
+        which: Workers,
         subtree: Callable[[list], Any],
     ) -> Part:
         """Returns the part after the exchange.
@@ -72,9 +80,10 @@ class Exchange:
 
         Args:
           part: Before it.
-          read: What the exchange reads of each of its leaves, made of held(tree) in
-            place of every tree of arrays of the worker's own.
+          read: Makes what the exchange reads of each of its leaves, when flags of the
+            workers are there that always are on.
           num_steps: () int32, local steps since the last exchange.
+          which: The workers that may commit.
           subtree: Makes of a list like the leaves a tree with the parameters' names.
         """
         leaves = part.leaves
@@ -87,26 +96,18 @@ class Exchange:
                 if f.local is not None
             }
 
-        checked = commits_of(read(lambda tree: tree))
-        finite = self.workers.same(True)
-        for row in checked.values():
-            # x - x is 0, or NaN where x is not finite. No sum: for one, XLA on CPU calls
-            # a library, which takes constants as whole arrays.
-            finite &= jnp.all(row - row == 0, axis=self.workers.axes(row))
-
-        def held(tree):
-            known = finite.astype(jnp.int32) >= 0  # always
-            return held_until(lambda leaf: self.workers.spread(known, leaf), tree)
-
-        fixed = read(held)
+        checked = commits_of(read(self.workers.same(True)))
+        finite = self.workers.finite(checked.values(), which.committing)
+        fixed = read(finite.astype(jnp.int32) >= 0)
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
         local = {k: fixed[k].local for k in commits}
+        counted, weights, num_present = self._weighed(finite, which.weights)
 
-        def where_finite(rows, otherwise):
+        def where(flags, rows, otherwise):
             return {
                 k: jnp.where(
-                    self.workers.spread(finite, row),
+                    self.workers.spread(flags, row),
                     row,
                     of_all(otherwise[k], row) if k in otherwise else 0,
                 )
@@ -115,17 +116,39 @@ class Exchange:
 
         reduced = self._in_turns if self.reduce == "sequential" else self._at_once
         center, pulled, sent, num_valid = reduced(
-            old, where_finite(local, {}), where_finite(commits, {}), finite, subtree
+            old,
+            where(finite, local, {}),
+            where(finite, commits, {}),
+            counted,
+            weights,
+            subtree,
         )
-        pulled = where_finite(pulled, dict(enumerate(center.leaves)))
+        pulled = where(finite, pulled, dict(enumerate(center.leaves)))
         kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
-        residual = where_finite({k: commits[k] - sent[k] for k in kept}, kept)
+        residual = where(counted, {k: commits[k] - sent[k] for k in kept}, kept)
         changed = [
             Leaf(pulled.get(k, leaf.pulled), residual.get(k, leaf.residual), new)
             for k, (leaf, new) in enumerate(zip(leaves, center.leaves, strict=True))
         ]
-        left_out = self.workers.num_workers - num_valid
-        return Part(changed, center.outer_state, part.num_left_out + left_out)
+        left_out = part.num_left_out + (num_present - num_valid)
+        left_out = jnp.maximum(left_out, part.num_left_out)  # a full counter stays full
+        return Part(changed, center.outer_state, left_out)
+
+    def _weighed(self, finite: Any, weights: Any) -> tuple[Any, Any, Any]:
+        """(which workers count, what each counts, how many are present).
+
+        The weights of those that count have a mean of 1; None: all alike.
+        """
+        if weights is None:
+            return finite, None, self.workers.num_workers
+        present = (weights > 0) & (weights < jnp.inf)
+        counted = finite & present
+        weights = jnp.where(counted, weights, 0)
+        flags = [weights, counted.astype(jnp.float32), present.astype(jnp.float32)]
+        total, num_counted, num_present = self.workers.total(flags)
+        mean = total / jnp.maximum(num_counted, 1)
+        weights = weights / jnp.where(mean > 0, mean, 1)
+        return counted, weights, num_present.astype(jnp.int32)
 
     @property
     def keeps_pulled(self) -> bool:
@@ -145,7 +168,7 @@ class Exchange:
         commit = make_commit(self.commit, pulled, local, accumulated, num_steps)
         return commit if leaf.residual is None else commit + leaf.residual
 
-    def _at_once(self, old, local, commits, finite, subtree):
+    def _at_once(self, old, local, commits, counted, weights, subtree):
         """One outer step against the commits of all workers together.
 
         Returns (the new center, the rows that workers pull if they differ, the rows of
@@ -159,22 +182,25 @@ class Exchange:
             for k, row in local.items():
                 pulled[k] = row.astype(commits[k].dtype) + commits[k]
         if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
-            sent, rows, valid = self._gathered(commits, finite)
-            sums = {k: jnp.sum(row, axis=0) for k, row in rows.items()}
+            sent, rows, valid, weights = self._gathered(commits, counted, weights)
+            sums = {k: jnp.sum(_times(row, weights), 0) for k, row in rows.items()}
             num_valid = jnp.sum(valid, dtype=jnp.int32)
         else:
             parts = self.workers.num_workers  # of the dtype's range, for each its own
             codes = {
-                k: encoded(row, self.dtype, (), parts)[0] for k, row in commits.items()
+                k: encoded(_times(row, weights), self.dtype, (), parts)[0]
+                for k, row in commits.items()
             }
             *sums, flags = self.workers.total(
-                [*codes.values(), finite.astype(jnp.float32)]
+                [*codes.values(), counted.astype(jnp.float32)]
             )
             sums = dict(zip(codes, sums, strict=True))
             sent, sums = (
                 {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
                 for coded in (codes, sums)
             )
+            if weights is not None:  # what was sent of the commit itself
+                sent = {k: _times(row, 1 / weights) for k, row in sent.items()}
             num_valid = flags.astype(jnp.int32)
         # The slots may be overwritten when this number is there: no commit is read then.
         num_done = after(num_valid, list(sums.values()))
@@ -184,24 +210,25 @@ class Exchange:
         center = self._moved(old, sums, subtree)
         return self.workers.equal_as(center, old), pulled, sent, num_done
 
-    def _in_turns(self, old, local, commits, finite, subtree):
+    def _in_turns(self, old, local, commits, counted, weights, subtree):
         """An outer step for each worker, in rank order; returns what `_at_once` does."""
         elastic = self.moving_rate is not None
         handed = local if elastic else commits
-        sent, rows, valid = self._gathered(handed, finite)
+        sent, rows, valid, weights = self._gathered(handed, counted, weights)
 
-        def turn(center, rows_and_valid):
-            rows, valid = rows_and_valid
+        def turn(center, turn):
+            rows, valid, weight = turn
             if elastic:
                 rows = {k: self._rate * (center.leaves[k] - x) for k, x in rows.items()}
+            commits = {k: _times(row, weight) for k, row in rows.items()}
             moved = jax.tree.map(
                 lambda new, old: jnp.where(valid, new, old),
-                self._moved(center, rows, subtree),
+                self._moved(center, commits, subtree),
                 center,
             )
             return moved, rows if elastic else {k: moved.leaves[k] for k in rows}
 
-        start, xs = self.workers.varying((old, (rows, valid)))
+        start, xs = self.workers.varying((old, (rows, valid, weights)))
         center, pulled = lax.scan(turn, start, xs)
         own = dict(zip(pulled, self.workers.own(list(pulled.values())), strict=True))
         if elastic:
@@ -209,8 +236,8 @@ class Exchange:
         num_done = after(jnp.sum(valid, dtype=jnp.int32), list(rows.values()))
         return self.workers.equal_as(center, old), own, sent, num_done
 
-    def _gathered(self, rows: dict, finite: Any) -> tuple[dict, dict, Any]:
-        """(the rows as they were sent, those of all workers, which of them are valid)."""
+    def _gathered(self, rows: dict, counted: Any, weights: Any) -> tuple:
+        """(rows as they were sent; those of all workers, which count, their weights)."""
 
         def decode(codes):
             return {
@@ -222,7 +249,9 @@ class Exchange:
         codes = [encoded(row, self.dtype, axes(row)) for row in rows.values()]
         leaves, treedef = jax.tree.flatten(codes)
         gathered = jax.tree.unflatten(treedef, self.workers.gather(leaves))
-        return decode(codes), decode(gathered), self.workers.valid(finite)
+        if weights is not None:
+            (weights,) = self.workers.gather([weights])
+        return decode(codes), decode(gathered), self.workers.valid(counted), weights
 
     def _moved(self, old: Center, commits: dict, subtree: Any) -> Center:
         """The center after a step of the outer optimizer against the commits."""
@@ -236,3 +265,10 @@ class Exchange:
             [x if k in commits else old.leaves[k] for k, x in enumerate(moved)],
             outer_state,
         )
+
+
+def _times(row: jax.Array, weights: Any) -> jax.Array:
+    """A row of each worker times its weight; None: as it is."""
+    if weights is None:
+        return row
+    return row * weights.reshape(weights.shape + (1,) * (row.ndim - weights.ndim))

@@ -16,7 +16,7 @@ from emaopt._checks import (
     check_integer,
     check_optimizer,
 )
-from emaopt._exchange import Exchange, Fixed, Leaf, Part
+from emaopt._exchange import Exchange, Fixed, Leaf, Part, Workers
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired
@@ -71,8 +71,8 @@ def state_specs(
 
     Returns:
       A tree of `PartitionSpec` like the state: what each worker has on its own along
-      `axis_name`, the rest replicated. In the mapped form, every array but the scalars is
-      each worker's own, the center too.
+      `axis_name`, its scalars too, the rest replicated. In the mapped form each worker
+      has a center of its own, equal to all others.
 
     Raises:
       ValueError: If there is no center in the state, or several.
@@ -100,25 +100,32 @@ def state_specs(
     pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
     stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
 
-    def along(tree):
-        return jax.tree.map(
-            lambda leaf: PartitionSpec(axis_name) if leaf.ndim else PartitionSpec(), tree
-        )
-
-    def specs(node):
-        if not is_center_node(node):
-            return along(node)
+    rows, everywhere = PartitionSpec(axis_name), PartitionSpec()
+    shape = next((jnp.shape(leaf) for leaf in jax.tree.leaves(params)), ())
+    if stacked:
         own = {"inner_state", "accumulated", "pulled", "residual"}
-        return LocalUpdatesState(
-            *(
-                along(part)
-                if field in own or not stacked
-                else jax.tree.map(lambda _: PartitionSpec(), part)
-                for field, part in node._asdict().items()
-            )
-        )
+        own |= {"num_missed", "has_missed"}
 
-    return jax.tree.map(specs, state, is_leaf=is_center_node)
+        def specs(node):
+            if not is_center_node(node):
+                return rows if jnp.shape(node)[:1] == shape[:1] else everywhere
+
+            def of(field, part):
+                return jax.tree.map(lambda _: rows if field in own else everywhere, part)
+
+            return LocalUpdatesState(*map(of, *zip(*node._asdict().items(), strict=True)))
+
+        return jax.tree.map(specs, state, is_leaf=is_center_node)
+    # What a worker has on its own is longer with more workers.
+    more = jax.eval_shape(
+        optimizer.init,
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(x) + 1, *x.shape[1:]), x.dtype), params
+        ),
+    )
+    return jax.tree.map(
+        lambda x, y: everywhere if x.shape == y.shape else rows, state, more
+    )
 
 
 def local_round(
@@ -237,20 +244,29 @@ def synchronize(
     workers.check("synchronize", leaves)
     exchange = Exchange(workers, optax.sgd(1.0), "delta", "mean", None, None)
     num_left_out, since = state.num_left_out, state.since_exchange
-    for fragment, steps in zip(
-        fragments_of("synchronize", center, len(since)), since, strict=True
+    for fragment, steps, missed in zip(
+        fragments_of("synchronize", center, len(since)),
+        since,
+        state.has_missed,
+        strict=True,
     ):
         changing = [Leaf(pulled[i], None, center[i]) for i in fragment]
         rows = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
         outer_state = exchange.outer.init([leaf.center for leaf in changing])
         part = Part(changing, outer_state, num_left_out)
-        after = exchange(part, lambda held, rows=rows: held(rows), steps, list)
+        which = Workers(~workers.loaded(missed), None)
+
+        def read(ready, rows=rows):
+            return workers.held(ready, rows)
+
+        after = exchange(part, read, steps, which, list)
         num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
         for i, leaf in zip(fragment, after.leaves, strict=True):
             center[i] = jnp.where(steps > 0, leaf.center, center[i])
     new = state._replace(
         num_left_out=num_left_out,
         since_exchange=jax.tree.map(jnp.zeros_like, since),
+        has_missed=jax.tree.map(jnp.zeros_like, state.has_missed),
         pulled=None,
         center=jax.tree.unflatten(treedef, center),
     )

@@ -10,8 +10,8 @@ agn, "paper"      mean_delta      mean     sgd(1)
 easgd             moving_rate     sum      sgd(1)
 """
 
-from collections.abc import Callable
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
 import jax
 import optax
@@ -23,20 +23,8 @@ from emaopt._checks import (
     check_number,
     check_optimizer,
 )
+from emaopt._local_options import Options, Period, takes_options
 from emaopt._local_updates import Engine
-
-Period = int | Callable[[jax.Array], Any]
-
-
-class Options(TypedDict, total=False):
-    """Arguments of `local_updates` that every method takes."""
-
-    num_workers: int | None
-    axis_name: Any
-    warmup_steps: int
-    exchange_dtype: Any
-    error_feedback: bool
-    num_fragments: int
 
 
 def local_updates(
@@ -53,6 +41,7 @@ def local_updates(
     exchange_dtype: Any = None,
     error_feedback: bool = False,
     num_fragments: int = 1,
+    per_worker: Iterable[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Trains workers on their own and lets them meet every `period` steps.
 
@@ -78,19 +67,27 @@ def local_updates(
     `reduce="sum"` with `optax.sgd(1.0)`.
 
     What to watch:
-      - A worker whose commit holds a NaN or inf is left out, pulls the center, and is
-        counted in the state. Without any commit the outer optimizer gets zeros. Slots
-        that hold a NaN themselves stay so; put the inner optimizer into
-        `optax.apply_if_finite` to keep it out of them.
-      - Parameters are set through updates: θ + (c - θ) is c up to the last bit. The
-        center is exact; `local_round` and `synchronize` set it exactly.
+      - A step whose gradients or updates hold a NaN or inf is not taken: the worker's
+        parameters and slots stay as they are. At the next exchange it is left out and
+        pulls the center; the state counts both (`num_missed`, `num_left_out`). Without
+        any commit the outer optimizer gets zeros. The check reads the gradients and
+        slots once more. What `optax.apply_if_finite` or `zero_nans` inside would do with
+        a NaN does not come to pass.
+      - Parameters are set through updates: θ + (c - θ) is c up to the last bit. With
+        parameters and gradients in 16 bits the updates are in 16 bits as well, as
+        wrappers around want it: then up to half a unit in the last place of c - θ, and
+        exactly if θ is between c/2 and 2c. The center is exact; `local_round` and
+        `synchronize` set it exactly.
+      - The mapped form has no place in a conditional that each device decides for itself,
+        such as that of `optax.apply_if_finite`: an error at trace time, as workers would
+        wait for each other without end. The stacked form has.
       - Do not put this into `optax.MultiSteps`, which runs the update, and an exchange,
         at steps that it throws away. As the inner optimizer,
         `optax.MultiSteps(inner, k).gradient_transformation()`, it accumulates gradients
         before the local steps.
-      - Inside shard_map parameters have a leading axis of 1, and so has everything in
-        the state (`state_specs`). An `inner` that looks at the shape of a leaf, such as
-        muon, belongs into the stacked form.
+      - Inside shard_map parameters have a leading axis of 1, and so has what each worker
+        has of the state (`state_specs`), where they share one outside. An `inner` that
+        looks at the shape of a leaf, such as muon, belongs into the stacked form.
 
     Args:
       inner: The optimizer of the local steps.
@@ -121,11 +118,18 @@ def local_updates(
         exchanged every `period` steps, period/F steps after another, so that one step
         communicates 1/F as much (Streaming DiLoCo). At most `period`; each has an outer
         state of its own, and so an average of its own in `averaged(outer, decay)`.
+      per_worker: Names of extra arguments of `update` of which, in the stacked form, each
+        worker gets its row: per_worker=["value"] for `update(..., value=losses)`. All
+        others go whole to every worker.
 
     Returns:
-      A transformation with a `LocalUpdatesState`. Its update takes an extra argument
+      A transformation with a `LocalUpdatesState`. Its update takes extra arguments.
       `exchange`: True forces an exchange at this step, False forbids it; as Python values
-      they compile to no conditional.
+      they compile to no conditional. `weights`: what each worker's commit counts at an
+      exchange of this step, such as its examples or tokens, from 0 (absent) on: [W], in
+      the mapped form each worker's own number. They are normalized over the workers that
+      are not left out: a mean is Σ w_i commit_i / Σ w_i, a sum and turns take
+      w_i / mean w. An elastic worker's own move is not weighted.
 
     Raises:
       ValueError, TypeError: If an argument is out of its range; from `init` and `update`
@@ -162,9 +166,11 @@ def local_updates(
         exchange_dtype=exchange_dtype,
         error_feedback=error_feedback,
         num_fragments=num_fragments,
+        per_worker=per_worker,
     )
 
 
+@takes_options
 def local_sgd(
     inner: optax.GradientTransformation, *, period: Period, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
@@ -195,6 +201,7 @@ def local_sgd(
     return _transformation("local_sgd", inner, optax.sgd(1.0), period=period, **options)
 
 
+@takes_options
 def diloco(
     inner: optax.GradientTransformation,
     outer: optax.GradientTransformation | None = None,
@@ -237,6 +244,7 @@ def diloco(
     return _transformation("diloco", inner, outer, period=period, **options)
 
 
+@takes_options
 def agn(
     optimizer: optax.GradientTransformation,
     communication_period: Period = 10,
@@ -307,6 +315,7 @@ def agn(
     )
 
 
+@takes_options
 def easgd(
     inner: optax.GradientTransformation,
     *,
@@ -367,6 +376,7 @@ def easgd(
     )
 
 
+@takes_options
 def block_momentum(
     inner: optax.GradientTransformation,
     *,

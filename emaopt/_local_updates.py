@@ -10,26 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import (
-    as_dtype,
-    check_arrays,
-    check_axis_name,
-    check_callable,
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    check_optimizer,
-    refuse_unlike,
-)
-from emaopt._commits import accumulate, check_commit, start_center
-from emaopt._conditional import once_if
-from emaopt._exchange import Exchange, Fixed, Leaf, Part
+from emaopt._checks import check_arrays, refuse_unlike
+from emaopt._commits import accumulate, start_center
+from emaopt._conditional import inside_conditional, once_if
+from emaopt._exchange import Exchange, Fixed, Leaf, Part, Workers
+from emaopt._local_checks import check_engine
 from emaopt._recursion import is_array, is_averaged, replicated_beside
-from emaopt._rounding import applied, lead
-from emaopt._workers import Mapped, Stacked, held_until, of_all
+from emaopt._rounding import applied, lead, rounded_to
+from emaopt._tracing import Computed, Selected, Traced, traced
+from emaopt._workers import Mapped, Stacked, of_all
 
-REDUCTIONS = ("mean", "sum", "sequential")
+_MAX = 2**31 - 1
 
 
 class LocalUpdatesState(NamedTuple):
@@ -37,7 +28,9 @@ class LocalUpdatesState(NamedTuple):
 
     num_steps: Any  # () int32, the local steps of each worker
     num_left_out: Any  # () int32, commits of all workers left out for a NaN or inf
+    num_missed: Any  # () int32, each worker's: steps not taken for a NaN or inf
     since_exchange: Any  # tuple of () int32 for each fragment, local steps
+    has_missed: Any  # tuple of () bool for each fragment, each worker's: one since then
     inner_state: Any  # of the inner optimizer, each worker's
     outer_state: Any  # tuple of the outer optimizer's states for each fragment
     accumulated: Any  # Σ gradients since the exchange, None but for mean_gradient
@@ -55,7 +48,9 @@ class SwappedLocalUpdatesState(NamedTuple):
 
     swapped_at: Any  # () int32, num_steps
     num_left_out: Any
+    num_missed: Any
     since_exchange: Any
+    has_missed: Any
     inner_state: Any
     outer_state: Any
     accumulated: Any
@@ -84,9 +79,11 @@ class Engine:
     exchange_dtype: Any = None
     error_feedback: bool = False
     num_fragments: int = 1
+    per_worker: Any = ()
 
     def __post_init__(self):
-        _check(self)
+        check_engine(self)
+        object.__setattr__(self, "per_worker", tuple(self.per_worker))
 
     @property
     def workers(self) -> Any:
@@ -113,6 +110,7 @@ class Engine:
         center = [start_center(self.workers.first(leaf)) for leaf in leaves]
         fragments = fragments_of(self.function, center, self.num_fragments)
         zero = replicated_beside(leaves)
+        each = self.workers.zeros(params)
 
         def rows(start: Callable) -> Any:
             """Like the parameters, in the center's dtypes."""
@@ -123,7 +121,9 @@ class Engine:
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
+            num_missed=each(jnp.int32),
             since_exchange=tuple(zero(jnp.int32) for _ in fragments),
+            has_missed=tuple(each(jnp.bool_) for _ in fragments),
             inner_state=self.workers.init(self.inner, params),
             outer_state=tuple(
                 self.outer.init(_subtree(treedef, f, [center[i] for i in f]))
@@ -136,89 +136,141 @@ class Engine:
         )
 
     def update(
-        self, updates, state, params=None, *, exchange=None, **extra_args
+        self,
+        updates,
+        state,
+        params=None,
+        *,
+        exchange=None,
+        weights=None,
+        **extra_args,
     ) -> tuple[Any, Any]:
         _check_call(self.function, state, params, exchange)
         if isinstance(exchange, np.bool_):
             exchange = bool(exchange)
         leaves, treedef = jax.tree.flatten(params)
-        self.workers.check(self.function, leaves)
+        workers = self.workers
+        workers.check(self.function, leaves)
+        weights = workers.weights(self.function, weights)
         inner = optax.with_extra_args_support(self.inner)
 
         def column(tree) -> list[Any]:
             """The leaves in the parameters' order, None where there are none."""
             return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
 
-        def local_step(updates, inner_state, params):
-            """A step of every worker."""
-            steps, inner_state = self.workers.each(
-                inner.update, updates, inner_state, params, **extra_args
-            )
-            return column(steps), inner_state
-
         check_arrays(self.function, "updates", updates)
         try:
             gradients = column(updates)
             if self.num_workers is not None:
-                self.workers.check(self.function, [g for g in gradients if is_array(g)])
+                workers.check(self.function, [g for g in gradients if is_array(g)])
         except (TypeError, ValueError) as error:
             refuse_unlike(self.function, params, error, updates=updates)
             raise
+        num_steps = optax.safe_increment(state.num_steps)
+        if self.axis_name is not None and exchange is not False:
+            _refuse_branch(self.function, num_steps)
+
+        def each_step(updates, inner_state, params):
+            """A step of every worker, whatever it makes."""
+            steps, inner_state = workers.step(
+                self.function,
+                inner,
+                updates,
+                inner_state,
+                params,
+                extra_args,
+                self.per_worker,
+            )
+            return column(steps), inner_state
+
+        def taken_step(before, taken, ready):
+            """The step of the workers that can take it; the others stay as they are."""
+            before = _, inner_state, _ = workers.held(ready, before)
+            old = jax.tree.leaves(inner_state)
+            steps, after = local_step.selecting(
+                lambda number, new: workers.choose(taken, new, old[number]), *before
+            )
+            zeros = jax.tree.map(jnp.zeros_like, steps)
+            return workers.choose(taken, steps, zeros), after
+
+        def each_local(before, taken, ready):
+            """The parameters after it, None where they have no gradient."""
+            *_, params = before
+            steps, _ = taken_step(before, taken, ready)
+            return [
+                None if gradient is None else applied(own, step)
+                for own, gradient, step in zip(
+                    column(params), gradients, steps, strict=True
+                )
+            ]
+
+        before = updates, state.inner_state, params
+        in_trace = traced((before, extra_args))
+        local_step = (Selected if in_trace else Computed)(each_step, *before)
+        local, flags = each_local, workers.same(True)
+        if in_trace:
+            local = Traced(each_local, before, flags, flags)
+        # Whether the step can be taken is known before anything is overwritten.
+        tried, _ = local_step(*before)
+        taken = _finite(workers, leaves, gradients, tried)
+        ready = taken.astype(jnp.int32) >= 0  # always
+
         sums = column(state.accumulated)
         state_columns = map(column, (state.pulled, state.residual, state.center))
         changing = list(map(Leaf, *state_columns))
-        num_steps = optax.safe_increment(state.num_steps)
-        num_left_out, inner_state = state.num_left_out, state.inner_state
-        since_exchange, outer_states = [], []
+        num_left_out = state.num_left_out
+        since_exchange, has_missed, outer_states = [], [], []
         dues: list[Any] = [False] * len(leaves)
         fragments = fragments_of(self.function, column(state.center), self.num_fragments)
         for number, fragment in enumerate(fragments):
             since = state.since_exchange[number]
             for i in fragment:
                 if state.accumulated is not None:
-                    sums[i] = accumulate(sums[i], gradients[i], since == 0)
+                    gradient = gradients[i]
+                    if gradient is not None:
+                        zeros = jnp.zeros_like(gradient)
+                        gradient = workers.choose(taken, gradient, zeros)
+                    sums[i] = accumulate(sums[i], gradient, since == 0)
             since = optax.safe_increment(since)
+            missed = workers.loaded(state.has_missed[number]) | ~taken
             due = self._due(number, num_steps, since) if exchange is None else exchange
+            due = due if traced(due) else bool(due)
 
-            def exchanged(changing, fixed, fragment=fragment):
-                inner_state, before = changing
-                sums, since = fixed
+            def exchanged(part, fixed, fragment=fragment):
+                before, sums, since, missed = fixed
 
-                def read(held):
-                    own = held(params)
-                    steps, _ = local_step(held(updates), held(inner_state), own)
-                    own = column(own)
+                def read(ready):
+                    after = local(before, taken, ready)
+                    held = workers.held(ready, sums)
                     return [
-                        Fixed(
-                            None if gradients[i] is None else applied(own[i], steps[i]), s
-                        )
-                        for i, s in zip(fragment, held(sums), strict=True)
+                        Fixed(after[i], s) for i, s in zip(fragment, held, strict=True)
                     ]
 
                 subtree = functools.partial(_subtree, treedef, fragment)
-                after = self._exchange(before, read, since, subtree)
-                # The local step comes again, after the exchange and from the same state,
-                # whose slots it overwrites in place. What passes a conditional unchanged
-                # goes around it: without an order between the two, the compiler would
-                # copy the slots at every step.
-                known = after.num_left_out >= 0
-                return held_until(lambda _: known, inner_state), after
+                which = Workers(~missed, weights)
+                return self._exchange(part, read, since, which, subtree)
 
-            before = Part(
+            part = Part(
                 [changing[i] for i in fragment], state.outer_state[number], num_left_out
             )
-            operands = ((inner_state, before), ([sums[i] for i in fragment], since))
+            fixed = before, [sums[i] for i in fragment], since, missed
             if isinstance(due, bool):
-                inner_state, after = exchanged(*operands) if due else operands[0]
+                part = exchanged(part, fixed) if due else part
             else:
-                inner_state, after = once_if(due, exchanged, *operands)
-            for i, leaf in zip(fragment, after.leaves, strict=True):
+                part = once_if(due, exchanged, part, fixed)
+            for i, leaf in zip(fragment, part.leaves, strict=True):
                 changing[i], dues[i] = leaf, due
-            num_left_out = after.num_left_out
-            outer_states.append(after.outer_state)
+            num_left_out = part.num_left_out
+            outer_states.append(part.outer_state)
             since_exchange.append(jnp.where(due, 0, since))
+            missed = jnp.where(due, False, missed)
+            has_missed.append(workers.stored(missed, state.has_missed[number]))
 
-        steps, inner_state = local_step(updates, inner_state, params)
+        # The local step comes again, after the exchanges and from the same state, whose
+        # slots it overwrites in place. Without an order between the two, the compiler
+        # would copy the slots at every step.
+        ready &= num_left_out >= 0
+        steps, inner_state = taken_step(before, taken, ready)
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
                 target = leaf.center if leaf.pulled is None else leaf.pulled
@@ -227,10 +279,14 @@ class Engine:
         def tree(column, like):
             return None if like is None else jax.tree.unflatten(treedef, column)
 
+        num_missed = workers.loaded(state.num_missed)
+        num_missed = jnp.where(taken, num_missed, optax.safe_increment(num_missed))
         return jax.tree.unflatten(treedef, steps), LocalUpdatesState(
             num_steps=num_steps,
             num_left_out=num_left_out,
+            num_missed=workers.stored(num_missed, state.num_missed),
             since_exchange=tuple(since_exchange),
+            has_missed=tuple(has_missed),
             inner_state=inner_state,
             outer_state=tuple(outer_states),
             accumulated=tree(sums, state.accumulated),
@@ -245,7 +301,9 @@ class Engine:
             due = since >= self.period(num_steps)
         else:  # the fragments take turns
             offset = number * self.period // self.num_fragments
-            due = (num_steps + offset) % self.period == 0
+            due = (num_steps % self.period + offset) % self.period == 0
+            # A counter that is full stays as it is.
+            due = jnp.where(num_steps < _MAX, due, since >= self.period)
         return due | (num_steps <= self.warmup_steps)
 
 
@@ -274,74 +332,28 @@ def _subtree(treedef: Any, positions: list[int], leaves: list) -> Any:
     return jax.tree.unflatten(treedef, nodes)
 
 
-def _check(engine: Engine) -> None:
-    function, period = engine.function, engine.period
-    check_optimizer(function, "inner", engine.inner)
-    check_optimizer(function, "outer", engine.outer)
-    check_commit(function, engine.commit)
-    check_choice(function, "reduce", engine.reduce, REDUCTIONS)
-    if callable(period):
-        check_callable(function, "period", period, 1)
-    else:
-        check_integer(function, "period", period, 1)
-    check_integer(function, "warmup_steps", engine.warmup_steps, 0)
-    check_integer(function, "num_fragments", engine.num_fragments, 1)
-    check_flag(function, "error_feedback", engine.error_feedback)
-    if engine.axis_name is not None:
-        check_axis_name(function, "axis_name", engine.axis_name)
-    if engine.num_workers is not None and engine.axis_name is not None:
-        raise ValueError(
-            f"{function}: give num_workers= for parameters with an axis of workers "
-            "or axis_name= inside shard_map, pmap or vmap, not both; got num_workers="
-            f"{engine.num_workers!r}, axis_name={engine.axis_name!r}."
-        )
-    if engine.num_workers is not None:
-        check_integer(function, "num_workers", engine.num_workers, 1)
-    if engine.moving_rate is not None:
-        if callable(engine.moving_rate):
-            check_callable(function, "moving_rate", engine.moving_rate, 1)
-        else:
-            check_number(function, "moving_rate", engine.moving_rate, 0, 1, above=True)
-        if engine.commit != "delta":
-            raise ValueError(
-                f"{function}: moving_rate is for commit='delta', got {engine.commit!r}."
-            )
-    _check_exchange_dtype(engine)
-    if callable(period) and engine.num_fragments > 1:
-        raise ValueError(
-            f"{function}: with num_fragments={engine.num_fragments} the fragments take "
-            "turns, so period must be a whole number, not a function."
-        )
-    if not callable(period) and engine.num_fragments > period:
-        raise ValueError(
-            f"{function}: num_fragments={engine.num_fragments} fragments cannot take "
-            f"turns in period={period} steps; several would share a step."
-        )
+def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
+    """Whether each worker's gradients and updates are finite, as the parameters see them.
+
+    Shaped as the workers' flags are.
+    """
+    seen = [
+        [gradient, rounded_to(step, jnp.asarray(leaf).dtype)]
+        for leaf, gradient, step in zip(leaves, gradients, steps, strict=True)
+        if gradient is not None and is_averaged(gradient) and is_averaged(step)
+    ]
+    return workers.finite([row for pair in seen for row in pair], workers.same(True))
 
 
-def _check_exchange_dtype(engine: Engine) -> None:
-    function, dtype = engine.function, engine.exchange_dtype
-    if dtype is None:
-        if engine.error_feedback:
-            raise ValueError(
-                f"{function}: error_feedback is for an exchange_dtype; without one, "
-                "commits lose nothing."
-            )
-        return
-    dtype = as_dtype(function, "exchange_dtype", dtype)
-    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    if not narrow and dtype not in (jnp.int8, jnp.int16):
+def _refuse_branch(function: str, traced: Any) -> None:
+    """Raises in a conditional that each device decides for itself."""
+    if inside_conditional(traced, mapped=True):
         raise ValueError(
-            f"{function}: exchange_dtype must be bfloat16, float16, a float8, int8 or "
-            f"int16, got {dtype}."
-        )
-    if engine.moving_rate is not None and (
-        engine.error_feedback or engine.reduce == "sequential"
-    ):
-        raise ValueError(
-            f"{function}: with moving_rate, exchange_dtype goes neither with "
-            "error_feedback nor with reduce='sequential': workers move by what they "
-            "commit."
+            f"{function}: with axis_name= update stands in a branch of a conditional, "
+            "such as that of optax.apply_if_finite. Workers that take another branch "
+            "would be waited for without end. Put the wrapper into the inner optimizer; "
+            "steps that are not finite are left out without one. In a lax.cond of your "
+            "own, pass exchange=False there and exchange=True outside."
         )
 
 

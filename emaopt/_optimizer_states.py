@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from emaopt._names import Names, leaves_with_keys, path_leaves
-from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
+from emaopt._nodes import (
+    as_state,
+    average_nodes,
+    center_nodes,
+    field_of,
+    is_average_node,
+)
 
 # A key above an optimizer's state: "opt", "opt_state", "actor_optimizer".
 _KEY = re.compile(r"(^|_)opt(im|imizers?)?(_|s?$)")
@@ -98,9 +104,10 @@ def is_optimizers(node: Any) -> bool:
 def _is_chain(node: Any, towards: str) -> bool:
     """Whether a node is the state of a chain: of states only, or a tuple of an average's.
 
-    `average_params` has no use but as a member of a chain.
+    `average_params` has no use but as a member of a chain. Local updates have: a tuple of
+    something and their state is a training state.
     """
-    if is_sequence(node) and as_state(node[int(towards)]) is not None:
+    if is_sequence(node) and is_average_node(node[int(towards)]):
         return True
     return _is_state(node)
 

@@ -25,14 +25,20 @@ def applied(params: Any, updates: Any) -> Any:
 def lead(param: Any, target: Any, update: Any, due: Any) -> jax.Array:
     """The update that sets a parameter to a target where `due`, the given one else.
 
-    Exact up to the rounding of `optax.apply_updates`. In a dtype that can express the
-    difference, which the parameter's own may be too narrow for.
+    In the wider of the dtypes of the parameter and the update, as wrappers want it that
+    choose between updates; float32 of those of 8 bits. `optax.apply_updates` then reaches
+    the target up to its own rounding, if that dtype has 32 bits or more. In one of 16 the
+    difference is rounded first. It is exact if the two are within a factor of two.
     """
     p, u = jnp.asarray(param), jnp.asarray(update)
-    widths = [x.dtype for x in (p, u) if x.dtype.itemsize >= 4]
-    wide = jnp.result_type(jnp.float32, *widths)
-    target = target.astype(p.dtype).astype(wide)
-    return jnp.where(due, target - p.astype(wide), u.astype(wide))
+    widths = [x.dtype for x in (p, u) if x.dtype.itemsize > 1]
+    dtype = jnp.result_type(*widths) if widths else jnp.dtype(jnp.float32)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    step = rounded_to(target.astype(wide), p.dtype) - p.astype(wide)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
+        step = jnp.clip(step, -limit, limit)
+    return jnp.where(due, step.astype(dtype), u.astype(dtype))
 
 
 def rounded_to(value: Any, dtype: Any) -> Any:

@@ -17,12 +17,44 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emaopt._conditional import vary, varying
+from emaopt._recursion import replicated_beside
+from emaopt._tracing import traced
 
 # Leaves up to this size share a collective: it then costs less than copying them.
 _SMALL = 2**20  # bytes
 
 
-class Stacked:
+class _Workers:
+    """What both forms have in common."""
+
+    axes: Callable[[Any], tuple[int, ...]]  # of a row
+    spread: Callable[[Any, Any], Any]
+
+    def held(self, ready, tree):
+        """Rows, to be read when flags of the workers are there that always are on."""
+        return held_until(lambda leaf: self.spread(ready, leaf), tree)
+
+    def choose(self, flags, new, old):
+        """Of two trees of rows the new one for the workers whose flags are on."""
+
+        def one(new, old):
+            old = old if old.dtype == new.dtype else old.astype(new.dtype)
+            return jnp.where(self.spread(flags, new), new, old)
+
+        return jax.tree.map(one, new, old)
+
+    def finite(self, rows, flags):
+        """Flags of the workers, off for those with a row that is not finite."""
+        for row in rows:
+            # One after the other: XLA on CPU writes a flag for each element, and would
+            # for all rows at once. x - x is 0, or NaN where x is not finite. No sum: for
+            # one it writes elements of the row's own width.
+            row = self.held(flags.astype(jnp.int32) >= 0, row)
+            flags &= jnp.all(row - row == 0, axis=self.axes(row))
+        return flags
+
+
+class Stacked(_Workers):
     """Parameters and gradients carry a leading axis of workers; `jit` may shard it."""
 
     def __init__(self, num_workers: int):
@@ -64,7 +96,7 @@ class Stacked:
         if not isinstance(first, NamedSharding) or first.mesh.size == 1:
             return init(params)
         # Left to themselves, zeros would all stand on one device.
-        rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
+        rows = _of_rows(first)
         everywhere = optax.tree.map_params(
             inner,
             lambda slot, sharding: slot if _is_masked(slot) else sharding,
@@ -75,21 +107,53 @@ class Stacked:
         )
         return jax.jit(init, out_shardings=everywhere)(params)
 
-    def each(self, f: Callable, *args, **extra_args):
-        """f for every worker. Extra arguments without a row for each are for all."""
-        if not jax.tree.leaves(args[0]):
-            return f(*args, **extra_args)
-
-        def has_rows(argument):
-            leaves = jax.tree.leaves(argument)
-            return bool(leaves) and all(
-                hasattr(leaf, "shape") and leaf.shape[:1] == (self.num_workers,)
-                for leaf in leaves
-            )
-
-        rows = {k: v for k, v in extra_args.items() if has_rows(v)}
+    def step(self, function, inner, updates, state, params, extra_args, per_worker):
+        """A step of each worker's optimizer."""
+        if not jax.tree.leaves(params):
+            return inner.update(updates, state, params, **extra_args)
+        rows = {k: v for k, v in extra_args.items() if k in per_worker}
+        for name, tree in rows.items():
+            for leaf in jax.tree.leaves(tree):
+                if jnp.shape(leaf)[:1] != (self.num_workers,):
+                    raise ValueError(
+                        f"{function}: {name} is one of per_worker, so it has a leading "
+                        f"axis of num_workers={self.num_workers}; got shape "
+                        f"{jnp.shape(leaf)}."
+                    )
         common = {k: v for k, v in extra_args.items() if k not in rows}
-        return jax.vmap(lambda args, rows: f(*args, **rows, **common))(args, rows)
+        return jax.vmap(
+            lambda updates, state, params, rows: inner.update(
+                updates, state, params, **rows, **common
+            )
+        )(updates, state, params, rows)
+
+    def zeros(self, params):
+        """Makes a scalar zero for each worker, beside its parameters."""
+        leaves = jax.tree.leaves(params)
+
+        def make(dtype):
+            first = next(iter(leaves), None)
+            rows = jnp.zeros(self.num_workers, dtype)
+            if first is None:
+                return rows
+            if isinstance(first, jax.core.Tracer):
+                return _beside(first, rows)
+            return _placed_beside(first, rows)
+
+        return make
+
+    def loaded(self, scalars):
+        """A worker's own scalars as the update has them."""
+        return scalars
+
+    def stored(self, scalars, like):
+        """And as the state has them."""
+        del like
+        return scalars
+
+    def weights(self, function, weights):
+        """The weights of `update`, one for each worker."""
+        return None if weights is None else _weights(function, weights, self.num_workers)
 
     def axes(self, leaf):
         """The axes of a row."""
@@ -141,8 +205,13 @@ class Stacked:
         return tree
 
 
-class Mapped:
-    """Every worker runs the program: in `shard_map`, `pmap` or `vmap`; or one alone."""
+class Mapped(_Workers):
+    """Every worker runs the program: in `shard_map`, `pmap` or `vmap`; or one alone.
+
+    Where all parameters share a leading axis, as those of all workers do outside of
+    `shard_map` and with a length of 1 inside, a worker's own scalars (and whatever else
+    of its state is not like parameters) have it too, so that each can have its own.
+    """
 
     def __init__(self, axis_name: Any = None):
         self.axis_name = axis_name
@@ -169,10 +238,86 @@ class Mapped:
         return leaf
 
     def init(self, inner, params):
-        return inner.init(params)
+        state = inner.init(params)
+        if (own := self._own_shapes(inner, params)) is None:
+            return state
+        return jax.tree.map(
+            lambda leaf, shape: leaf if shape is None else self._rows(leaf, params),
+            state,
+            jax.tree.unflatten(jax.tree.structure(state), own),
+        )
 
-    def each(self, f, *args, **extra_args):
-        return f(*args, **extra_args)
+    def step(self, function, inner, updates, state, params, extra_args, per_worker):
+        del function, per_worker  # all of it is the worker's own
+        own = self._own_shapes(inner, params)
+        leaves, treedef = jax.tree.flatten(state)
+        if own is None or len(own) != len(leaves):
+            return inner.update(updates, state, params, **extra_args)
+        rows = [
+            shape is not None and jnp.ndim(leaf) == len(shape) + 1
+            for leaf, shape in zip(leaves, own, strict=True)
+        ]
+        one = [leaf[0] if row else leaf for leaf, row in zip(leaves, rows, strict=True)]
+        steps, after = inner.update(
+            updates, jax.tree.unflatten(treedef, one), params, **extra_args
+        )
+        if jax.tree.structure(after) != treedef:
+            raise ValueError("The inner optimizer's state has another structure.")
+        new = [
+            jnp.broadcast_to(leaf, (old.shape[0], *leaf.shape)) if row else leaf
+            for leaf, old, row in zip(jax.tree.leaves(after), leaves, rows, strict=True)
+        ]
+        return steps, jax.tree.unflatten(treedef, new)
+
+    def _own_shapes(self, inner, params) -> list | None:
+        """The shapes of what is not like parameters in a state, and None for the rest.
+
+        None in all, where the parameters share no leading axis. What is like them has
+        another shape with another length of it.
+        """
+        if (length := self._length(params)) is None:
+            return None
+
+        def shapes(length):
+            def longer(leaf):
+                return jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype)
+
+            state = jax.eval_shape(inner.init, jax.tree.map(longer, params))
+            return [leaf.shape for leaf in jax.tree.leaves(state)]
+
+        pairs = zip(shapes(length), shapes(length + 1), strict=True)
+        return [one if one == other else None for one, other in pairs]
+
+    def _length(self, params) -> int | None:
+        """Of the leading axis of all parameters, if they share one."""
+        if self.axis_name is None:
+            return None
+        lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+        (length,) = (
+            next(iter(lengths)) if len(lengths) == 1 and () not in lengths else (0,)
+        )
+        return length or None
+
+    def _rows(self, leaf, params):
+        rows = jnp.broadcast_to(leaf, (self._length(params), *jnp.shape(leaf)))
+        first = jax.tree.leaves(params)[0]
+        return rows if isinstance(rows, jax.core.Tracer) else _placed_beside(first, rows)
+
+    def zeros(self, params):
+        def make(dtype):
+            zero = replicated_beside(jax.tree.leaves(params))(dtype)
+            return zero if self._length(params) is None else self._rows(zero, params)
+
+        return make
+
+    def loaded(self, scalars):
+        return scalars[0] if scalars.ndim else scalars
+
+    def stored(self, scalars, like):
+        return jnp.broadcast_to(scalars, like.shape)
+
+    def weights(self, function, weights):
+        return None if weights is None else _weights(function, weights, None)
 
     def axes(self, leaf):
         return tuple(range(leaf.ndim))
@@ -241,6 +386,37 @@ def _beside(param: Any, leaf: Any) -> Any:
     return jax.sharding.reshard(
         leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
     )
+
+
+def _of_rows(sharding: NamedSharding) -> NamedSharding:
+    """Where a value for each worker stands, beside parameters that stand so."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+
+
+def _placed_beside(param: Any, rows: jax.Array) -> jax.Array:
+    """A value for each worker beside a parameter."""
+    sharding = getattr(param, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return rows
+    return jax.device_put(rows, _of_rows(sharding))
+
+
+def _weights(function: str, weights: Any, num_workers: int | None) -> jax.Array:
+    """Weights as float32: one for each worker; None: the worker's own."""
+    shapes = [(), (1,)] if num_workers is None else [(num_workers,)]
+    of = "each worker its own number" if num_workers is None else f"{num_workers} numbers"
+    try:
+        array = jnp.asarray(weights)
+        real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
+    except (TypeError, ValueError):
+        array, real = None, False
+    if array is None or not real:
+        raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
+    if array.shape not in shapes:
+        raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
+    if not isinstance(array, jax.core.Tracer) and not (array >= 0).all():
+        raise ValueError(f"{function}: weights must be at least 0, got {weights!r}.")
+    return array.astype(jnp.float32).reshape(() if num_workers is None else -1)
 
 
 def _is_masked(node: Any) -> bool:
@@ -330,6 +506,9 @@ def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
 
 def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
     """The tree, to be read when true(leaf) is there: a value that always is true."""
+
+    if not traced(tree):
+        return tree  # there is no compiler that could change the order
 
     def held(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.number):

@@ -1,11 +1,14 @@
 """A bad argument fails at once, and the message says what it is and what is taken."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import emaopt
+from emaopt._local_options import Options
 
 pytestmark = pytest.mark.quick(1000)  # all of them are
 
@@ -250,3 +253,31 @@ def test_state_of_another_transformation(state):
 def test_spread_of_other_parameters(params, message):
     with pytest.raises(ValueError, match=f"^worker_spread: .*{message}"):
         emaopt.worker_spread(STATE, params)
+
+
+# Options of the methods
+
+NAMED = {
+    "local_sgd": lambda **o: emaopt.local_sgd(SGD, period=2, **o),
+    "diloco": lambda **o: emaopt.diloco(SGD, **o),
+    "agn": lambda **o: emaopt.agn(SGD, 2, **o),
+    "easgd": lambda **o: emaopt.easgd(SGD, period=2, **o),
+    "block_momentum": lambda **o: emaopt.block_momentum(SGD, period=2, **o),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_option_that_there_is_not_is_refused_by_the_methods_name(name):
+    with pytest.raises(TypeError, match=f"^{name}: .*num_worker;.*mean num_workers"):
+        NAMED[name](num_worker=2)
+    with pytest.raises(TypeError, match=f"^{name}: .*zzz; it takes .*num_fragments"):
+        NAMED[name](zzz=2)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_help_shows_every_option_and_its_default(name):
+    shown = inspect.signature(getattr(emaopt, name)).parameters
+    full = inspect.signature(emaopt.local_updates).parameters
+    for option in Options.__annotations__:
+        assert shown[option].default == full[option].default, option
+    assert not any(p.kind == p.VAR_KEYWORD for p in shown.values())

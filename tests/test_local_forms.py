@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import emaopt
+from emaopt import checkpoint
 
 pytestmark = pytest.mark.quick(1)
 
@@ -262,3 +263,116 @@ def test_what_jax_can_be_told_to_refuse_is_not_done(case, setting):
         params = jax.tree.map(lambda row: row[-1], rows)
         emaopt.worker_spread(state, params)
         emaopt.synchronize(state, params)
+
+
+# What is each worker's own
+
+OWN = {
+    "prodigy": optax.contrib.prodigy(1.0, estim_lr0=1e-2),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 9),
+    "noise": optax.chain(optax.add_noise(0.1, 0.5, 3), optax.sgd(0.1)),
+    "hyperparameters": optax.inject_hyperparams(optax.adam)(
+        optax.linear_schedule(0.1, 0.01, 8)
+    ),
+}
+
+
+def bits(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("inner", OWN)
+def test_each_worker_has_its_own_scalars(inner, check_vma, tmp_path):
+    def local(**form):
+        return emaopt.local_sgd(OWN[inner], period=3, **form)
+
+    bad = jax.tree.map(lambda g: g.at[1, 2].set(jnp.nan), GRADS)
+
+    def run_on(step, params, state, begin, end):
+        for number in range(begin, end):
+            grads = jax.tree.map(lambda g, n=number: g[n], bad)
+            params, state = step(params, state, grads)
+        return params, state
+
+    step, params, state = in_shard_map(local(axis_name="workers"), check_vma)
+    saved = run_on(step, params, state, 0, 4)
+    went_on = run_on(step, *saved, 4, STEPS)
+    checkpoint.save(tmp_path / "1", saved)
+    restored = checkpoint.restore(tmp_path / "1", saved)
+    chex.assert_trees_all_equal(
+        *(
+            jax.tree.map(bits, tree)
+            for tree in (run_on(step, *restored, 4, STEPS), went_on)
+        )
+    )
+    tx = local(num_workers=WORKERS)
+    start = begin()
+    expected = run_on(jax.jit(step_of(tx)), start, tx.init(start), 0, STEPS)
+    if inner != "noise":  # whose bits go by shapes
+        chex.assert_trees_all_close(went_on[0], expected[0], rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(
+            went_on[1].inner_state, expected[1].inner_state, rtol=1e-5, atol=1e-5
+        )
+    np.testing.assert_array_equal(went_on[1].num_missed, [0, 0, 1, 0])
+
+
+# In conditionals
+
+BRANCHES = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 9),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step: step < 9
+    ),
+    "apply_if_finite, averaged": lambda tx: optax.apply_if_finite(
+        emaopt.averaged(tx, 0.9), 9
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["shard_map", "shard_map, unchecked", "pmap", "vmap"])
+@pytest.mark.parametrize("wrapper", BRANCHES)
+def test_mapped_form_is_refused_where_each_worker_takes_a_branch_of_its_own(
+    wrapper, form
+):
+    tx = BRANCHES[wrapper](method("delta", axis_name="workers"))
+    step, params, state = MAPS[form](tx)
+    grads = jax.tree.map(lambda g: g[0], GRADS)
+    with pytest.raises(ValueError, match=r"^local_updates: .*branch.*exchange=False"):
+        step(params, state, grads)
+
+
+@pytest.mark.parametrize("form", ["shard_map", "vmap"])
+def test_mapped_form_without_an_exchange_may_stand_in_a_branch(form):
+    tx = method("delta", axis_name="workers")
+    step, params, state = MAPS[form](tx)
+
+    def update(grads, state, params):
+        return jax.lax.cond(
+            grads["b"][..., 0].sum() > 0,
+            functools.partial(tx.update, exchange=False),
+            functools.partial(tx.update, exchange=False),
+            grads,
+            state,
+            params,
+        )
+
+    branching = optax.GradientTransformation(tx.init, update)
+    branch, *_ = MAPS[form](branching)
+    grads = jax.tree.map(lambda g: g[0], GRADS)
+    expected, _ = step(params, state, grads)
+    actual, _ = branch(params, state, grads)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+def test_mapped_form_may_stand_in_a_conditional_around_the_whole_program():
+    step, params, state = in_shard_map(method("delta", axis_name="workers"))
+    grads = jax.tree.map(lambda g: g[0], GRADS)
+
+    def some(flag):
+        return jax.lax.cond(flag, step, lambda p, s, g: (p, s), params, state, grads)[0]
+
+    expected, _ = step(params, state, grads)
+    chex.assert_trees_all_close(jax.jit(some)(True), expected, rtol=1e-6)

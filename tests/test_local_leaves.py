@@ -40,15 +40,80 @@ def every_second(step, since):
         (jnp.complex64, jnp.complex64),
     ],
 )
-def test_center_and_updates_are_at_least_float32(dtype, center, commit):
+def test_center_is_at_least_float32_and_updates_are_like_the_parameters(
+    dtype, center, commit
+):
     tx = emaopt.local_updates(
         optax.sgd(1.0), optax.sgd(0.5), period=1, num_workers=2, commit=commit
     )
     params = emaopt.stack_workers(jnp.zeros(3, dtype), 2)
     updates, state = tx.update(jnp.ones((2, 3), dtype), tx.init(params), params)
-    assert updates.dtype == emaopt.get_center(state).dtype == center
+    assert (updates.dtype, emaopt.get_center(state).dtype) == (dtype, center)
     np.testing.assert_array_equal(emaopt.get_center(state), np.full(3, -0.5))
     np.testing.assert_array_equal(updates, np.full((2, 3), -0.5))
+
+
+CHOOSING = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step: step != 2
+    ),
+    "skip_not_finite": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+}
+LEADING = {
+    "local_sgd": emaopt.local_sgd(optax.sgd(0.1), period=2, num_workers=2),
+    "lookahead": emaopt.lookahead(optax.sgd(0.1), period=2),
+    "overwrite_every": emaopt.averaged(optax.sgd(0.1), 0.9, overwrite_every=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, jnp.float32])
+@pytest.mark.parametrize("wrapper", [*CHOOSING, "cond"])
+@pytest.mark.parametrize("name", LEADING)
+def test_wrappers_that_choose_between_updates_take_them(name, wrapper, dtype):
+    tx, params = LEADING[name], jnp.ones((2, 3), dtype)
+    if wrapper == "cond":
+        state = tx.init(params)
+
+        def update(grads, state, params):
+            return jax.lax.cond(
+                grads[0, 0] > 0, tx.update, lambda g, s, _: (g, s), grads, state, params
+            )
+    else:
+        tx = CHOOSING[wrapper](tx)
+        state, update = tx.init(params), tx.update
+    updates, _ = jax.jit(update)(params, state, params)
+    assert updates.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("near", [True, False])
+def test_narrow_updates_reach_the_center_to_half_a_unit_of_the_difference(dtype, near):
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(2, 4096))
+    if near:  # within a factor of two of their mean
+        rows = rows[0] * random.uniform(0.7, 1.3, rows.shape)
+    tx = emaopt.local_sgd(optax.sgd(0.0), period=1, num_workers=2)
+    params = jnp.asarray(rows, dtype)
+    updates, state = jax.jit(tx.update)(0 * params, tx.init(params), params)
+    reached = np.float64(optax.apply_updates(params, updates))
+    center = np.float64(emaopt.get_center(state).astype(dtype))
+    error = np.abs(reached - center)
+    # Half a unit of the difference, and what `apply_updates` rounds of the sum.
+    unit = float(jnp.finfo(dtype).eps)
+    bound = unit / 2 * np.abs(center - np.float64(params))
+    assert np.all(error <= bound * (1 + unit) + unit / 2 * np.abs(reached))
+    assert np.any(error) != near
+
+
+def test_float16_updates_stay_finite_across_its_whole_range():
+    tx = emaopt.local_sgd(optax.sgd(0.0), period=1, num_workers=2)
+    params = jnp.array([[60000.0], [-60000.0]], jnp.float16)
+    state = tx.init(params)._replace(center=jnp.array([60000.0]))
+    updates, _ = tx.update(jnp.zeros_like(params), state, params)
+    assert updates.dtype == jnp.float16 and np.all(np.isfinite(updates))
 
 
 def test_float64_parameters_under_x64_have_a_float64_center():

@@ -269,6 +269,7 @@ def test_state_specs_of_the_stacked_form_replicate_the_center_alone(options):
     params, state = begin(tx)
     trace, specs = emaopt.state_specs(tx, params, "workers")
     own = {"inner_state", "accumulated", "pulled", "residual"}
+    own |= {"num_missed", "has_missed"}
     for field, part in specs._asdict().items():
         spec = P("workers") if field in own else P()
         expected = jax.tree.map(lambda _, s=spec: s, getattr(state[1], field))

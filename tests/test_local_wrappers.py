@@ -1,5 +1,6 @@
 """Any optimizer inside of local updates, and local updates inside of anything."""
 
+import contextlib
 import re
 
 import chex
@@ -26,6 +27,22 @@ def gradients(params, worker, step):
         "w": pull["w"] + NOISE[step, worker][:, None],
         "b": pull["b"] + NOISE[step, worker, :2],
     }
+
+
+@contextlib.contextmanager
+def counting_traces():
+    """Counts what is compiled meanwhile."""
+    events = []
+
+    def note(event, duration, **_):
+        if "trace" in event or "compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield lambda: len(events)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def stacked(trees):
@@ -81,22 +98,92 @@ def test_between_exchanges_each_worker_runs_its_optimizer(inner):
         )
 
 
-def test_extra_arguments_with_a_row_for_each_worker_are_each_workers():
-    # Polyak's step size takes the value of the loss, and `scale` is for all.
-    polyak = optax.polyak_sgd(max_learning_rate=1.0)
+def polyak(per_worker):
+    """Polyak's step size takes the value of the loss, and `scale` is for all."""
+    inner = optax.polyak_sgd(max_learning_rate=1.0)
 
     def update(updates, state, params=None, *, value, scale):
-        updates, state = polyak.update(updates, state, params, value=value)
+        updates, state = inner.update(updates, state, params, value=value)
         return jax.tree.map(lambda u: scale * u, updates), state
 
-    inner = optax.GradientTransformationExtraArgs(polyak.init, update)
-    tx = emaopt.local_sgd(inner, period=9, num_workers=WORKERS)
+    return emaopt.local_sgd(
+        optax.GradientTransformationExtraArgs(inner.init, update),
+        period=9,
+        num_workers=WORKERS,
+        per_worker=per_worker,
+    )
+
+
+def test_extra_arguments_that_are_declared_per_worker_are_each_workers():
+    tx = polyak(["value"])
     params = emaopt.stack_workers(jnp.ones(4), WORKERS)
     grads = jnp.asarray(TARGETS, jnp.float32)
     values, scale = jnp.array([0.1, 0.2, 0.4]), jnp.float32(0.5)
     updates, _ = tx.update(grads, tx.init(params), params, value=values, scale=scale)
     steps = np.minimum(np.float64(values) / np.sum(TARGETS**2, axis=1), 1)
     np.testing.assert_allclose(updates, -0.5 * steps[:, None] * TARGETS, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^local_sgd: value is one of per_worker.*\(\)"):
+        tx.update(grads, tx.init(params), params, value=jnp.ones(()), scale=scale)
+
+
+@pytest.mark.parametrize("make", [jax.random.PRNGKey, jax.random.key])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_other_extra_arguments_go_whole_to_every_worker(make, jitted):
+    seen = []
+
+    def update(updates, state, params=None, *, key, table, name):
+        seen.append((key.shape, table["t"].shape, name))
+        return jax.tree.map(lambda u: u + jax.random.normal(key, u.shape), updates), state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = emaopt.local_sgd(inner, period=9, num_workers=2)
+    params, key = emaopt.stack_workers(jnp.zeros(3), 2), make(0)
+
+    def step(key, table):
+        extra = {"key": key, "table": table, "name": "text"}
+        return tx.update(params, tx.init(params), params, **extra)[0]
+
+    updates = (jax.jit(step) if jitted else step)(key, {"t": jnp.ones((2, 5))})
+    assert set(seen) == {(key.shape, (2, 5), "text")}
+    noise = np.tile(jax.random.normal(key, (3,)), (2, 1))
+    np.testing.assert_allclose(updates, noise, rtol=1e-6)
+
+
+# A step by its program
+
+
+@pytest.mark.parametrize("num_fragments", [1, 12])
+def test_inner_optimizer_is_traced_once_whatever_the_number_of_fragments(num_fragments):
+    calls = []
+
+    def update(updates, state, params=None):
+        calls.append(1)
+        return updates, state
+
+    inner = optax.GradientTransformation(optax.init_empty_state, update)
+    tx = emaopt.local_sgd(inner, period=12, num_workers=2, num_fragments=num_fragments)
+    params = {str(i): jnp.ones((2, 3)) for i in range(12)}
+    jax.jit(tx.update).lower(params, tx.init(params), params)
+    assert len(calls) == 1
+
+
+EAGER = {
+    "every": emaopt.average_params(0.9, every=10),
+    "lookahead": emaopt.lookahead(optax.sgd(0.1), period=2),
+    "stacked": emaopt.local_sgd(optax.adam(0.1), period=2, num_workers=2),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_outside_of_jit_a_step_traces_nothing_new(name):
+    tx, params = EAGER[name], {"w": jnp.ones((2, 3))}
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+    with counting_traces() as traced:
+        for _ in range(4):
+            _, state = tx.update(params, state, params)
+    assert traced() == 0
 
 
 # Outside

@@ -21,8 +21,9 @@ from emaopt.checkpoint._files import Names, names_of
 from emaopt.checkpoint._locating import located_in
 
 # What the exchange that all of a new set of workers start from leaves at zero.
-_SINCE_EXCHANGE = ("since_exchange", "accumulated", "residual")
-_COUNTS = ("num_steps", "num_left_out")
+_SINCE_EXCHANGE = ("since_exchange", "has_missed", "accumulated", "residual")
+_COUNTS = ("num_steps", "num_left_out", "num_missed")
+_OWN = ("inner_state", "num_missed")  # rows that go to the workers of the same numbers
 
 
 class Rows(NamedTuple):
@@ -127,7 +128,7 @@ def _start_workers(
             if field in _SINCE_EXCHANGE or (field in _COUNTS and old is None):
                 rows.sources.pop(names, None)
                 rows.fresh.add(names)
-            elif field == "inner_state":
+            elif field in _OWN:
                 rows.rows.add(names)
             elif field == "outer_state" and names not in rows.sources:
                 rows.kept.add(names)

@@ -1,0 +1,132 @@
+"""Functions as JAX traces them: once, and with results that others see selected."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+import jax.core
+
+
+def traced(tree: Any) -> bool:
+    """Whether anything in a tree has no value yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+class Traced:
+    """A function, traced for some operands and not again, however often it is called.
+
+    It stands in the program once, and is called there.
+    """
+
+    def __init__(self, f: Callable, *operands: Any):
+        self._program, self._structure, self._consts = program_of(f, *operands)
+        program = self._program
+
+        @jax.jit
+        def run(consts, leaves):
+            return jax.core.eval_jaxpr(program, [], *consts, *leaves)
+
+        self._run = run
+
+    def __call__(self, *operands: Any) -> Any:
+        results = self._run(self._consts, jax.tree.leaves(operands))
+        return self._structure.unflatten(results)
+
+
+class Selected(Traced):
+    """One of a function that returns a pair, of which the second is selected.
+
+    What goes through `select(number of the leaf, leaf)` is seen so by all that is
+    computed of it, as if it had been stored and read again: a compiler then needs no more
+    than what is stored. Selected at the end, both would be needed at once, and a state
+    that is updated in place would be copied.
+    """
+
+    def selecting(self, select: Callable[[int, Any], Any], *operands: Any) -> Any:
+        """What the function returns of the operands."""
+        program = self._program
+        first, second = self._structure.unflatten(program.outvars)
+        numbers: dict[Any, list[int]] = {}
+        for number, var in enumerate(jax.tree.leaves(second)):
+            if not _is_literal(var):
+                numbers.setdefault(var, []).append(number)
+        leaves = [*self._consts, *jax.tree.leaves(operands)]
+        values = dict(zip(program.invars, leaves, strict=True))
+        done: dict[int, Any] = {}
+        for equations in _parts(program.eqns, numbers):
+            results = _evaluated(program, equations, values)
+            for var, value in results.items():
+                for number in numbers.get(var, ()):
+                    value = done[number] = select(number, value)
+                values[var] = value
+        results = [v.val if _is_literal(v) else values[v] for v in program.outvars]
+        start = len(jax.tree.leaves(first))
+        for number, value in enumerate(results[start:]):
+            # What is passed on, or a constant, comes out of no equation.
+            there = number in done
+            results[start + number] = done[number] if there else select(number, value)
+        return self._structure.unflatten(results)
+
+
+class Computed:
+    """In place of both, where values are known: the function's result of them."""
+
+    def __init__(self, f: Callable, *operands: Any):
+        self._result = f(*operands)
+
+    def __call__(self, *operands: Any) -> Any:
+        del operands  # they are the same
+        return self._result
+
+    def selecting(self, select: Callable[[int, Any], Any], *operands: Any) -> Any:
+        del operands
+        first, second = self._result
+        leaves, treedef = jax.tree.flatten(second)
+        return first, treedef.unflatten(map(select, range(len(leaves)), leaves))
+
+
+def _parts(equations: list, ends: Collection) -> Iterator[list]:
+    """A program in parts, each up to a variable of `ends`."""
+    part = []
+    for equation in equations:
+        part.append(equation)
+        if any(var in ends for var in equation.outvars):
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _evaluated(program: Any, equations: list, values: dict) -> dict:
+    """The values of the variables that a part of a program defines."""
+    results = [v for e in equations for v in e.outvars if type(v).__name__ != "DropVar"]
+    used = {v: None for e in equations for v in e.invars if not _is_literal(v)}
+    needed = [var for var in used if var not in results]
+    part = program.replace(
+        constvars=[], invars=needed, outvars=results, eqns=list(equations)
+    )
+    found = jax.core.eval_jaxpr(part, [], *(values[var] for var in needed))
+    return dict(zip(results, found, strict=True))
+
+
+def _is_literal(var: Any) -> bool:
+    return hasattr(var, "val")
+
+
+def program_of(f: Callable, *operands: Any) -> tuple[Any, Any, list[Any]]:
+    """A function as (program, structure of its result, what it closes over).
+
+    What it closes over comes first among the program's operands: it may have derivatives,
+    and what a closure holds may outlive the trace. So does what a jaxpr holds, from jax
+    0.12 on; its own trace has nothing left to hold.
+    """
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*operands)
+    consts = closed.consts
+
+    def opened(*leaves):
+        operands = leaves[len(consts) :]
+        return jax.core.eval_jaxpr(closed.jaxpr, leaves[: len(consts)], *operands)
+
+    leaves = jax.tree.leaves(operands)
+    program = jax.make_jaxpr(opened)(*consts, *leaves).jaxpr
+    return program, jax.tree.structure(shapes), consts

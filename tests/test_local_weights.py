@@ -1,0 +1,213 @@
+"""What each worker's commit counts, and counters that are full."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import emaopt
+
+pytestmark = pytest.mark.quick(1)
+
+WORKERS, STEPS = 4, 6
+GRADS = np.random.default_rng(0).normal(size=(STEPS, WORKERS, 5))
+INNER, OUTER = optax.sgd(0.1), optax.sgd(0.5)
+CASES = {
+    "mean": {},
+    "sum": {"reduce": "sum"},
+    "in turns": {"reduce": "sequential"},
+    "mean_gradient": {"commit": "mean_gradient"},
+    "elastic": {"moving_rate": 0.2, "reduce": "sum"},
+    "elastic, in turns": {"moving_rate": 0.2, "reduce": "sequential"},
+    "int8": {"exchange_dtype": jnp.int8, "error_feedback": True},
+    "bfloat16": {"exchange_dtype": jnp.bfloat16, "error_feedback": True},
+    "fragments": {"num_fragments": 1},
+}
+FORMS = ["stacked", "vmap", "shard_map"]
+
+
+@functools.cache
+def program(case, form, weighted=True, num_workers=WORKERS):
+    named = {"axis_name": "w"} if form != "stacked" else {"num_workers": num_workers}
+    tx = emaopt.local_updates(INNER, OUTER, period=2, **CASES[case], **named)
+    params = jnp.ones((num_workers, 5))
+    state = (jax.vmap(tx.init) if form == "vmap" else tx.init)(params)
+
+    def step(params, state, grads, weights):
+        extra = {"weights": weights} if weighted else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    if form == "vmap":
+        step = jax.vmap(step, axis_name="w")
+    elif form == "shard_map":
+        mesh = jax.make_mesh(
+            (num_workers,),
+            ("w",),
+            devices=jax.devices()[:num_workers],
+            axis_types=(AxisType.Auto,),
+        )
+        specs = emaopt.state_specs(tx, params, "w")
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P("w"), specs, P("w"), P("w")),
+            out_specs=(P("w"), specs),
+        )
+    step = jax.jit(step)
+
+    def run(weights, grads):
+        carry, rows = (params, state), []
+        for one in grads:
+            weights = jnp.asarray(weights, jnp.float32)
+            carry = step(*carry, jnp.asarray(one, jnp.float32), weights)
+            rows.append(carry[0])
+        return np.stack(rows), carry[1]
+
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_equal_weights_are_none(case, form):
+    plain, _ = program(case, form, weighted=False)(np.ones(WORKERS), GRADS)
+    rows, _ = program(case, form)(np.full(WORKERS, 7.0), GRADS)
+    np.testing.assert_allclose(rows, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_worker_of_weight_zero_is_absent_and_not_counted(case, form):
+    rows, state = program(case, form)(np.array([3.0, 3.0, 0.0, 3.0]), GRADS)
+    others = [0, 1, 3]
+    expected, _ = program(case, "stacked", False, 3)(np.ones(3), GRADS[:, others])
+    tolerance = 2e-2 if case in ("int8", "bfloat16") else 1e-5
+    np.testing.assert_allclose(rows[:, others], expected, rtol=tolerance, atol=tolerance)
+    assert np.ravel(state.num_left_out)[0] == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weighted_mean_is_that_of_the_commits(form):
+    weights = np.array([1.0, 2.0, 3.0, 10.0])
+    rows, _ = program("mean", form)(weights, GRADS[:2])
+    mean = np.average(0.1 * GRADS[:2].sum(0), axis=0, weights=weights)
+    np.testing.assert_allclose(rows[-1], np.tile(1 - 0.5 * mean, (4, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["sum", "in turns"])
+def test_a_weighted_sum_is_of_weights_whose_mean_is_one(case, form):
+    weights = np.array([1.0, 2.0, 3.0, 10.0])
+    rows, state = program(case, form)(weights, GRADS[:2])
+    commits = 0.1 * GRADS[:2].sum(0) * (weights / weights.mean())[:, None]
+    center = emaopt.get_center(state)
+    center = center if form == "stacked" else center[0]
+    np.testing.assert_allclose(center, 1 - 0.5 * commits.sum(0), rtol=1e-5)
+    if case == "in turns":
+        expected = 1 - 0.5 * np.cumsum(commits, 0)
+        np.testing.assert_allclose(rows[-1], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [0, 1, 2, 3])
+def test_a_bad_worker_takes_its_weight_with_it(weighted):
+    weights, grads = np.array([1.0, 2.0, 3.0, 10.0]), GRADS[:2].copy()
+    grads[0, weighted] = np.nan
+    rows, state = program("mean", "stacked")(weights, grads)
+    others = [w for w in range(WORKERS) if w != weighted]
+    commits = 0.1 * GRADS[:2, others].sum(0)
+    mean = np.average(commits, axis=0, weights=weights[others])
+    np.testing.assert_allclose(rows[-1], np.tile(1 - 0.5 * mean, (4, 1)), rtol=1e-5)
+    assert state.num_left_out == 1
+
+
+@pytest.mark.parametrize("weights", [[0.0] * 4, [np.nan] * 4, [np.inf] * 4, [-1.0] * 4])
+@pytest.mark.parametrize("case", ["mean", "in turns", "int8"])
+def test_without_any_worker_the_center_stays(case, weights):
+    rows, state = program(case, "stacked")(np.array(weights), GRADS[:2])
+    np.testing.assert_array_equal(rows[-1], 1)
+    assert state.num_left_out == 0
+
+
+def test_error_feedback_keeps_what_a_weighted_commit_lost():
+    tx = emaopt.local_sgd(
+        optax.sgd(1.0),
+        period=1,
+        num_workers=2,
+        exchange_dtype=jnp.bfloat16,
+        error_feedback=True,
+    )
+    params, grads = (
+        jnp.zeros((2, 64)),
+        jnp.asarray(np.random.default_rng(0).uniform(size=(2, 64)), jnp.float32),
+    )
+    weights = jnp.array([1.0, 3.0])
+    _, state = tx.update(grads, tx.init(params), params, weights=weights)
+    share = np.array([[0.5], [1.5]])
+    sent = np.float64((grads * share).astype(jnp.bfloat16)) / share
+    np.testing.assert_allclose(state.residual, np.float64(grads) - sent, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        (
+            jnp.ones(3),
+            ValueError,
+            r"local_sgd: weights must be 4 numbers, got shape \(3,\)",
+        ),
+        (1.0, ValueError, r"local_sgd: weights must be 4 numbers, got shape \(\)"),
+        ("abcd", TypeError, "local_sgd: weights must be 4 numbers, got 'abcd'"),
+        ([1, 2, 3, -1], ValueError, "local_sgd: weights must be at least 0"),
+        ([1, 2, 3, np.nan], ValueError, "local_sgd: weights must be at least 0"),
+    ],
+)
+def test_weights_that_are_none(weights, error, message):
+    tx = emaopt.local_sgd(INNER, period=2, num_workers=WORKERS)
+    params = jnp.ones((WORKERS, 5))
+    with pytest.raises(error, match=f"^{message}"):
+        tx.update(params, tx.init(params), params, weights=weights)
+
+
+# Counters
+
+
+FULL = 2**31 - 1
+
+
+@pytest.mark.parametrize("num_fragments", [1, 3])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_exchanges_go_on_when_the_counter_of_steps_is_full(num_fragments, jitted):
+    tx = emaopt.local_sgd(INNER, period=3, num_workers=2, num_fragments=num_fragments)
+    params = {n: jnp.ones((2, 2)) for n in "abc"}
+    grads, state = params, tx.init(params)._replace(num_steps=jnp.int32(FULL - 8))
+    update, moved = jax.jit(tx.update) if jitted else tx.update, []
+    for _ in range(20):
+        before = emaopt.get_center(state)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        now = emaopt.get_center(state)
+        moved.append([bool(np.any(now[n] != before[n])) for n in "abc"])
+    times = np.array(moved)
+    for leaf in range(3):  # every third step, before, at and after the end
+        gaps = np.diff(np.flatnonzero(times[:, leaf]))
+        assert set(gaps) == {3}
+    if num_fragments == 3:  # and still in turns
+        np.testing.assert_array_equal(times.sum(1)[2:], 1)
+
+
+def test_full_counters_of_what_was_left_out_stay_full():
+    tx = emaopt.local_sgd(INNER, period=1, num_workers=2)
+    params = jnp.ones((2, 3))
+    state = tx.init(params)
+    state = state._replace(
+        num_left_out=jnp.int32(FULL), num_missed=jnp.full(2, FULL, jnp.int32)
+    )
+    _, after = tx.update(jnp.full((2, 3), jnp.nan), state, params)
+    chex.assert_trees_all_equal(after.num_left_out, state.num_left_out)
+    chex.assert_trees_all_equal(after.num_missed, state.num_missed)
