@@ -1,7 +1,9 @@
 """`python -m emaopt`, and the command `emaopt`."""
 
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 _EXTRAS = {
@@ -14,9 +16,19 @@ _EXTRAS = {
 }
 
 
+_SOON = 0.02  # seconds
+
+
 def _unraised(what: Any) -> None:
-    """Drops what TensorStore's threads still tell once Orbax has given up."""
-    if str(what.exc_value) != "Event loop is closed":
+    """Drops what TensorStore's threads still tell once Orbax has given up.
+
+    A Ctrl-C that Python drops, as in a callback of its garbage collector, is sent again.
+    """
+    if isinstance(what.exc_value, KeyboardInterrupt):
+        again = threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    elif str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
 
 

@@ -178,7 +178,8 @@ def failing(command: str) -> Iterator[None]:
     except BadProfile as error:
         stop(_as_said_here(command, error), 2)
     except Unknown as error:
-        option = {"name": "weights"}.get(error.argument, error.argument)
+        named = {"name": "weights", "path": "plot"}
+        option = named.get(error.argument, error.argument)
         stop(_as_said_here(command, error, f"--{option}: "), 2)
     except BrokenPipeError:
         raise

@@ -1,12 +1,37 @@
 """Options that several commands have, and the checks of their values."""
 
 import contextlib
+import os
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from emaopt._writing import is_url
+
+
+def path(value: Any) -> Any:
+    """Refuses an empty path, such as that of a variable that is not set."""
+    if "" in (value if isinstance(value, list) else [value]):
+        raise typer.BadParameter("takes a path, got ''.")
+    return value
+
+
+def file(value: str | None) -> str | None:
+    """Refuses a directory where a file is to be made."""
+    if path(value) is not None and os.path.isdir(value or ""):
+        raise typer.BadParameter(f"takes a file to make, {value!r} is a directory.")
+    return value
+
+
+def directory(value: str) -> str:
+    """Refuses a file or a URL where other programs are to run in a directory."""
+    if is_url(path(value)):
+        raise typer.BadParameter(f"takes a directory of this machine, got {value!r}.")
+    if os.path.lexists(value) and not os.path.isdir(value):
+        raise typer.BadParameter(f"takes a directory, {value!r} is none.")
+    return value
+
 
 Checkpoint = Annotated[
     str,
@@ -14,6 +39,7 @@ Checkpoint = Annotated[
         help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
         "CheckpointManager, one step's.",
         show_default=False,
+        callback=path,
     ),
 ]
 Out = Annotated[
@@ -22,6 +48,7 @@ Out = Annotated[
         help="Directory to make: an ordinary Orbax checkpoint of the parameters alone, "
         "under their original names. It is there whole or not at all.",
         show_default=False,
+        callback=path,
     ),
 ]
 Force = Annotated[
@@ -134,13 +161,6 @@ def recorded(values: list[str] | None) -> list[str] | None:
         with _refusing():
             decay_of(decay)
     return values
-
-
-def local(value: str) -> str:
-    """Refuses a URL where other programs are to run in a directory."""
-    if is_url(value):
-        raise typer.BadParameter(f"takes a directory of this machine, got {value!r}.")
-    return value
 
 
 def version(value: bool) -> None:

@@ -46,6 +46,11 @@ def check_writable(function: str, argument: str, path: Any) -> None:
     check_path(function, argument, path)
     if is_url(path):
         return
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(
+            f"{function}: {argument} is a device, a pipe or a socket, got {path!r}; it "
+            "is not replaced. Give a file or directory to make."
+        )
     above = os.path.dirname(os.path.realpath(path))  # what a link leads to is written
     while not os.path.lexists(above):
         above = os.path.dirname(above)

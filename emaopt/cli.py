@@ -37,8 +37,9 @@ def root(
 
     On checkpoint directories of Orbax's, with emaopt's averages in them or without.
 
-    Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal, of
-    which nothing is left over. The last line on stderr says why.
+    Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal. Of an
+    output nothing is left then, or all of it, if only the report could not be printed.
+    The last line on stderr says why.
     """
 
 
@@ -61,7 +62,7 @@ def demo(
             help="Directory of this machine for checkpoint/, serve.py and curves.png. "
             "Made if missing; an earlier demo's files are replaced, others are left "
             "alone.",
-            callback=_options.local,
+            callback=_options.directory,
         ),
     ] = "emaopt-demo",
     seed: Annotated[
@@ -125,6 +126,7 @@ def average(
             help="Checkpoints of one run, or directories of its CheckpointManager: all "
             "steps in them.",
             show_default=False,
+            callback=_options.path,
         ),
     ],
     out: Out,
@@ -191,7 +193,11 @@ def average(
 def synthesize(
     directory: Annotated[
         str,
-        typer.Argument(help="A CheckpointManager's directory.", show_default=False),
+        typer.Argument(
+            help="A CheckpointManager's directory.",
+            show_default=False,
+            callback=_options.path,
+        ),
     ],
     out: Out,
     sigma_rel: Annotated[
@@ -293,7 +299,11 @@ def export(
     safetensors: Annotated[
         str,
         typer.Option(
-            "--safetensors", "--out", help="The file to make.", show_default=False
+            "--safetensors",
+            "--out",
+            help="The file to make.",
+            show_default=False,
+            callback=_options.file,
         ),
     ],
     weights: Annotated[
@@ -356,7 +366,11 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 10_000,
     plot: Annotated[
         str | None,
-        typer.Option(help="Draw the weights into this PNG.", show_default=False),
+        typer.Option(
+            help="Draw the weights into this PNG.",
+            show_default=False,
+            callback=_options.file,
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,

@@ -21,6 +21,7 @@ from emaopt._checks import (
     check_text,
     check_vector,
 )
+from emaopt._names import Unknown
 from emaopt._paths import check_writable
 from emaopt._writing import writing
 
@@ -54,8 +55,9 @@ def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
     figure: Any = axes.figure
     kind = pathlib.Path(path).suffix[1:].lower() or "png"
     if kind not in (known := figure.canvas.get_supported_filetypes()):
-        raise ValueError(
-            f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}."
+        raise Unknown(
+            f"save: path must end in one of {', '.join(sorted(known))}, got {path!r}.",
+            "path",
         )
     if os.path.isdir(os.path.abspath(path)):
         raise IsADirectoryError(f"save: {path} is a directory; give the file to make.")

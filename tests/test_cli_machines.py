@@ -261,6 +261,14 @@ WRONG = {
     "--target": ("synthesize", "run", "--target", "nix", "--out", "o"),
     "--recorded": ("synthesize", "run", "--out", "o", "--recorded", "a=nix"),
     "--nix": ("inspect", "run", "--nix"),
+    "path": ("inspect", ""),
+    "paths": ("average", "run", "", "--out", "o"),
+    "directory": ("synthesize", "", "--target", "0.9", "--out", "o"),
+    "--out of average": ("average", "run", "--out", ""),
+    "--out of export": ("export", "run", "--out", "."),
+    "--out of demo": ("demo", "--out", __file__),
+    "--plot": ("profile", "0.9", "--plot", "w.txt"),
+    "--plot of nothing": ("profile", "0.9", "--plot", ""),
     "DECAY": ("profile", "0.9", "cosine"),
 }
 
@@ -271,7 +279,8 @@ def test_a_wrong_value_is_one_line_that_names_its_option(option):
     result = command(*WRONG[option])
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"emaopt {WRONG[option][0]}: ")
-    assert option.split()[0] in result.stderr and result.stderr.count("\n") == 1
+    name = {"--out of export": "--safetensors"}.get(option, option.split()[0])
+    assert name in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("writer", [*WRITERS, "inspect"])

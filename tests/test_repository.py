@@ -204,6 +204,7 @@ LAYERS = {
         "checkpoint._selecting",
     },
     "checkpoint._restoring": {
+        "_names",
         "_places",
         "_swapping",
         "checkpoint",
@@ -249,7 +250,7 @@ LAYERS = {
         "checkpoint._files",
         "orbax",
     },
-    "plots": {"_checks", "_paths", "_writing", "matplotlib"},
+    "plots": {"_checks", "_names", "_paths", "_writing", "matplotlib"},
     "_terminal": {"rich", "typer"},
     "_commands": {"_names", "_profiles", "_terminal", "typer"},
     "_options": {

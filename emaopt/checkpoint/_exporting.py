@@ -13,7 +13,7 @@ from emaopt._checks import check_callable, check_flag, check_text
 from emaopt._paths import check_readable, check_writable
 from emaopt._writing import is_url, refuse_existing, writing
 from emaopt.checkpoint import _files, _replacing, _selecting, _streaming
-from emaopt.checkpoint._merging import Progress, caster, holds
+from emaopt.checkpoint._merging import Progress, caster, refuse_own
 from emaopt.checkpoint._selecting import Weights
 
 _SAFETENSORS = {
@@ -107,11 +107,7 @@ def export_safetensors(
     out = os.fspath(out)
     out = out if is_url(out) else os.path.abspath(out)
     source = found.files.path
-    if holds(source, out) or holds(out, source):
-        raise ValueError(
-            f"{function}: {out} is, holds, or stands in what is exported: {source}. "
-            "Write it elsewhere."
-        )
+    refuse_own(function, out, source, "exported")
     if os.path.isdir(out):
         raise ValueError(
             f"{function}: {out} is a directory; give the file to make, such as "

@@ -40,6 +40,25 @@ class Files(NamedTuple):
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
     values: frozenset[Names]  # leaves whose users call them "value", on record
 
+    @property
+    def without_raw(self) -> list[_record.Served]:
+        """Served averages whose raw parameters went with the item of their state."""
+        if self.marker is None or () in self.items:
+            return []
+        return [one for one in self.marker.served if one.average[:1] not in self.items]
+
+    def refuse_without_raw(self, function: str, below: Names) -> None:
+        """Raises if raw parameters are meant that are not there."""
+        for one in self.without_raw:
+            if is_below(one.params, below) or is_below(below, one.params):
+                raise ValueError(
+                    f"{function}: {self.path} has no raw parameters: at "
+                    f"{'/'.join(one.params)} stand the averages of "
+                    f"{'/'.join(one.average)}, and the item {one.average[0]} with the "
+                    "raw ones is missing. Take another step; load_averaged reads the "
+                    "averages."
+                )
+
 
 def absolute(path: str | os.PathLike) -> Any:
     path = os.fspath(path)

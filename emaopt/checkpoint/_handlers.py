@@ -1,8 +1,9 @@
 """CheckpointManager: the swap on the way to disk and back, in Orbax's stock handler."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -156,7 +157,7 @@ class _Swapping:
         self._metrics_of, self._report = metrics_of, report
         self._checksums = checksums
         self.saves: dict[type, Callable[..., Any]] = {}  # by the arguments that they take
-        self._steps: dict[str, dict[str, Any]] = {}  # directory of step -> item -> args
+        self._steps: dict[str, _Step] = {}  # by the directory of the step
 
     def async_save(
         self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
@@ -167,12 +168,13 @@ class _Swapping:
         each of them knows the whole step.
         """
         args = args or ocp.args.StandardSave(item, save_args)
-        step = self._steps.setdefault(str(directory.parent), {})
+        new = _Step({}, secrets.token_hex(8))
+        step = self._steps.setdefault(str(directory.parent), new)
         key = directory.name.partition(_finished.UNFINISHED)[0]
-        step[key] = args
+        step.items[key] = args
         return self._save_item(directory, key, step)
 
-    async def _save_item(self, directory: Any, key: str, step: dict[str, Any]) -> Any:
+    async def _save_item(self, directory: Any, key: str, step: "_Step") -> Any:
         self._steps.pop(str(directory.parent), None)
         in_place = _finished.UNFINISHED not in directory.parent.name
         try:
@@ -183,10 +185,11 @@ class _Swapping:
             # process could not end.
             return [_Failed(error)]
 
-    def _swapped(self, key: str, step: dict[str, Any], in_place: bool) -> Any:
+    def _swapped(self, key: str, step: "_Step", in_place: bool) -> Any:
         """What to save of an item: averages under the names, with the marker."""
-        args = step[key]
-        state, prefix = _as_one({k: _trees.plain(args.item) for k, args in step.items()})
+        args = step.items[key]
+        items = {k: _trees.plain(args.item) for k, args in step.items.items()}
+        state, prefix = _as_one(items)
         function = "CheckpointManager.save"
         state, places = _trees.served(
             function, state, self._name, self._params, self._optional
@@ -194,14 +197,14 @@ class _Swapping:
         if not places:
             return args  # no average: as it is
         item = _trees.without_empty(state[key] if prefix else state)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"save": step.save} if prefix else {}
         if in_place:
             more[_record.IN_PLACE] = True
         if self._metrics_of is not None:
             more["metrics_of"] = self._metrics_of
         each = args.save_args
         if each is not None and not places[0].swapped:
-            each = _exchanged_args(each, key if prefix else None, step, places)
+            each = _exchanged_args(each, key if prefix else None, step.items, places)
         if self._checksums:
             told = _files.names_of(each).items()
             cast = {names for names, one in told if getattr(one, "dtype", None)}
@@ -270,6 +273,13 @@ def _exchanged_args(
     items = {k: _trees.plain(args.item) for k, args in step.items()}
     trees = jax.tree.map(lambda _: ocp.SaveArgs(), items)
     return exchange(trees | {key: each}, places)[key]
+
+
+class _Step(NamedTuple):
+    """A step that is being saved."""
+
+    items: dict[str, Any]  # -> args
+    save: str  # tells its items from those of other saves, which may come among them
 
 
 class _Failed:

@@ -41,11 +41,7 @@ def combined(
     _selecting.refuse_optimizer_state(function, newest)
     place = _replacing.followed(_files.absolute(out))
     for one in weights:
-        if holds(place, one.files.path):
-            raise ValueError(
-                f"{function}: {place} is, or holds, what is combined: {one.files.path}. "
-                "Write it elsewhere."
-            )
+        refuse_own(function, place, one.files.path, "combined")
     empty = newest.files.marker.empty if newest.files.marker else {}
     names = [n for n, there in newest.places.items() if there not in empty]
     if not names:
@@ -131,7 +127,16 @@ def _sums(
         }
 
 
-def holds(outer: Any, inner: Any) -> bool:
+def refuse_own(function: str, out: Any, source: Any, what_is: str) -> None:
+    """Raises if what is to be written would replace, or stand in, what is read."""
+    if _holds(source, out) or _holds(out, source):
+        raise ValueError(
+            f"{function}: {out} is, holds, or stands in what is {what_is}: {source}. "
+            "Write it elsewhere."
+        )
+
+
+def _holds(outer: Any, inner: Any) -> bool:
     """Whether a path is another, or a directory above it, however they are spelled."""
     outer, inner = os.fspath(outer), os.path.realpath(os.fspath(inner))
     above = inner

@@ -216,6 +216,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {  # and whether it is 
     "empty": (_all(_is_empty), True),
     "values": (_is_values, False),
     "checksums": (_all(_is_checksum), False),
+    "save": (_is_text, False),  # the same in all items of one save
     "metrics_of": (lambda value: value in ("raw", "averaged"), False),
     IN_PLACE: (lambda value: value is True, False),
     "sum": (_is_text, False),

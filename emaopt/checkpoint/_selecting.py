@@ -55,6 +55,8 @@ def select(
         raise ValueError(f"{function}: {files.path} holds no arrays.")
     way = _standing.way_to(function, files, at)
     prefix = way or _parameters(function, files)
+    if which == "raw":
+        files.refuse_without_raw(function, prefix)
     as_raw = which == "raw" and not (
         way and _standing.refuse_averages(function, files, str(at), way)
     )

@@ -27,6 +27,7 @@ class Average(NamedTuple):
     average: Names
     field: str
     served: bool  # whether it stands in the parameters' place, and they in its own
+    alone: bool = False  # whether they are not there at all
 
     @property
     def inside(self) -> Names:
@@ -87,7 +88,9 @@ def averages_at(
         places[rest] = raw
         for one in chosen:
             below = names[len(one.params) :]
-            if is_below(names, one.params) and one.inside + below in present:
+            if not is_below(names, one.params):
+                continue
+            if one.alone or one.inside + below in present:
                 places[rest] = names if one.served else one.inside + below
                 averaged.add(rest)
     return Averaged(prefix, averaged, places)
@@ -173,12 +176,13 @@ def _holds(one: Average, n: Names, present: Any) -> bool:
     """Whether what stands at a name is of the average."""
     if not one.served:
         return is_below(n, one.inside)
-    return is_below(n, one.params) and one.inside + n[len(one.params) :] in present
+    there = one.alone or one.inside + n[len(one.params) :] in present
+    return is_below(n, one.params) and there
 
 
 def _served(files: _files.Files) -> list[Average]:
-    served = files.marker.served if files.marker else ()
-    return [Average(s.params, s.average, s.field, True) for s in served]
+    served, alone = files.marker.served if files.marker else (), files.without_raw
+    return [Average(s.params, s.average, s.field, True, s in alone) for s in served]
 
 
 def _chosen(

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emaopt._names import joined, key_name, own_values, path_leaves
-from emaopt._nodes import served_nodes, swapped_nodes
+from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swapping import exchange
 from emaopt.checkpoint import _record
@@ -62,8 +62,9 @@ def raw(state: Any, params: Ways) -> tuple[Any, list[tuple[Names, Names]]]:
 
 
 def raw_by(state: Any, marker: _record.Marker | None) -> Any:
-    """What stands on disk with its raw parameters, by its record."""
-    served = marker.served if marker else ()
+    """What stands on disk with its raw parameters, by its record, where they are."""
+    nodes = average_nodes(state) | center_nodes(state)
+    served = [one for one in marker.served if one.average in nodes] if marker else []
     return exchange(state, [placed(state, one.average, one.params) for one in served])
 
 
