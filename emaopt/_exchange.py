@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from emaopt._collectives import after, of_all
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked, after, of_all
+from emaopt._workers import Mapped, Stacked
 
 
 class Leaf(NamedTuple):
@@ -97,7 +98,8 @@ class Exchange:
             }
 
         checked = commits_of(read(self.workers.same(True)))
-        finite = self.workers.finite(checked.values(), which.committing)
+        rows = [[row] for row in checked.values()]
+        finite = self.workers.finite(rows, which.committing)
         fixed = read(finite.astype(jnp.int32) >= 0)
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked

@@ -1,7 +1,9 @@
-"""Which options of local updates can go together."""
+"""What local updates take: options that can go together, and weights."""
 
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
 
 from emaopt._checks import (
@@ -94,3 +96,23 @@ def _check_exchange_dtype(engine: Any) -> None:
             "error_feedback nor with reduce='sequential': workers move by what they "
             "commit."
         )
+
+
+def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
+    """The weights of `update` as float32: one for each worker, or the worker's own."""
+    if weights is None:
+        return None
+    shapes = [(), (1,)] if num_workers is None else [(num_workers,)]
+    of = "each worker its own number" if num_workers is None else f"{num_workers} numbers"
+    try:
+        array = jnp.asarray(weights)
+        real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
+    except (TypeError, ValueError):
+        array, real = None, False
+    if array is None or not real:
+        raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
+    if array.shape not in shapes:
+        raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
+    if not isinstance(array, jax.core.Tracer) and not (array >= 0).all():
+        raise ValueError(f"{function}: weights must be at least 0, got {weights!r}.")
+    return array.astype(jnp.float32).reshape(() if num_workers is None else -1)

@@ -11,14 +11,15 @@ import numpy as np
 import optax
 
 from emaopt._checks import check_arrays, refuse_unlike
+from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Workers
-from emaopt._local_checks import check_engine
+from emaopt._local_checks import as_weights, check_engine
 from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead, rounded_to
 from emaopt._tracing import Computed, Selected, Traced, traced
-from emaopt._workers import Mapped, Stacked, of_all
+from emaopt._workers import Mapped, Stacked
 
 _MAX = 2**31 - 1
 
@@ -151,7 +152,7 @@ class Engine:
         leaves, treedef = jax.tree.flatten(params)
         workers = self.workers
         workers.check(self.function, leaves)
-        weights = workers.weights(self.function, weights)
+        weights = as_weights(self.function, weights, self.num_workers)
         inner = optax.with_extra_args_support(self.inner)
 
         def column(tree) -> list[Any]:
@@ -342,7 +343,7 @@ def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
         for leaf, gradient, step in zip(leaves, gradients, steps, strict=True)
         if gradient is not None and is_averaged(gradient) and is_averaged(step)
     ]
-    return workers.finite([row for pair in seen for row in pair], workers.same(True))
+    return workers.finite(seen, workers.same(True))
 
 
 def _refuse_branch(function: str, traced: Any) -> None:

@@ -1,11 +1,10 @@
 """Where the workers are: on a leading axis, on a mapped axis, or just one of them.
 
-The only file with collectives. Both forms answer the same few questions, so that the
-engine is written once. A row is what one worker has of a leaf.
+The only file that asks for collectives. Both forms answer the same few questions, so that
+the engine is written once. A row is what one worker has of a leaf.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,9 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from emaopt._collectives import held_until, in_turn, packed
 from emaopt._conditional import vary, varying
 from emaopt._recursion import replicated_beside
-from emaopt._tracing import traced
-
-# Leaves up to this size share a collective: it then costs less than copying them.
-_SMALL = 2**20  # bytes
 
 
 class _Workers:
@@ -43,14 +39,18 @@ class _Workers:
 
         return jax.tree.map(one, new, old)
 
-    def finite(self, rows, flags):
-        """Flags of the workers, off for those with a row that is not finite."""
-        for row in rows:
+    def finite(self, groups, flags):
+        """Flags of the workers, off for those with a row that is not finite.
+
+        The rows of a group, of one shape, are read in one go.
+        """
+        for rows in groups:
             # One after the other: XLA on CPU writes a flag for each element, and would
-            # for all rows at once. x - x is 0, or NaN where x is not finite. No sum: for
-            # one it writes elements of the row's own width.
-            row = self.held(flags.astype(jnp.int32) >= 0, row)
-            flags &= jnp.all(row - row == 0, axis=self.axes(row))
+            # for all groups at once. x - x is 0, or NaN where x is not finite. No sum:
+            # for one it writes elements of the row's own width.
+            rows = self.held(flags.astype(jnp.int32) >= 0, rows)
+            zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
+            flags &= jnp.all(zero, axis=self.axes(zero))
         return flags
 
 
@@ -151,10 +151,6 @@ class Stacked(_Workers):
         del like
         return scalars
 
-    def weights(self, function, weights):
-        """The weights of `update`, one for each worker."""
-        return None if weights is None else _weights(function, weights, self.num_workers)
-
     def axes(self, leaf):
         """The axes of a row."""
         return tuple(range(1, leaf.ndim))
@@ -169,7 +165,7 @@ class Stacked(_Workers):
 
     def total(self, leaves):
         """The sums over the workers."""
-        return _in_turn(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), leaves)
+        return in_turn(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), leaves)
 
     def valid(self, finite):
         """[num_workers] flags of all workers, equal everywhere."""
@@ -316,9 +312,6 @@ class Mapped(_Workers):
     def stored(self, scalars, like):
         return jnp.broadcast_to(scalars, like.shape)
 
-    def weights(self, function, weights):
-        return None if weights is None else _weights(function, weights, None)
-
     def axes(self, leaf):
         return tuple(range(leaf.ndim))
 
@@ -332,7 +325,7 @@ class Mapped(_Workers):
     def total(self, leaves):
         if self.axis_name is None:
             return leaves
-        return _packed(lambda x: lax.psum(x, self.axis_name), leaves)
+        return packed(lambda x: lax.psum(x, self.axis_name), leaves)
 
     def valid(self, finite):
         if self.axis_name is None:
@@ -343,7 +336,7 @@ class Mapped(_Workers):
     def gather(self, leaves):
         if self.axis_name is None:
             return [leaf[None] for leaf in leaves]
-        return _packed(lambda x: lax.all_gather(x, self.axis_name), leaves)
+        return packed(lambda x: lax.all_gather(x, self.axis_name), leaves)
 
     def own(self, leaves):
         i = 0 if self.axis_name is None else lax.axis_index(self.axis_name)
@@ -401,118 +394,5 @@ def _placed_beside(param: Any, rows: jax.Array) -> jax.Array:
     return jax.device_put(rows, _of_rows(sharding))
 
 
-def _weights(function: str, weights: Any, num_workers: int | None) -> jax.Array:
-    """Weights as float32: one for each worker; None: the worker's own."""
-    shapes = [(), (1,)] if num_workers is None else [(num_workers,)]
-    of = "each worker its own number" if num_workers is None else f"{num_workers} numbers"
-    try:
-        array = jnp.asarray(weights)
-        real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
-    except (TypeError, ValueError):
-        array, real = None, False
-    if array is None or not real:
-        raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
-    if array.shape not in shapes:
-        raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
-    if not isinstance(array, jax.core.Tracer) and not (array >= 0).all():
-        raise ValueError(f"{function}: weights must be at least 0, got {weights!r}.")
-    return array.astype(jnp.float32).reshape(() if num_workers is None else -1)
-
-
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def _packed(collective: Callable, leaves: list) -> list:
-    """One collective for the small leaves of each dtype, and one for each large leaf.
-
-    One flat vector is faster than a collective for each leaf, but it is a copy.
-    """
-    packs: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        packs.setdefault(leaf.dtype if _is_small(leaf) else i, []).append(i)
-
-    def operand(pack):
-        if len(pack) == 1:
-            return leaves[pack[0]]
-        return jnp.concatenate([leaves[i].ravel() for i in pack])
-
-    done = list(leaves)
-    results = _in_turn(collective, [operand(pack) for pack in packs.values()])
-    for pack, result in zip(packs.values(), results, strict=True):
-        if len(pack) == 1:
-            done[pack[0]] = result
-            continue
-        start = 0
-        for i in pack:
-            end = start + math.prod(leaves[i].shape)
-            part = result[..., start:end]
-            done[i] = part.reshape(part.shape[:-1] + leaves[i].shape)
-            start = end
-    return done
-
-
-def _in_turn(reduction: Callable, operands: list) -> list:
-    """The results of a reduction; on CPU the large ones one after the other.
-
-    There XLA combines all collectives that do not wait for each other, and keeps the
-    operands and results of all of them at once: fresh pages at every exchange, which cost
-    more than the sums. An `optimization_barrier` is gone before it combines.
-    """
-    results = list(operands)
-    before = []
-    for i in _small_first(operands):
-        operand = operands[i] if _is_small(operands[i]) else after(operands[i], before)
-        results[i] = reduction(operand)
-        before = [results[i]]
-    return results
-
-
-def _small_first(leaves: list) -> list[int]:
-    return sorted(range(len(leaves)), key=lambda i: not _is_small(leaves[i]))
-
-
-def _is_small(leaf: jax.Array) -> bool:
-    return leaf.size * leaf.dtype.itemsize <= _SMALL
-
-
-def after(leaf: jax.Array, results: list) -> jax.Array:
-    """The leaf, to be read when results of `total` or `gather` are there; on CPU.
-
-    They come in turn, so the last one is waited for. Without effect where its elements
-    cannot be read: along a sharded axis of an Explicit mesh, or on each worker its own.
-    """
-    for i in _small_first(results)[-1:]:
-        whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
-        if whole and varying(results[i]) <= varying(leaf):
-            return lax.platform_dependent(
-                leaf, results[i], cpu=_held_until_there, default=lambda leaf, _: leaf
-            )
-    return leaf
-
-
-def _held_until_there(leaf: jax.Array, result: jax.Array) -> jax.Array:
-    first = jnp.real(result[(0,) * result.ndim])
-    return held_until(lambda _: ~(first < -jnp.inf), leaf)
-
-
-def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
-    """A value that is that of all workers, in a shape that broadcasts against `rows`.
-
-    Explicit: some users let JAX refuse what broadcasts by itself.
-    """
-    return jnp.expand_dims(value, tuple(range(jnp.ndim(rows) - jnp.ndim(value))))
-
-
-def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree, to be read when true(leaf) is there: a value that always is true."""
-
-    if not traced(tree):
-        return tree  # there is no compiler that could change the order
-
-    def held(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.number):
-            return leaf
-        return jnp.where(true(leaf), leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(held, tree)

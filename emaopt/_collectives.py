@@ -1,0 +1,113 @@
+"""Collectives in few pieces and in an order, and values held back until others are there.
+
+What XLA would combine, keep at once or put in another order, at the cost of memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from emaopt._conditional import varying
+from emaopt._tracing import traced
+
+# Leaves up to this size share a collective: it then costs less than copying them.
+_SMALL = 2**20  # bytes
+
+
+def packed(collective: Callable, leaves: list) -> list:
+    """One collective for the small leaves of each dtype, and one for each large leaf.
+
+    One flat vector is faster than a collective for each leaf, but it is a copy.
+    """
+    packs: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        packs.setdefault(leaf.dtype if _is_small(leaf) else i, []).append(i)
+
+    def operand(pack):
+        if len(pack) == 1:
+            return leaves[pack[0]]
+        return jnp.concatenate([leaves[i].ravel() for i in pack])
+
+    done = list(leaves)
+    results = in_turn(collective, [operand(pack) for pack in packs.values()])
+    for pack, result in zip(packs.values(), results, strict=True):
+        if len(pack) == 1:
+            done[pack[0]] = result
+            continue
+        start = 0
+        for i in pack:
+            end = start + math.prod(leaves[i].shape)
+            part = result[..., start:end]
+            done[i] = part.reshape(part.shape[:-1] + leaves[i].shape)
+            start = end
+    return done
+
+
+def in_turn(reduction: Callable, operands: list) -> list:
+    """The results of a reduction; on CPU the large ones one after the other.
+
+    There XLA combines all collectives that do not wait for each other, and keeps the
+    operands and results of all of them at once: fresh pages at every exchange, which cost
+    more than the sums. An `optimization_barrier` is gone before it combines.
+    """
+    results = list(operands)
+    before = []
+    for i in _small_first(operands):
+        operand = operands[i] if _is_small(operands[i]) else after(operands[i], before)
+        results[i] = reduction(operand)
+        before = [results[i]]
+    return results
+
+
+def _small_first(leaves: list) -> list[int]:
+    return sorted(range(len(leaves)), key=lambda i: not _is_small(leaves[i]))
+
+
+def _is_small(leaf: jax.Array) -> bool:
+    return leaf.size * leaf.dtype.itemsize <= _SMALL
+
+
+def after(leaf: jax.Array, results: list) -> jax.Array:
+    """The leaf, to be read when results of `total` or `gather` are there; on CPU.
+
+    They come in turn, so the last one is waited for. Without effect where its elements
+    cannot be read: along a sharded axis of an Explicit mesh, or on each worker its own.
+    """
+    for i in _small_first(results)[-1:]:
+        whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
+        if whole and varying(results[i]) <= varying(leaf):
+            return lax.platform_dependent(
+                leaf, results[i], cpu=_held_until_there, default=lambda leaf, _: leaf
+            )
+    return leaf
+
+
+def _held_until_there(leaf: jax.Array, result: jax.Array) -> jax.Array:
+    first = jnp.real(result[(0,) * result.ndim])
+    return held_until(lambda _: ~(first < -jnp.inf), leaf)
+
+
+def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
+    """A value that is that of all workers, in a shape that broadcasts against `rows`.
+
+    Explicit: some users let JAX refuse what broadcasts by itself.
+    """
+    return jnp.expand_dims(value, tuple(range(jnp.ndim(rows) - jnp.ndim(value))))
+
+
+def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree, to be read when true(leaf) is there: a value that always is true."""
+
+    if not traced(tree):
+        return tree  # there is no compiler that could change the order
+
+    def held(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.number):
+            return leaf
+        return jnp.where(true(leaf), leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(held, tree)
