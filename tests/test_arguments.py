@@ -167,9 +167,10 @@ def test_errors_of_a_users_own_function_are_left_alone():
 
 
 def test_public_functions_are_not_wrapped():
+    methods = {"agn", "block_momentum", "diloco", "easgd", "local_sgd"}
     for name, function in FUNCTIONS.items():
-        if hasattr(function, "__wrapped__"):
-            assert name.startswith("checkpoint."), name  # readers begin again
+        if hasattr(function, "__wrapped__"):  # readers begin again, methods show options
+            assert name.startswith("checkpoint.") or name in methods, name
 
 
 def test_checks_add_nothing_to_a_compiled_update():

@@ -595,12 +595,12 @@ ERRORS = {
     "an output that is the run itself": (
         ("average", "cut/100", "cut/200", "--out", "cut", "--force"),
         1,
-        r"cut is, or holds, what is combined: \S*cut/100\. Write it elsewhere",
+        r"cut is, holds, or stands in what is combined: \S*cut/100\. Write it elsewhere",
     ),
     "an output that is what is averaged": (
         ("average", "good_1", "--out", "good_1", "--force"),
         1,
-        r"good_1 is, or holds, what is combined",
+        r"good_1 is, holds, or stands in what is combined",
     ),
     "averages in the one and raw parameters in the other": (
         ("average", "with_1", "served_3", "--out", "out"),
