@@ -94,16 +94,18 @@ def save(
       optional: Save a state that holds no average as it is, in place of an error: for
         programs whose configuration may switch it off.
       force: Replace what stands at `path`, whatever it is; of a link, what it leads to.
-        It is removed when the new checkpoint is complete beside it, as
-        `path`.replacement. A kill at any moment leaves one of the two complete, which
+        Of a CheckpointManager's directory these are all of its steps. It is removed when
+        the new checkpoint is complete beside it, as `path`.replacement. A kill at any
+        moment leaves one of the two complete, there or as `path`.replaced, which
         `restore` finds. A save by a run that has not restored it keeps it, as
         `path`.kept1, and says so.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
       checksums: Record a checksum of each array, by which whatever of emaopt reads it
-        notices a changed bit; but not if it is read split over devices in another dtype,
-        or for another number of workers; none of an array whose copies on several devices
-        are not alike. Saving and reading each go once more through what they save or
-        read; of an array that is split over CPUs they hold another copy, of 32 bits.
+        notices a changed bit; without, most are read as other numbers. But not if it is
+        read split over devices in another dtype, or for another number of workers; none
+        of an array whose copies on several devices are not alike. Saving and reading each
+        go once more through what they save or read; of an array that is split over CPUs
+        they hold another copy, of 32 bits.
 
     Raises:
       ValueError: If the state holds no average, several, or no parameters that it is the
