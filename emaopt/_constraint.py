@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from emaopt._checks import check_callable, refuse_unlike
@@ -58,8 +59,9 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
         except (TypeError, ValueError) as error:
             refuse_unlike("constrain", params, error, projection=projected)
             raise
+        # In float32 at least: a bound is to be met, and 16 bits may miss it.
         leads = [
-            lead(p, target, u, True) if is_averaged(p) and u is not None else u
+            lead(p, target, _wide(u), True) if is_averaged(p) and u is not None else u
             for p, target, u in zip(
                 leaves, projected, treedef.flatten_up_to(updates), strict=True
             )
@@ -67,3 +69,8 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
         return jax.tree.unflatten(treedef, leads), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _wide(update: Any) -> jax.Array:
+    update = jnp.asarray(update)
+    return update.astype(jnp.float32) if update.dtype.itemsize < 4 else update
