@@ -97,7 +97,7 @@ class Exchange:
                 if f.local is not None
             }
 
-        checked = commits_of(read(self.workers.same(True)))
+        checked = commits_of(read(which.committing.astype(jnp.int32) >= 0))
         rows = [[row] for row in checked.values()]
         finite = self.workers.finite(rows, which.committing)
         fixed = read(finite.astype(jnp.int32) >= 0)

@@ -213,13 +213,15 @@ def test_step_without_an_exchange_copies_nothing_and_reuses_all_memory(name, for
 
 @pytest.mark.slow
 @BOTH
+@pytest.mark.parametrize("exchange", [None, True])
 @pytest.mark.parametrize("name", ["delta", "mean_gradient", "outer adam"])
-def test_exchange_keeps_few_large_leaves_at_once(name, form):
+def test_exchange_keeps_few_large_leaves_at_once(name, exchange, form):
     shapes = dict.fromkeys("abcdefghijkl", (600, 500))  # each over 1 MiB
     tx = method(form, name)
     params, state, specs = begin(tx, shapes)
     with jax.set_mesh(MESH):
-        program = step_of(form, tx, specs).lower(params, state, params).compile()
+        step = step_of(form, tx, specs, exchange=exchange)
+        program = step.lower(params, state, params).compile()
     assert program.memory_analysis().temp_size_in_bytes <= 5 * 4 * 600 * 500
     assert len(collectives(program.as_text().splitlines())) == 1 + len(shapes)
 
