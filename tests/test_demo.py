@@ -84,7 +84,8 @@ def test_demo_replaces_its_own_files_and_no_others(finished):
         (("--steps", 19), 2, "Invalid value for '--steps': "),
         (("--seeds", 0), 2, "Invalid value for '--seeds': "),
         (("--seed", -1), 2, "Invalid value for '--seed': "),
-        (("--out", __file__), 1, "File exists"),
+        (("--out", __file__), 2, "Invalid value for '--out': takes a directory"),
+        (("--out", f"{__file__}/out"), 1, "Not a directory"),
     ],
 )
 def test_bad_option_is_one_line_on_stderr(arguments, code, message):
