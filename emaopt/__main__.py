@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-import threading
 from typing import Any
+
+from emaopt._interrupts import send_again
 
 _EXTRAS = {
     "flax": "demo",
@@ -16,18 +17,13 @@ _EXTRAS = {
 }
 
 
-_SOON = 0.02  # seconds
-
-
 def _unraised(what: Any) -> None:
     """Drops what TensorStore's threads still tell once Orbax has given up.
 
-    A Ctrl-C that Python drops, as in a callback of its garbage collector, is sent again.
+    But no Ctrl-C.
     """
     if isinstance(what.exc_value, KeyboardInterrupt):
-        again = threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
+        send_again(signal.SIGINT)
     elif str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
 

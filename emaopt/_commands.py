@@ -13,11 +13,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from emaopt._interrupts import send_again
 from emaopt._terminal import say, stop, take_any_text, warn
 
 _PIPE = 13  # SIGPIPE, which not all systems have
 _GRACE = 5.0  # seconds in which what was begun is taken back, whatever else is sent
-_SOON = 0.02  # seconds
 _WORDS = {  # of the library -> of the command line
     "pass force=True to replace it": "--force replaces it",
     "Say with weights= which": "Say with --weights which",
@@ -112,8 +112,8 @@ def _signals() -> Iterator[None]:
         nonlocal last
         if not isinstance(what.exc_value, Stopped):
             return hook(what)
-        last, number = -_GRACE, what.exc_value.number
-        threading.Timer(_SOON, os.kill, (os.getpid(), number)).start()
+        last = -_GRACE
+        send_again(what.exc_value.number)
 
     def handle(number: int, frame: Any) -> None:
         nonlocal last

@@ -4,11 +4,11 @@ import contextlib
 import os
 import re
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from emaopt._interrupts import undisturbed
 
 _PAUSE, _ABSENT = 0.05, 4  # seconds, and after how many of them a directory stays away
 _LONGEST = 20.0  # seconds that cleaning up may take
@@ -139,27 +139,6 @@ def making_parents(path: str | os.PathLike) -> Iterator[None]:
             for directory in made:
                 os.rmdir(directory)
         raise
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keeps signals that would raise an exception until a few renames are done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where none are handled
-        return
-    came = []
-    before = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
-        for name in ("SIGINT", "SIGTERM", "SIGHUP")
-        if (number := getattr(signal, name, None)) and callable(signal.getsignal(number))
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
 
 
 def clear(*paths: Any) -> None:

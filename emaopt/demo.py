@@ -30,12 +30,12 @@ from scipy import stats
 
 import emaopt
 from emaopt import checkpoint, digits
+from emaopt._interrupts import undisturbed
 from emaopt._writing import (
     clear,
     making_parents,
     naming,
     own_name,
-    undisturbed,
     writing,
 )
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import fsspec
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from safetensors.numpy import load
 from typer.testing import CliRunner
 
 import emaopt
-from emaopt import _writing, checkpoint, cli
+from emaopt import __main__, _interrupts, checkpoint, cli
 from emaopt.checkpoint import _streaming
 
 RED = "\x1b[31m"
@@ -106,6 +107,20 @@ def heard(number):
         signal.signal(number, before)
 
 
+def test_a_ctrl_c_that_python_drops_comes_again():
+    class Collected:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    hook, sys.unraisablehook = sys.unraisablehook, __main__._unraised
+    try:
+        with heard(signal.SIGINT), pytest.raises(KeyboardInterrupt):
+            Collected()
+            time.sleep(10)
+    finally:
+        sys.unraisablehook = hook
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("writer", [w for w in WRITERS if w != "profile"])
 def test_a_signal_is_one_line_and_nothing_is_left(
@@ -135,7 +150,7 @@ def test_renames_are_not_disturbed_by_signals_but_followed_by_them():
     done = []
     with heard(signal.SIGINT) as handler:
         with pytest.raises(KeyboardInterrupt):
-            with _writing.undisturbed():
+            with _interrupts.undisturbed():
                 signal.raise_signal(signal.SIGINT)
                 done.append("renamed")
         assert done and signal.getsignal(signal.SIGINT) is handler

@@ -24,13 +24,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from emaopt._interrupts import undisturbed
 from emaopt._writing import (
     UNFINISHED,
     clear,
     is_url,
     making_parents,
     own_name,
-    undisturbed,
 )
 from emaopt.checkpoint import _finished
 
