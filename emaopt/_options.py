@@ -42,6 +42,12 @@ Checkpoint = Annotated[
         callback=path,
     ),
 ]
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="A CheckpointManager's directory.", show_default=False, callback=path
+    ),
+]
 Out = Annotated[
     str,
     typer.Option(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from emaopt import _options
 from emaopt._commands import Commands, failing
-from emaopt._options import At, Checkpoint, Dtype, Force, Json, Out, Which
+from emaopt._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
 from emaopt._terminal import progress_bar, report, stop, warn
 
 app = typer.Typer(
@@ -191,14 +191,7 @@ def average(
 
 @app.command()
 def synthesize(
-    directory: Annotated[
-        str,
-        typer.Argument(
-            help="A CheckpointManager's directory.",
-            show_default=False,
-            callback=_options.path,
-        ),
-    ],
+    directory: Run,
     out: Out,
     sigma_rel: Annotated[
         float | None,
