@@ -273,6 +273,24 @@ def test_what_is_read_as_another_dtype_is_checked_but_in_parts(damaged):
         checkpoint.load_averaged(damaged, sharding=parts)
 
 
+def test_what_is_whole_is_read_beside_what_is_damaged(tmp_path):
+    def spoil(record):
+        for entry in record["checksums"]:
+            if entry[0] == ["params", "a"]:
+                entry[2] ^= 1
+
+    params = {"a": jnp.ones(3), "b": jnp.arange(4.0)}
+    path = tmp_path / "c"
+    checkpoint.save(path, {"params": params, "opt_state": TX.init(params)})
+    edit(path / "_CHECKPOINT_METADATA", spoil)
+    with pytest.raises(ValueError, match=r"other numbers at params/a than"):
+        checkpoint.load_averaged(path)
+    assert_same(checkpoint.load_averaged(path, at="params/b"), params["b"])
+    target = {"b": params["b"]}
+    found = checkpoint.load_averaged(path, target=target, ignore_extra=True)
+    assert_same(found, target)
+
+
 @pytest.mark.parametrize("composite", [False, True])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_manager_records_and_checks(asynchronous, composite, tmp_path):

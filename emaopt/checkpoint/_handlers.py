@@ -139,6 +139,13 @@ def handler_registry(
     return registry
 
 
+class _Step(NamedTuple):
+    """A step that is being saved."""
+
+    items: dict[str, Any]  # -> args
+    save: str  # tells its items from those of other saves, which may come among them
+
+
 class _Swapping:
     """The methods that stand in for the stock handler's."""
 
@@ -174,7 +181,7 @@ class _Swapping:
         step.items[key] = args
         return self._save_item(directory, key, step)
 
-    async def _save_item(self, directory: Any, key: str, step: "_Step") -> Any:
+    async def _save_item(self, directory: Any, key: str, step: _Step) -> Any:
         self._steps.pop(str(directory.parent), None)
         in_place = _finished.UNFINISHED not in directory.parent.name
         try:
@@ -185,7 +192,7 @@ class _Swapping:
             # process could not end.
             return [_Failed(error)]
 
-    def _swapped(self, key: str, step: "_Step", in_place: bool) -> Any:
+    def _swapped(self, key: str, step: _Step, in_place: bool) -> Any:
         """What to save of an item: averages under the names, with the marker."""
         args = step.items[key]
         items = {k: _trees.plain(args.item) for k, args in step.items.items()}
@@ -273,13 +280,6 @@ def _exchanged_args(
     items = {k: _trees.plain(args.item) for k, args in step.items()}
     trees = jax.tree.map(lambda _: ocp.SaveArgs(), items)
     return exchange(trees | {key: each}, places)[key]
-
-
-class _Step(NamedTuple):
-    """A step that is being saved."""
-
-    items: dict[str, Any]  # -> args
-    save: str  # tells its items from those of other saves, which may come among them
 
 
 class _Failed:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from emaopt._names import is_below
 from emaopt._places import Ways, placed
 from emaopt._swapping import exchange
 from emaopt.checkpoint import _arrays, _files, _reading, _standing, _trees
@@ -37,9 +36,8 @@ def restored(
     without a sharding go to `fallback`, or the default device. If the target is metadata,
     it is filled with what there is, `as_it_is`.
     """
-    for one in {names[: len(scope)] or names[:1] for names in names_of(target)}:
-        if is_below(one, scope):
-            files.refuse_without_raw("restore", one)
+    for way in [scope] if scope else {names[:1] for names in names_of(target)}:
+        files.refuse_without_raw("restore", way)
     plain, swapped = _trees.raw(_trees.plain(target), params)
     logical, present = _files.logical_names(files), _files.all_leaves(files)
     saved = {name: present[there] for name, there in logical.items()}
