@@ -45,8 +45,8 @@ from emaopt._local_methods import block_momentum as block_momentum
 from emaopt._local_methods import diloco as diloco
 from emaopt._local_methods import easgd as easgd
 from emaopt._local_methods import local_sgd as local_sgd
-from emaopt._local_methods import local_updates as local_updates
 from emaopt._local_methods import lookahead as lookahead
+from emaopt._local_options import local_updates as local_updates
 from emaopt._local_updates import LocalUpdatesState as LocalUpdatesState
 from emaopt._local_updates import SwappedLocalUpdatesState as SwappedLocalUpdatesState
 from emaopt._names import by_name as by_name
