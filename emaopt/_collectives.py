@@ -101,7 +101,6 @@ def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
 
 def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
     """The tree, to be read when true(leaf) is there: a value that always is true."""
-
     if not traced(tree):
         return tree  # there is no compiler that could change the order
 

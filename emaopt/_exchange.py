@@ -12,7 +12,7 @@ from jax import lax
 from emaopt._collectives import after, of_all
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked
+from emaopt._workers import Mapped, Stacked, always
 
 
 class Leaf(NamedTuple):
@@ -38,8 +38,8 @@ class Fixed(NamedTuple):
     accumulated: Any  # Σ gradients, or None
 
 
-class Workers(NamedTuple):
-    """Which workers' commits count; shaped as the workers' flags are."""
+class Voices(NamedTuple):
+    """Which workers' commits count, and what; shaped as the workers' flags are."""
 
     committing: Any  # bool; the others are left out
     weights: Any  # float, 0 of those that are absent; None: all alike
@@ -70,7 +70,7 @@ class Exchange:
         part: Part,
         read: Callable[[Any], list[Fixed]],
         num_steps: Any,
-        which: Workers,
+        voices: Voices,
         subtree: Callable[[list], Any],
     ) -> Part:
         """Returns the part after the exchange.
@@ -84,7 +84,7 @@ class Exchange:
           read: Makes what the exchange reads of each of its leaves, when flags of the
             workers are there that always are on.
           num_steps: () int32, local steps since the last exchange.
-          which: The workers that may commit.
+          voices: Of the workers.
           subtree: Makes of a list like the leaves a tree with the parameters' names.
         """
         leaves = part.leaves
@@ -97,14 +97,14 @@ class Exchange:
                 if f.local is not None
             }
 
-        checked = commits_of(read(which.committing.astype(jnp.int32) >= 0))
+        checked = commits_of(read(always(voices.committing)))
         rows = [[row] for row in checked.values()]
-        finite = self.workers.finite(rows, which.committing)
-        fixed = read(finite.astype(jnp.int32) >= 0)
+        finite = self.workers.finite(rows, voices.committing)
+        fixed = read(always(finite))
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
         local = {k: fixed[k].local for k in commits}
-        counted, weights, num_present = self._weighed(finite, which.weights)
+        counted, weights, num_present = self._weighed(finite, voices.weights)
 
         def where(flags, rows, otherwise):
             return {
@@ -218,8 +218,8 @@ class Exchange:
         handed = local if elastic else commits
         sent, rows, valid, weights = self._gathered(handed, counted, weights)
 
-        def turn(center, turn):
-            rows, valid, weight = turn
+        def turn(center, of_worker):
+            rows, valid, weight = of_worker
             if elastic:
                 rows = {k: self._rate * (center.leaves[k] - x) for k, x in rows.items()}
             commits = {k: _times(row, weight) for k, row in rows.items()}

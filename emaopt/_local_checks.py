@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-import jax.core
 import jax.numpy as jnp
 
 from emaopt._checks import (
@@ -19,6 +17,7 @@ from emaopt._checks import (
     check_text,
 )
 from emaopt._commits import check_commit
+from emaopt._tracing import traced
 
 REDUCTIONS = ("mean", "sum", "sequential")
 
@@ -113,6 +112,6 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
         raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
     if array.shape not in shapes:
         raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
-    if not isinstance(array, jax.core.Tracer) and not (array >= 0).all():
+    if not traced(array) and not (array >= 0).all():
         raise ValueError(f"{function}: weights must be at least 0, got {weights!r}.")
     return array.astype(jnp.float32).reshape(() if num_workers is None else -1)

@@ -16,12 +16,12 @@ from emaopt._checks import (
     check_integer,
     check_optimizer,
 )
-from emaopt._exchange import Exchange, Fixed, Leaf, Part, Workers
+from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired
 from emaopt._recursion import is_averaged
-from emaopt._workers import Mapped, Stacked
+from emaopt._workers import Mapped, Stacked, resized
 
 
 def stack_workers(params: Any, num_workers: int) -> Any:
@@ -90,6 +90,11 @@ def state_specs(
     check_optimizer("state_specs", "optimizer", optimizer)
     check_arrays("state_specs", "params", params)
     check_axis_name("state_specs", "axis_name", axis_name)
+    if any(not jnp.ndim(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "state_specs: params are those of all workers, leaves [W, ...], but one is a "
+            "scalar. Call emaopt.stack_workers(params, W) first."
+        )
     try:
         state = jax.eval_shape(optimizer.init, params)
     except ValueError as error:
@@ -101,14 +106,14 @@ def state_specs(
     stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
 
     rows, everywhere = PartitionSpec(axis_name), PartitionSpec()
-    shape = next((jnp.shape(leaf) for leaf in jax.tree.leaves(params)), ())
+    workers = next((len(leaf) for leaf in jax.tree.leaves(params)), 0)
     if stacked:
         own = {"inner_state", "accumulated", "pulled", "residual"}
         own |= {"num_missed", "has_missed"}
 
         def specs(node):
             if not is_center_node(node):
-                return rows if jnp.shape(node)[:1] == shape[:1] else everywhere
+                return rows if jnp.shape(node)[:1] == (workers,) else everywhere
 
             def of(field, part):
                 return jax.tree.map(lambda _: rows if field in own else everywhere, part)
@@ -117,12 +122,7 @@ def state_specs(
 
         return jax.tree.map(specs, state, is_leaf=is_center_node)
     # What a worker has on its own is longer with more workers.
-    more = jax.eval_shape(
-        optimizer.init,
-        jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((len(x) + 1, *x.shape[1:]), x.dtype), params
-        ),
-    )
+    more = jax.eval_shape(optimizer.init, resized(params, workers + 1))
     return jax.tree.map(
         lambda x, y: everywhere if x.shape == y.shape else rows, state, more
     )
@@ -254,12 +254,12 @@ def synchronize(
         rows = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
         outer_state = exchange.outer.init([leaf.center for leaf in changing])
         part = Part(changing, outer_state, num_left_out)
-        which = Workers(~workers.loaded(missed), None)
+        voices = Voices(~workers.loaded(missed), None)
 
         def read(ready, rows=rows):
             return workers.held(ready, rows)
 
-        after = exchange(part, read, steps, which, list)
+        after = exchange(part, read, steps, voices, list)
         num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
         for i, leaf in zip(fragment, after.leaves, strict=True):
             center[i] = jnp.where(steps > 0, leaf.center, center[i])

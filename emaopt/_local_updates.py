@@ -10,18 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_arrays, refuse_unlike
+from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
 from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
-from emaopt._exchange import Exchange, Fixed, Leaf, Part, Workers
+from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._local_checks import as_weights, check_engine
 from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead, rounded_to
 from emaopt._tracing import Computed, Selected, Traced, traced
-from emaopt._workers import Mapped, Stacked
-
-_MAX = 2**31 - 1
+from emaopt._workers import Mapped, Stacked, always
 
 
 class LocalUpdatesState(NamedTuple):
@@ -111,7 +109,7 @@ class Engine:
         center = [start_center(self.workers.first(leaf)) for leaf in leaves]
         fragments = fragments_of(self.function, center, self.num_fragments)
         zero = replicated_beside(leaves)
-        each = self.workers.zeros(params)
+        each = functools.partial(self.workers.zero, params)
 
         def rows(start: Callable) -> Any:
             """Like the parameters, in the center's dtypes."""
@@ -153,7 +151,7 @@ class Engine:
         workers = self.workers
         workers.check(self.function, leaves)
         weights = as_weights(self.function, weights, self.num_workers)
-        inner = optax.with_extra_args_support(self.inner)
+        inner = _keeping_structure(self.function, self.inner)
 
         def column(tree) -> list[Any]:
             """The leaves in the parameters' order, None where there are none."""
@@ -191,8 +189,7 @@ class Engine:
             steps, after = local_step.selecting(
                 lambda number, new: workers.choose(taken, new, old[number]), *before
             )
-            zeros = jax.tree.map(jnp.zeros_like, steps)
-            return workers.choose(taken, steps, zeros), after
+            return workers.or_zeros(taken, steps), after
 
         def each_local(before, taken, ready):
             """The parameters after it, None where they have no gradient."""
@@ -208,13 +205,11 @@ class Engine:
         before = updates, state.inner_state, params
         in_trace = traced((before, extra_args))
         local_step = (Selected if in_trace else Computed)(each_step, *before)
-        local, flags = each_local, workers.same(True)
-        if in_trace:
-            local = Traced(each_local, before, flags, flags)
+        flags = workers.same(True)
+        local = Traced(each_local, before, flags, flags) if in_trace else each_local
         # Whether the step can be taken is known before anything is overwritten.
         tried, _ = local_step(*before)
         taken = _finite(workers, leaves, gradients, tried)
-        ready = taken.astype(jnp.int32) >= 0  # always
 
         sums = column(state.accumulated)
         state_columns = map(column, (state.pulled, state.residual, state.center))
@@ -227,10 +222,7 @@ class Engine:
             since = state.since_exchange[number]
             for i in fragment:
                 if state.accumulated is not None:
-                    gradient = gradients[i]
-                    if gradient is not None:
-                        zeros = jnp.zeros_like(gradient)
-                        gradient = workers.choose(taken, gradient, zeros)
+                    gradient = workers.or_zeros(taken, gradients[i])
                     sums[i] = accumulate(sums[i], gradient, since == 0)
             since = optax.safe_increment(since)
             missed = workers.loaded(state.has_missed[number]) | ~taken
@@ -248,8 +240,8 @@ class Engine:
                     ]
 
                 subtree = functools.partial(_subtree, treedef, fragment)
-                which = Workers(~missed, weights)
-                return self._exchange(part, read, since, which, subtree)
+                voices = Voices(~missed, weights)
+                return self._exchange(part, read, since, voices, subtree)
 
             part = Part(
                 [changing[i] for i in fragment], state.outer_state[number], num_left_out
@@ -270,7 +262,7 @@ class Engine:
         # The local step comes again, after the exchanges and from the same state, whose
         # slots it overwrites in place. Without an order between the two, the compiler
         # would copy the slots at every step.
-        ready &= num_left_out >= 0
+        ready = always(taken) & always(num_left_out)
         steps, inner_state = taken_step(before, taken, ready)
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
@@ -304,7 +296,7 @@ class Engine:
             offset = number * self.period // self.num_fragments
             due = (num_steps % self.period + offset) % self.period == 0
             # A counter that is full stays as it is.
-            due = jnp.where(num_steps < _MAX, due, since >= self.period)
+            due = jnp.where(num_steps < MAX_COUNT, due, since >= self.period)
         return due | (num_steps <= self.warmup_steps)
 
 
@@ -341,9 +333,29 @@ def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
     seen = [
         [gradient, rounded_to(step, jnp.asarray(leaf).dtype)]
         for leaf, gradient, step in zip(leaves, gradients, steps, strict=True)
-        if gradient is not None and is_averaged(gradient) and is_averaged(step)
+        if is_averaged(gradient) and is_averaged(step)
     ]
     return workers.finite(seen, workers.same(True))
+
+
+def _keeping_structure(
+    function: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer; raises if its state after an update has other leaves."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra_args):
+        steps, after = inner.update(updates, state, params, **extra_args)
+        have, want = map(jax.tree.structure, (after, state))
+        if have != want:
+            raise TypeError(
+                f"{function}: the inner optimizer's update makes of a state like {want} "
+                f"one like {have}. A worker that cannot take a step keeps the old one, "
+                "so both must be alike."
+            )
+        return steps, after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _refuse_branch(function: str, traced: Any) -> None:

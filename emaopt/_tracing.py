@@ -62,9 +62,9 @@ class Selected(Traced):
         results = [v.val if _is_literal(v) else values[v] for v in program.outvars]
         start = len(jax.tree.leaves(first))
         for number, value in enumerate(results[start:]):
-            # What is passed on, or a constant, comes out of no equation.
-            there = number in done
-            results[start + number] = done[number] if there else select(number, value)
+            if number not in done:  # passed on, or a constant: of no equation
+                done[number] = select(number, value)
+            results[start + number] = done[number]
         return self._structure.unflatten(results)
 
 
@@ -101,7 +101,8 @@ def _evaluated(program: Any, equations: list, values: dict) -> dict:
     """The values of the variables that a part of a program defines."""
     results = [v for e in equations for v in e.outvars if type(v).__name__ != "DropVar"]
     used = {v: None for e in equations for v in e.invars if not _is_literal(v)}
-    needed = [var for var in used if var not in results]
+    defined = set(results)
+    needed = [var for var in used if var not in defined]
     part = program.replace(
         constvars=[], invars=needed, outvars=results, eqns=list(equations)
     )

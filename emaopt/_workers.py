@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from emaopt._collectives import held_until, in_turn, packed
 from emaopt._conditional import vary, varying
 from emaopt._recursion import replicated_beside
+from emaopt._tracing import traced
 
 
 class _Workers:
@@ -31,13 +32,15 @@ class _Workers:
         return held_until(lambda leaf: self.spread(ready, leaf), tree)
 
     def choose(self, flags, new, old):
-        """Of two trees of rows the new one for the workers whose flags are on."""
+        """The new row for the workers whose flags are on, else the old one."""
+        old = old if old.dtype == new.dtype else old.astype(new.dtype)
+        return jnp.where(self.spread(flags, new), new, old)
 
-        def one(new, old):
-            old = old if old.dtype == new.dtype else old.astype(new.dtype)
-            return jnp.where(self.spread(flags, new), new, old)
-
-        return jax.tree.map(one, new, old)
+    def or_zeros(self, flags, tree):
+        """Rows of the workers whose flags are on, zeros for the others."""
+        return jax.tree.map(
+            lambda row: self.choose(flags, row, jnp.zeros_like(row)), tree
+        )
 
     def finite(self, groups, flags):
         """Flags of the workers, off for those with a row that is not finite.
@@ -48,7 +51,7 @@ class _Workers:
             # One after the other: XLA on CPU writes a flag for each element, and would
             # for all groups at once. x - x is 0, or NaN where x is not finite. No sum:
             # for one it writes elements of the row's own width.
-            rows = self.held(flags.astype(jnp.int32) >= 0, rows)
+            rows = self.held(always(flags), rows)
             zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
             flags &= jnp.all(zero, axis=self.axes(zero))
         return flags
@@ -88,15 +91,14 @@ class Stacked(_Workers):
         init = jax.vmap(inner.init)
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
         first = next(iter(jax.tree.leaves(shardings)), None)
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-        if traced:
+        if traced(params):
             return jax.tree.map(
                 functools.partial(_beside, jax.tree.leaves(params)[0]), init(params)
             )
         if not isinstance(first, NamedSharding) or first.mesh.size == 1:
             return init(params)
         # Left to themselves, zeros would all stand on one device.
-        rows = _of_rows(first)
+        rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
         everywhere = optax.tree.map_params(
             inner,
             lambda slot, sharding: slot if _is_masked(slot) else sharding,
@@ -127,20 +129,11 @@ class Stacked(_Workers):
             )
         )(updates, state, params, rows)
 
-    def zeros(self, params):
-        """Makes a scalar zero for each worker, beside its parameters."""
+    def zero(self, params, dtype):
+        """A scalar zero for each worker, beside its parameters."""
+        zeros = jnp.zeros(self.num_workers, dtype)
         leaves = jax.tree.leaves(params)
-
-        def make(dtype):
-            first = next(iter(leaves), None)
-            rows = jnp.zeros(self.num_workers, dtype)
-            if first is None:
-                return rows
-            if isinstance(first, jax.core.Tracer):
-                return _beside(first, rows)
-            return _placed_beside(first, rows)
-
-        return make
+        return _beside(leaves[0], zeros) if leaves else zeros
 
     def loaded(self, scalars):
         """A worker's own scalars as the update has them."""
@@ -234,77 +227,64 @@ class Mapped(_Workers):
         return leaf
 
     def init(self, inner, params):
-        state = inner.init(params)
-        if (own := self._own_shapes(inner, params)) is None:
-            return state
-        return jax.tree.map(
-            lambda leaf, shape: leaf if shape is None else self._rows(leaf, params),
-            state,
-            jax.tree.unflatten(jax.tree.structure(state), own),
-        )
+        own = self._own(inner, params)
+        leaves, treedef = jax.tree.flatten(inner.init(params))
+        rows = [
+            self._rows(leaf, params) if n in own else leaf
+            for n, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, rows)
 
     def step(self, function, inner, updates, state, params, extra_args, per_worker):
         del function, per_worker  # all of it is the worker's own
-        own = self._own_shapes(inner, params)
+        own = self._own(inner, params)
         leaves, treedef = jax.tree.flatten(state)
-        if own is None or len(own) != len(leaves):
-            return inner.update(updates, state, params, **extra_args)
-        rows = [
-            shape is not None and jnp.ndim(leaf) == len(shape) + 1
-            for leaf, shape in zip(leaves, own, strict=True)
-        ]
-        one = [leaf[0] if row else leaf for leaf, row in zip(leaves, rows, strict=True)]
+        lengths = {
+            n: len(leaf)
+            for n, leaf in enumerate(leaves)
+            if n in own and jnp.ndim(leaf) > own[n]
+        }
+        one = [leaf[0] if n in lengths else leaf for n, leaf in enumerate(leaves)]
         steps, after = inner.update(
             updates, jax.tree.unflatten(treedef, one), params, **extra_args
         )
-        if jax.tree.structure(after) != treedef:
-            raise ValueError("The inner optimizer's state has another structure.")
-        new = [
-            jnp.broadcast_to(leaf, (old.shape[0], *leaf.shape)) if row else leaf
-            for leaf, old, row in zip(jax.tree.leaves(after), leaves, rows, strict=True)
+        leaves, treedef = jax.tree.flatten(after)
+        rows = [
+            jnp.broadcast_to(leaf, (lengths[n], *leaf.shape)) if n in lengths else leaf
+            for n, leaf in enumerate(leaves)
         ]
-        return steps, jax.tree.unflatten(treedef, new)
+        return steps, jax.tree.unflatten(treedef, rows)
 
-    def _own_shapes(self, inner, params) -> list | None:
-        """The shapes of what is not like parameters in a state, and None for the rest.
+    def _own(self, inner, params) -> dict[int, int]:
+        """Which leaves of a state are not like parameters, and their dimensions.
 
-        None in all, where the parameters share no leading axis. What is like them has
+        None of them, where the parameters share no leading axis. What is like them has
         another shape with another length of it.
         """
         if (length := self._length(params)) is None:
-            return None
-
-        def shapes(length):
-            def longer(leaf):
-                return jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype)
-
-            state = jax.eval_shape(inner.init, jax.tree.map(longer, params))
-            return [leaf.shape for leaf in jax.tree.leaves(state)]
-
-        pairs = zip(shapes(length), shapes(length + 1), strict=True)
-        return [one if one == other else None for one, other in pairs]
+            return {}
+        some, more = (
+            jax.tree.leaves(jax.eval_shape(inner.init, resized(params, n)))
+            for n in (length, length + 1)
+        )
+        pairs = enumerate(zip(some, more, strict=True))
+        return {n: one.ndim for n, (one, other) in pairs if one.shape == other.shape}
 
     def _length(self, params) -> int | None:
         """Of the leading axis of all parameters, if they share one."""
         if self.axis_name is None:
             return None
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
-        (length,) = (
-            next(iter(lengths)) if len(lengths) == 1 and () not in lengths else (0,)
-        )
-        return length or None
+        length = lengths.pop() if len(lengths) == 1 else ()
+        return sum(length) or None  # one, or none
 
     def _rows(self, leaf, params):
         rows = jnp.broadcast_to(leaf, (self._length(params), *jnp.shape(leaf)))
-        first = jax.tree.leaves(params)[0]
-        return rows if isinstance(rows, jax.core.Tracer) else _placed_beside(first, rows)
+        return _beside(jax.tree.leaves(params)[0], rows)
 
-    def zeros(self, params):
-        def make(dtype):
-            zero = replicated_beside(jax.tree.leaves(params))(dtype)
-            return zero if self._length(params) is None else self._rows(zero, params)
-
-        return make
+    def zero(self, params, dtype):
+        zero = replicated_beside(jax.tree.leaves(params))(dtype)
+        return zero if self._length(params) is None else self._rows(zero, params)
 
     def loaded(self, scalars):
         return scalars[0] if scalars.ndim else scalars
@@ -370,8 +350,30 @@ class Mapped(_Workers):
         return bool(varying(lax.axis_index(self.axis_name)))
 
 
+def resized(params: Any, length: int) -> Any:
+    """The shapes of parameters that share a leading axis, with another length of it."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((length, *jnp.shape(leaf)[1:]), leaf.dtype),
+        params,
+    )
+
+
+def always(flags: jax.Array) -> jax.Array:
+    """Flags that are on, which no compiler knows before these are there."""
+    return flags.astype(jnp.int32) >= 0
+
+
 def _beside(param: Any, leaf: Any) -> Any:
-    """A leaf with its rows where a parameter's are, in the Explicit mode of a mesh."""
+    """A leaf with its rows where a parameter's are, as far as that is known.
+
+    Of what is traced in the Explicit mode of a mesh alone.
+    """
+    if not traced((param, leaf)):
+        there = getattr(param, "sharding", None)
+        if not isinstance(there, NamedSharding) or there.mesh.size == 1:
+            return leaf
+        rows = PartitionSpec(*there.spec[:1])
+        return jax.device_put(leaf, NamedSharding(there.mesh, rows))
     here, there = jax.typeof(leaf).sharding, jax.typeof(param).sharding
     if AxisType.Explicit not in there.mesh.axis_types or not leaf.ndim:
         return leaf
@@ -379,19 +381,6 @@ def _beside(param: Any, leaf: Any) -> Any:
     return jax.sharding.reshard(
         leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
     )
-
-
-def _of_rows(sharding: NamedSharding) -> NamedSharding:
-    """Where a value for each worker stands, beside parameters that stand so."""
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-
-
-def _placed_beside(param: Any, rows: jax.Array) -> jax.Array:
-    """A value for each worker beside a parameter."""
-    sharding = getattr(param, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return rows
-    return jax.device_put(rows, _of_rows(sharding))
 
 
 def _is_masked(node: Any) -> bool:

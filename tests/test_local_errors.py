@@ -281,3 +281,26 @@ def test_help_shows_every_option_and_its_default(name):
     for option in Options.__annotations__:
         assert shown[option].default == full[option].default, option
     assert not any(p.kind == p.VAR_KEYWORD for p in shown.values())
+
+
+@pytest.mark.parametrize("form", ["stacked", "mapped"])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_inner_optimizer_whose_state_grows(form, jitted):
+    def update(updates, state, params=None):
+        return updates, (*state, updates)
+
+    inner = optax.GradientTransformation(lambda params: (), update)
+    named = {"num_workers": 2} if form == "stacked" else {}
+    tx = emaopt.local_sgd(inner, period=2, **named)
+    step = jax.jit(tx.update) if jitted else tx.update
+    with pytest.raises(TypeError, match=r"^local_sgd: the inner optimizer's update"):
+        step(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_specs_of_parameters_without_an_axis_of_workers():
+    tx = emaopt.local_sgd(SGD, period=2, axis_name="w")
+    params = {"w": jnp.zeros((2, 3)), "scale": jnp.zeros(())}
+    with pytest.raises(
+        ValueError, match=r"^state_specs: .*one is a scalar.*stack_workers"
+    ):
+        emaopt.state_specs(tx, params, "w")

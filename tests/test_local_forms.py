@@ -319,6 +319,25 @@ def test_each_worker_has_its_own_scalars(inner, check_vma, tmp_path):
     np.testing.assert_array_equal(went_on[1].num_missed, [0, 0, 1, 0])
 
 
+@pytest.mark.parametrize("form", [{"num_workers": WORKERS}, {"axis_name": "workers"}])
+def test_shardings_of_the_state_are_those_of_its_specs(form):
+    place = NamedSharding(mesh_of(), P("workers"))
+    params = jax.tree.map(lambda x: jax.device_put(x, place), begin())
+    tx = emaopt.local_sgd(OWN["hyperparameters"], period=3, **form)
+    shardings = emaopt.state_shardings(tx, params)
+    specs = emaopt.state_specs(tx, params, "workers")
+
+    def same(sharding, spec, leaf):
+        expected = NamedSharding(place.mesh, spec)
+        assert sharding.is_equivalent_to(expected, leaf.ndim)
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    own = ("num_steps", "num_left_out", "num_missed", "since_exchange", "has_missed")
+    for field in (*own, "inner_state"):
+        jax.tree.map(same, *(getattr(x, field) for x in (shardings, specs, state)))
+
+
 # In conditionals
 
 BRANCHES = {

@@ -11,8 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from meshes import in_form
 
 import emaopt
 
@@ -54,35 +53,18 @@ def grads_of(dtype, workers):
 
 
 @functools.cache
-def program(method, form, dtype, num_workers, exchange=True):
-    """(start, run): run(grads [steps, W, ...]) gives rows, centers and the last state."""
+def program(method, form, dtype, num_workers):
+    """Of gradients [steps, W, ...]: the rows and centers of each step, the last state."""
     named = {"axis_name": "w"} if form != "stacked" else {"num_workers": num_workers}
     tx = METHODS[method](period=PERIOD, **named)
     start = jax.tree.map(lambda x: jnp.asarray(x, dtype), START)
     params = emaopt.stack_workers(start, num_workers)
-    state = (jax.vmap(tx.init) if form == "vmap" else tx.init)(params)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    if form == "vmap":
-        step = jax.vmap(step, axis_name="w")
-    elif form.startswith("shard_map"):
-        mesh = jax.make_mesh(
-            (num_workers,),
-            ("w",),
-            devices=jax.devices()[:num_workers],
-            axis_types=(AxisType.Auto,),
-        )
-        specs = emaopt.state_specs(tx, params, "w")
-        step = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P("w"), specs, P("w")),
-            out_specs=(P("w"), specs),
-            check_vma=form == "shard_map",
-        )
+    step, state = in_form(form, tx, step, params)
 
     @jax.jit
     def run(grads):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from meshes import in_form
 
 import emaopt
 
@@ -27,47 +26,35 @@ CASES = {
     "elastic, in turns": {"moving_rate": 0.2, "reduce": "sequential"},
     "int8": {"exchange_dtype": jnp.int8, "error_feedback": True},
     "bfloat16": {"exchange_dtype": jnp.bfloat16, "error_feedback": True},
-    "fragments": {"num_fragments": 1},
+    "fragments": {"num_fragments": 2},
 }
 FORMS = ["stacked", "vmap", "shard_map"]
+
+
+def split(x):
+    return {"a": x[..., :3], "b": x[..., 3:]}
 
 
 @functools.cache
 def program(case, form, weighted=True, num_workers=WORKERS):
     named = {"axis_name": "w"} if form != "stacked" else {"num_workers": num_workers}
     tx = emaopt.local_updates(INNER, OUTER, period=2, **CASES[case], **named)
-    params = jnp.ones((num_workers, 5))
-    state = (jax.vmap(tx.init) if form == "vmap" else tx.init)(params)
+    params = split(jnp.ones((num_workers, 5)))
 
     def step(params, state, grads, weights):
         extra = {"weights": weights} if weighted else {}
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    if form == "vmap":
-        step = jax.vmap(step, axis_name="w")
-    elif form == "shard_map":
-        mesh = jax.make_mesh(
-            (num_workers,),
-            ("w",),
-            devices=jax.devices()[:num_workers],
-            axis_types=(AxisType.Auto,),
-        )
-        specs = emaopt.state_specs(tx, params, "w")
-        step = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P("w"), specs, P("w"), P("w")),
-            out_specs=(P("w"), specs),
-        )
+    step, state = in_form(form, tx, step, params, num_inputs=2)
     step = jax.jit(step)
 
     def run(weights, grads):
         carry, rows = (params, state), []
         for one in grads:
             weights = jnp.asarray(weights, jnp.float32)
-            carry = step(*carry, jnp.asarray(one, jnp.float32), weights)
-            rows.append(carry[0])
+            carry = step(*carry, split(jnp.asarray(one, jnp.float32)), weights)
+            rows.append(np.concatenate([carry[0]["a"], carry[0]["b"]], -1))
         return np.stack(rows), carry[1]
 
     return run
@@ -107,6 +94,7 @@ def test_a_weighted_sum_is_of_weights_whose_mean_is_one(case, form):
     rows, state = program(case, form)(weights, GRADS[:2])
     commits = 0.1 * GRADS[:2].sum(0) * (weights / weights.mean())[:, None]
     center = emaopt.get_center(state)
+    center = np.concatenate([center["a"], center["b"]], -1)
     center = center if form == "stacked" else center[0]
     np.testing.assert_allclose(center, 1 - 0.5 * commits.sum(0), rtol=1e-5)
     if case == "in turns":
