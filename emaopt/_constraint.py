@@ -19,6 +19,10 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
     in the chain is of the projected parameters. Up to the rounding of
     `optax.apply_updates`: a bound may be passed by the last bit.
 
+    Updates of parameters narrower than float32 are float32: in 16 bits some bounds cannot
+    be reached. Wrappers that choose between updates of one dtype, as
+    `optax.apply_if_finite`, take the optimizer alone, with this behind them.
+
     Args:
       projection: A function of the parameters that returns a tree like them, such as
         those of `optax.projections`. To constrain some leaves, return the others as they

@@ -59,6 +59,18 @@ def test_narrow_parameters_get_the_projection_and_keep_their_dtype(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_stands_behind_a_wrapper_that_chooses_between_updates(dtype):
+    inner = optax.apply_if_finite(optax.sgd(1.0), 3)
+    tx = optax.chain(inner, emaopt.constrain(clip(-0.5, 0.5)))
+    params = jnp.array([0.25, 100.0], dtype)
+    state = tx.init(params)
+    for grads, right in ([1.0, 0.0], [-0.5, 0.5]), ([jnp.nan, 0.0], [-0.5, 0.5]):
+        updates, state = jax.jit(tx.update)(jnp.array(grads, dtype), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(np.asarray(params, np.float32), right)
+
+
 def test_leaves_that_the_projection_returns_as_they_are_move_freely():
     params = {"w": jnp.array([2.0, -1.0]), "n": jnp.int32(3), "free": jnp.array([5.0])}
     tx = optax.chain(
