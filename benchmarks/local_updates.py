@@ -16,6 +16,10 @@ all, and run in turn, once in this order and once in the other.
                   outer optimizer and a check of commits.
                   What the program (of the exchange) says: copies at every step + in the
                   conditional, temporaries, what part of its results is updated in place.
+  bytes           What the program of a step moves that does not exchange, a parameter, as
+                  the compiler counts it; the gradients are there. Beside it, that of the
+                  inner optimizer alone. The rest is the check whether a step is finite,
+                  and AGN's sum of the gradients.
   two processes   One device each, with gloo between them through this host's loopback:
                   the time per step for several periods, and the bytes, as the loopback
                   counts them (with those of other programs meanwhile) and as the HLO text
@@ -41,6 +45,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from hlo_bytes import at_peak, instructions, sent
 from local_programs import (
@@ -52,6 +57,7 @@ from local_programs import (
     local,
     make_mesh,
     resnet50,
+    size,
     synchronous,
 )
 from timing import in_turn, spread
@@ -63,6 +69,10 @@ PERIODS = (1, 5, 10, 50)  # in two
 SYNCHRONOUS = 5  # steps of each measurement
 ROUND = "round"
 INNER: dict[str, Any] = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
+METHODS: dict[str, Any] = {  # by what they commit
+    "delta": functools.partial(emaopt.diloco, period=PERIOD),
+    "mean_gradient": functools.partial(emaopt.agn, communication_period=PERIOD),
+}
 
 
 class Section(NamedTuple):
@@ -113,14 +123,10 @@ def variants(tx: Any, shapes: Any, mesh: Any) -> Iterator[tuple[str, list[Progra
     """The programs of each variant: of a step or a round, and of an exchange if it is
     another."""
     forms = {"stacked": {"num_workers": 2}, "mapped": {"axis_name": AXIS}}
-    methods = {
-        "delta": lambda **form: emaopt.diloco(tx, period=PERIOD, **form),
-        "mean_gradient": lambda **form: emaopt.agn(tx, PERIOD, **form),
-    }
     for (commit, method), (form, kind) in itertools.product(
-        methods.items(), forms.items()
+        METHODS.items(), forms.items()
     ):
-        made = method(**kind)
+        made = method(tx, **kind)
         step = functools.partial(local, made, shapes, mesh, form)
         yield f"{commit}, {form}, {ROUND}", [in_rounds(made, shapes, mesh, form, PERIOD)]
         if commit == "delta":
@@ -164,6 +170,35 @@ def against(runner: Runner, name: str, rival: Runner, rounds: int) -> str:
         f"{in_place:>8.1%}",
     )
     return "  ".join(columns)
+
+
+# Bytes
+
+
+def traffic(shapes: Any) -> Iterator[str]:
+    rows = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes]
+    yield f"{'':10}  {'alone':>6}  {'delta':>6}  {'mean_gradient':>13}"
+    for inner, tx in (INNER | {"momentum": optax.sgd(1e-3, 0.9)}).items():
+        methods = (tx, *(make(tx, num_workers=1) for make in METHODS.values()))
+        moved = [
+            moves(method, rows, **({} if method is tx else {"exchange": False}))
+            for method in methods
+        ]
+        alone, delta, mean_gradient = (f"{m / size(shapes):.1f}" for m in moved)
+        yield f"{inner:10}  {alone:>6}  {delta:>6}  {mean_gradient:>13}"
+
+
+def moves(tx: Any, params: list, **extra: Any) -> float:
+    """The bytes that a step reads and writes."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    cost = lowered.compile().cost_analysis() or {}
+    return cost["bytes accessed"]
 
 
 # Two processes
@@ -286,6 +321,9 @@ def main() -> None:
     print(f"median (min to max) of {rounds} rounds; times in ms")
     print(f"\none process, period {PERIOD}")
     for line in one_process(shapes, rounds):
+        print(line, flush=True)
+    print("\nbytes")
+    for line in traffic(shapes):
         print(line, flush=True)
     print("\ntwo processes, adam, delta, mapped")
     for line in two_processes(args.quick, rounds):

@@ -77,7 +77,7 @@ def after(leaf: jax.Array, results: list) -> jax.Array:
     They come in turn, so the last one is waited for. Without effect where its elements
     cannot be read: along a sharded axis of an Explicit mesh, or on each worker its own.
     """
-    for i in _small_first(results)[-1:]:
+    for i in _small_first(results)[-1:] if traced(leaf) else []:
         whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
         if whole and varying(results[i]) <= varying(leaf):
             return lax.platform_dependent(
@@ -101,8 +101,6 @@ def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
 
 def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
     """The tree, to be read when true(leaf) is there: a value that always is true."""
-    if not traced(tree):
-        return tree  # there is no compiler that could change the order
 
     def held(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.number):

@@ -12,7 +12,7 @@ from jax import lax
 from emaopt._collectives import after, of_all
 from emaopt._commits import decoded, encoded, make_commit
 from emaopt._rounding import applied
-from emaopt._workers import Mapped, Stacked, always
+from emaopt._workers import Mapped, Stacked
 
 
 class Leaf(NamedTuple):
@@ -82,7 +82,7 @@ class Exchange:
         Args:
           part: Before it.
           read: Makes what the exchange reads of each of its leaves, when flags of the
-            workers are there that always are on.
+            workers are there, whatever they say.
           num_steps: () int32, local steps since the last exchange.
           voices: Of the workers.
           subtree: Makes of a list like the leaves a tree with the parameters' names.
@@ -97,10 +97,10 @@ class Exchange:
                 if f.local is not None
             }
 
-        checked = commits_of(read(always(voices.committing)))
+        checked = commits_of(read(voices.committing))
         rows = [[row] for row in checked.values()]
         finite = self.workers.finite(rows, voices.committing)
-        fixed = read(always(finite))
+        fixed = read(finite)
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
         local = {k: fixed[k].local for k in commits}

@@ -205,11 +205,10 @@ class Engine:
         before = updates, state.inner_state, params
         in_trace = traced((before, extra_args))
         local_step = (Selected if in_trace else Computed)(each_step, *before)
-        flags = workers.same(True)
-        local = Traced(each_local, before, flags, flags) if in_trace else each_local
         # Whether the step can be taken is known before anything is overwritten.
         tried, _ = local_step(*before)
         taken = _finite(workers, leaves, gradients, tried)
+        local = Traced(each_local, before, taken, taken) if in_trace else each_local
 
         sums = column(state.accumulated)
         state_columns = map(column, (state.pulled, state.residual, state.center))
@@ -262,7 +261,7 @@ class Engine:
         # The local step comes again, after the exchanges and from the same state, whose
         # slots it overwrites in place. Without an order between the two, the compiler
         # would copy the slots at every step.
-        ready = always(taken) & always(num_left_out)
+        ready = taken & always(num_left_out)
         steps, inner_state = taken_step(before, taken, ready)
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:

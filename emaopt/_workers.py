@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -27,8 +28,11 @@ class _Workers:
     axes: Callable[[Any], tuple[int, ...]]  # of a row
     spread: Callable[[Any, Any], Any]
 
-    def held(self, ready, tree):
-        """Rows, to be read when flags of the workers are there that always are on."""
+    def held(self, flags, tree):
+        """Rows, to be read when flags of the workers are there, whatever they say."""
+        if not traced(tree):
+            return tree  # there is no compiler that could change the order
+        ready = always(flags)
         return held_until(lambda leaf: self.spread(ready, leaf), tree)
 
     def choose(self, flags, new, old):
@@ -39,7 +43,7 @@ class _Workers:
     def or_zeros(self, flags, tree):
         """Rows of the workers whose flags are on, zeros for the others."""
         return jax.tree.map(
-            lambda row: self.choose(flags, row, jnp.zeros_like(row)), tree
+            lambda row: self.choose(flags, row, np.zeros((), row.dtype)), tree
         )
 
     def finite(self, groups, flags):
@@ -49,11 +53,8 @@ class _Workers:
         """
         for rows in groups:
             # One after the other: XLA on CPU writes a flag for each element, and would
-            # for all groups at once. x - x is 0, or NaN where x is not finite. No sum:
-            # for one it writes elements of the row's own width.
-            rows = self.held(always(flags), rows)
-            zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
-            flags &= jnp.all(zero, axis=self.axes(zero))
+            # for all groups at once.
+            flags &= _all_finite(self.held(flags, rows), self.axes(rows[0]))
         return flags
 
 
@@ -356,6 +357,15 @@ def resized(params: Any, length: int) -> Any:
         lambda leaf: jax.ShapeDtypeStruct((length, *jnp.shape(leaf)[1:]), leaf.dtype),
         params,
     )
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one call outside of jit
+def _all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
+    """Whether all elements along the axes are finite, in all arrays of one shape."""
+    # x - x is 0, or NaN where x is not finite. No sum: XLA on CPU would write elements of
+    # the array's own width for one.
+    zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
+    return jnp.all(zero, axis=axes)
 
 
 def always(flags: jax.Array) -> jax.Array:
