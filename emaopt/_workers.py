@@ -363,9 +363,9 @@ def resized(params: Any, length: int) -> Any:
 def _all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
     """Whether all elements along the axes are finite, in all arrays of one shape."""
     # x - x is 0, or NaN where x is not finite. No sum: XLA on CPU would write elements of
-    # the array's own width for one.
+    # the array's own width for one. And the smallest integer it finds faster than `all`.
     zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
-    return jnp.all(zero, axis=axes)
+    return jnp.min(zero.astype(jnp.int8), axis=axes, initial=1) == 1
 
 
 def always(flags: jax.Array) -> jax.Array:
