@@ -364,6 +364,7 @@ def test_what_workers_added_up_or_pulled_starts_anew(kind, tmp_path):
         assert not any(np.any(np.asarray(x)) for x in sums)
 
 
+@pytest.mark.slow
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("averaged", [False, True])

@@ -83,6 +83,7 @@ def test_narrow_elastic_exchange_moves_the_workers_exactly(reduce, dtype):
     np.testing.assert_allclose(params, 0.75 * commits, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_int8_holds_a_leaf_of_zeros_and_scales_each_leaf_of_each_worker():
     tx = emaopt.local_updates(
         optax.sgd(1.0),
@@ -244,6 +245,7 @@ def fragmented(inner, num_fragments, period, steps, **options):
     return start, centers, rows, exchanges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_fragments, period", [(2, 4), (3, 3), (4, 9)])
 def test_fragments_of_like_sizes_take_turns(num_fragments, period):
     *_, exchanges = fragmented(optax.sgd(0.1), num_fragments, period, 2 * period)

@@ -164,6 +164,7 @@ def test_mapped_form_is_the_stacked_one(form, case):
     assert_close(case, rows, the_same(emaopt.get_center(state)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["delta", "int8, sequential"])
 def test_workers_may_be_on_several_mapped_axes(case):
     tx = method(case, axis_name=("hosts", "workers"))

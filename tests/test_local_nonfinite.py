@@ -204,6 +204,7 @@ def test_updates_that_are_not_finite_are_no_step_either(schedule):
     np.testing.assert_array_equal(state.num_missed, [1, 1])
 
 
+@pytest.mark.slow
 def test_a_bad_step_leaves_slots_of_every_kind_as_they_are():
     inner = optax.chain(
         optax.add_noise(0.1, 0.5, 3),
@@ -246,6 +247,7 @@ def test_synchronize_leaves_out_a_worker_that_missed_a_step():
     assert state.num_left_out == 1 and not np.any(state.has_missed[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["local_round", "exchange"])
 def test_a_round_that_is_one_program_leaves_out_a_bad_worker(case):
     tx = METHODS["local_sgd"](period=99, num_workers=WORKERS)

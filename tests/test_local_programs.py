@@ -234,6 +234,7 @@ def test_exchange_as_a_python_value_compiles_to_no_conditional(exchange, expecte
     assert [name for name, _ in collectives(text.splitlines())] == expected
 
 
+@pytest.mark.slow
 @BOTH
 def test_local_round_is_one_collective_outside_of_its_loop(form):
     tx = method(form, "delta")

@@ -89,6 +89,7 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["adafactor", "averaged"])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_containers_make_no_difference(container, name):
@@ -117,6 +118,7 @@ LOCAL = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", LOCAL)
 def test_center_of_a_parameter_without_a_gradient_stays_too(name):
     tx = LOCAL[name]
