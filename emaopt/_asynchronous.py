@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +19,7 @@ from emaopt._checks import (
 )
 from emaopt._commits import accumulate, check_commit, make_commit, start_center
 from emaopt._rounding import applied
+from emaopt._tracing import traced
 
 
 class AsyncTrace(NamedTuple):
@@ -161,8 +161,10 @@ def simulate_async(
     schedule = _check_schedule(schedule, num_workers)
     if moving_rate is None:
         check_optimizer("simulate_async", "outer", outer)
+        rate = None
     else:
         _check_elastic(moving_rate, outer=outer, commit=commit, staleness=staleness)
+        rate = float(moving_rate)
     inner = optax.with_extra_args_support(inner)
     outer = optax.with_extra_args_support(optax.identity() if outer is None else outer)
     summed = commit == "mean_gradient"
@@ -212,14 +214,16 @@ def simulate_async(
 
     def exchange(server, worker):
         center, outer_state, num_pushes = server
-        if moving_rate is None:
+        if rate is None:
             commits = make_commits(worker, num_pushes - worker.seen_pushes)
             updates, outer_state = outer.update(commits, outer_state, center)
             center = optax.apply_updates(center, updates)
             local = jax.tree.map(lambda p, c: c.astype(p.dtype), worker.local, center)
         else:
             moves = jax.tree.map(
-                lambda p, c: moving_rate * (p.astype(c.dtype) - c), worker.local, center
+                lambda p, c: rate * (p.astype(c.dtype) - c),
+                worker.local,
+                center,
             )
             center = jax.tree.map(jnp.add, center, moves)
             local = jax.tree.map(
@@ -315,15 +319,14 @@ def _check_params(params: Any) -> Any:
 
 def _check_schedule(schedule: Any, num_workers: int) -> jax.Array:
     """The schedule as int32 [E]; raises unless each number is a worker's."""
-    traced = isinstance(schedule, jax.core.Tracer)
-    workers = schedule if traced else np.asarray(schedule)
+    workers = schedule if traced(schedule) else np.asarray(schedule)
     empty = workers.shape == (0,)  # NumPy makes [] floating
     if workers.ndim != 1 or not (empty or jnp.issubdtype(workers.dtype, jnp.integer)):
         raise ValueError(
             "simulate_async: schedule must be a 1-D array of whole numbers, the worker "
             f"of each event, got {workers.dtype} of shape {workers.shape}."
         )
-    if not traced and not empty:
+    if not traced(schedule) and not empty:
         low, high = workers.min(), workers.max()
         if low < 0 or high >= num_workers:
             raise ValueError(

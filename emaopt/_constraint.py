@@ -77,4 +77,4 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
 
 def _wide(update: Any) -> jax.Array:
     update = jnp.asarray(update)
-    return update.astype(jnp.float32) if update.dtype.itemsize < 4 else update
+    return update.astype(jnp.float32) if update.dtype.itemsize == 2 else update

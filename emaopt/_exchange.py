@@ -11,6 +11,7 @@ from jax import lax
 
 from emaopt._collectives import after, of_all
 from emaopt._commits import decoded, encoded, make_commit
+from emaopt._local_checks import HEAVIEST, LIGHTEST
 from emaopt._rounding import applied
 from emaopt._workers import Mapped, Stacked
 
@@ -62,7 +63,7 @@ class Exchange:
     outer: optax.GradientTransformation
     commit: str
     reduce: str
-    moving_rate: float | Callable[[int], float] | None
+    moving_rate: Callable[[int], float] | None  # of the number of workers
     dtype: Any
 
     def __call__(
@@ -145,23 +146,20 @@ class Exchange:
             return finite, None, self.workers.num_workers
         present = (weights > 0) & (weights < jnp.inf)
         counted = finite & present
-        weights = jnp.where(counted, weights, 0)
+        weights = jnp.where(counted, jnp.clip(weights, LIGHTEST, HEAVIEST), 0)
         flags = [weights, counted.astype(jnp.float32), present.astype(jnp.float32)]
         total, num_counted, num_present = self.workers.total(flags)
         mean = total / jnp.maximum(num_counted, 1)
         weights = weights / jnp.where(mean > 0, mean, 1)
+        # A share is divided by, to learn what was sent.
+        shares = jnp.maximum(weights, jnp.finfo(jnp.float32).tiny)
+        weights = jnp.where(counted, shares, 0)
         return counted, weights, num_present.astype(jnp.int32)
 
     @property
     def keeps_pulled(self) -> bool:
         """Whether workers pull different values, so that the state has to keep them."""
         return self.reduce == "sequential" or self.moving_rate is not None
-
-    @property
-    def _rate(self) -> float:
-        if callable(self.moving_rate):
-            return self.moving_rate(self.workers.num_workers)
-        return self.moving_rate or 0.0
 
     def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
         elastic = self.moving_rate is not None
@@ -180,7 +178,8 @@ class Exchange:
         if self.moving_rate is not None:
             # By the commit, not towards the old center: to read that beside the new one
             # would cost a copy of it, even at steps without an exchange.
-            commits = {k: self._rate * row for k, row in commits.items()}
+            rate = self.moving_rate(self.workers.num_workers)
+            commits = {k: rate * row for k, row in commits.items()}
             for k, row in local.items():
                 pulled[k] = row.astype(commits[k].dtype) + commits[k]
         if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
@@ -202,7 +201,8 @@ class Exchange:
                 for coded in (codes, sums)
             )
             if weights is not None:  # what was sent of the commit itself
-                sent = {k: _times(row, 1 / weights) for k, row in sent.items()}
+                shares = jnp.where(weights > 0, weights, 1)
+                sent = {k: _times(row, 1 / shares) for k, row in sent.items()}
             num_valid = flags.astype(jnp.int32)
         # The slots may be overwritten when this number is there: no commit is read then.
         num_done = after(num_valid, list(sums.values()))
@@ -215,13 +215,14 @@ class Exchange:
     def _in_turns(self, old, local, commits, counted, weights, subtree):
         """An outer step for each worker, in rank order; returns what `_at_once` does."""
         elastic = self.moving_rate is not None
+        rate = self.moving_rate(self.workers.num_workers) if self.moving_rate else 0.0
         handed = local if elastic else commits
         sent, rows, valid, weights = self._gathered(handed, counted, weights)
 
         def turn(center, of_worker):
             rows, valid, weight = of_worker
             if elastic:
-                rows = {k: self._rate * (center.leaves[k] - x) for k, x in rows.items()}
+                rows = {k: rate * (center.leaves[k] - x) for k, x in rows.items()}
             commits = {k: _times(row, weight) for k, row in rows.items()}
             moved = jax.tree.map(
                 lambda new, old: jnp.where(valid, new, old),

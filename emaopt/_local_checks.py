@@ -1,8 +1,12 @@
 """What local updates take: options that can go together, and weights."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from emaopt._checks import (
     as_dtype,
@@ -20,6 +24,7 @@ from emaopt._commits import check_commit
 from emaopt._tracing import traced
 
 REDUCTIONS = ("mean", "sum", "sequential")
+LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means
 
 
 def check_engine(engine: Any) -> None:
@@ -58,6 +63,11 @@ def check_engine(engine: Any) -> None:
     check_sequence(function, "per_worker", engine.per_worker, "names")
     for name in engine.per_worker:
         check_text(function, "each of per_worker", name)
+        if name in ("exchange", "weights"):
+            raise ValueError(
+                f"{function}: per_worker is for what the inner optimizer gets, which "
+                f"{name} is not."
+            )
     _check_exchange_dtype(engine)
     if callable(period) and engine.num_fragments > 1:
         raise ValueError(
@@ -81,7 +91,10 @@ def _check_exchange_dtype(engine: Any) -> None:
             )
         return
     dtype = as_dtype(function, "exchange_dtype", dtype)
-    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    narrow = False
+    if jnp.issubdtype(dtype, jnp.floating):  # also those of 4 and 6 bits, or without sign
+        info = jnp.finfo(dtype)
+        narrow = info.bits in (8, 16) and float(info.min) < 0
     if not narrow and dtype not in (jnp.int8, jnp.int16):
         raise ValueError(
             f"{function}: exchange_dtype must be bfloat16, float16, a float8, int8 or "
@@ -103,8 +116,9 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
         return None
     shapes = [(), (1,)] if num_workers is None else [(num_workers,)]
     of = "each worker its own number" if num_workers is None else f"{num_workers} numbers"
-    try:
-        array = jnp.asarray(weights)
+    on_device = traced(weights) or isinstance(weights, jax.Array)
+    try:  # JAX would wrap integers of 64 bits
+        array = jnp.asarray(weights) if on_device else np.asarray(weights)
         real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
     except (TypeError, ValueError):
         array, real = None, False
@@ -112,6 +126,57 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
         raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
     if array.shape not in shapes:
         raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
-    if not traced(array) and not (array >= 0).all():
-        raise ValueError(f"{function}: weights must be at least 0, got {weights!r}.")
-    return array.astype(jnp.float32).reshape(() if num_workers is None else -1)
+    if not traced(array):
+        with jax.ensure_compile_time_eval():  # a constant is one under jit as well
+            fits = ((array == 0) | ((array >= LIGHTEST) & (array <= HEAVIEST))).all()
+        if not fits:
+            raise ValueError(
+                f"{function}: weights must be 0 or from {LIGHTEST} to {HEAVIEST}, got "
+                f"{weights!r}."
+            )
+    array = jnp.asarray(array, jnp.float32)
+    return array.reshape(() if num_workers is None else -1)
+
+
+def as_period(function: str, period: Any) -> Any:
+    """What a function for the period returned: a real scalar."""
+    array = jnp.asarray(period) if traced(period) else np.asarray(period)
+    real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
+    if array.shape or not real:
+        raise TypeError(
+            f"{function}: period must return a number of steps, but returned {period!r}."
+        )
+    return array
+
+
+def as_rate(function: str, moving_rate: Any) -> Callable[[int], float] | None:
+    """A function of the number of workers, whose results are checked."""
+    if moving_rate is None:
+        return None
+
+    def rate(num_workers: int) -> float:
+        value: Any = moving_rate(num_workers) if callable(moving_rate) else moving_rate
+        check_number(function, "moving_rate", value, 0, 1, above=True)
+        return float(value)
+
+    return rate
+
+
+def keeping_structure(
+    function: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer; raises if its state after an update has other leaves."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra_args):
+        steps, after = inner.update(updates, state, params, **extra_args)
+        have, want = map(jax.tree.structure, (after, state))
+        if have != want:
+            raise TypeError(
+                f"{function}: the inner optimizer's update makes of a state like {want} "
+                f"one like {have}. A worker that cannot take a step keeps the old one, "
+                "so both must be alike."
+            )
+        return steps, after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -20,7 +20,7 @@ from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired
-from emaopt._recursion import is_averaged
+from emaopt._recursion import is_array, is_averaged
 from emaopt._workers import Mapped, Stacked, resized
 
 
@@ -102,8 +102,12 @@ def state_specs(
             f"state_specs: optimizer.init refuses params: {error}"
         ) from error
     center = find_center("state_specs", state, None)
-    pairs = zip(jax.tree.leaves(center.center), jax.tree.leaves(params), strict=True)
-    stacked = any(c.ndim < len(jnp.shape(p)) for c, p in pairs)
+    pairs = zip(
+        jax.tree.structure(params).flatten_up_to(center.center),
+        jax.tree.leaves(params),
+        strict=True,
+    )
+    stacked = any(hasattr(c, "ndim") and c.ndim < len(jnp.shape(p)) for c, p in pairs)
 
     rows, everywhere = PartitionSpec(axis_name), PartitionSpec()
     workers = next((len(leaf) for leaf in jax.tree.leaves(params)), 0)
@@ -241,6 +245,7 @@ def synchronize(
     for leaf, row in zip(center, leaves, strict=True):
         if is_averaged(leaf) and leaf.ndim < jnp.ndim(row):
             workers = Stacked(len(row))
+    _refuse_one_of("synchronize", state, workers, axis_name)
     workers.check("synchronize", leaves)
     exchange = Exchange(workers, optax.sgd(1.0), "delta", "mean", None, None)
     num_left_out, since = state.num_left_out, state.since_exchange
@@ -273,18 +278,43 @@ def synchronize(
     params = _pulled(new, params)
     if state.pulled is not None:
         new = new._replace(
-            pulled=jax.tree.map(lambda old, p: p.astype(old.dtype), state.pulled, params)
+            pulled=jax.tree.map(
+                lambda old, p: _own(p, p.astype(old.dtype)) if is_array(p) else old,
+                state.pulled,
+                params,
+            )
         )
     return params, replace(opt_state, state, new)
+
+
+def _refuse_one_of(function: str, state: Any, workers: Any, axis_name: Any) -> None:
+    """Raises if the state is of more workers than the parameters are."""
+    if isinstance(workers, Stacked):
+        if axis_name is not None:
+            raise ValueError(
+                f"{function}: axis_name={axis_name!r} is for the mapped form, but the "
+                "parameters have a leading axis of workers that the center has not."
+            )
+    elif axis_name is None and state.num_missed.size > 1:
+        raise ValueError(
+            f"{function}: the state is of {state.num_missed.size} workers, but the "
+            "parameters are of one. Give those of all; for a state of the mapped form, "
+            "call this inside of the map, with axis_name=."
+        )
 
 
 def _pulled(state: LocalUpdatesState, params: Any) -> Any:
     """The parameters, set to what the workers pulled."""
     target = state.center if state.pulled is None else state.pulled
-    return jax.tree.map(
-        lambda p, t: (
-            jnp.broadcast_to(t, p.shape).astype(p.dtype) if is_averaged(p) else p
-        ),
-        params,
-        target,
-    )
+
+    def of(p, t):
+        if not is_averaged(p) or not is_array(t):  # no part of the center, as masked
+            return p
+        return _own(t, jnp.broadcast_to(t, p.shape).astype(p.dtype))
+
+    return jax.tree.map(of, params, target)
+
+
+def _own(old: Any, new: Any) -> Any:
+    """The new array, or a copy if it is the old one: both may be donated."""
+    return jnp.array(new, copy=True) if new is old else new

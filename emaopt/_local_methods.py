@@ -294,8 +294,8 @@ def block_momentum(
         eta = block_momentum
         if eta is None:
             eta = 1 - 1 / engine.workers.num_workers
-        scaled = jax.tree.map(lambda x: block_learning_rate * x, updates)
-        moves, state = optax.trace(eta, nesterov).update(scaled, state)
+        scaled = jax.tree.map(lambda x: float(block_learning_rate) * x, updates)
+        moves, state = optax.trace(float(eta), nesterov).update(scaled, state)
         return jax.tree.map(lambda x: -x, moves), state
 
     outer = optax.GradientTransformation(optax.trace(0.0).init, update)

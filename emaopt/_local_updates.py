@@ -15,9 +15,9 @@ from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
-from emaopt._local_checks import as_weights, check_engine
+from emaopt._local_checks import as_period, as_rate, as_weights, check_engine
 from emaopt._recursion import is_array, is_averaged, replicated_beside
-from emaopt._rounding import applied, lead, rounded_to
+from emaopt._rounding import applied, lead
 from emaopt._tracing import Computed, Selected, Traced, traced
 from emaopt._workers import Mapped, Stacked, always
 
@@ -97,7 +97,7 @@ class Engine:
             self.outer,
             self.commit,
             self.reduce,
-            self.moving_rate,
+            as_rate(self.function, self.moving_rate),
             self.exchange_dtype,
         )
 
@@ -290,12 +290,13 @@ class Engine:
     def _due(self, number: int, num_steps: Any, since: Any) -> Any:
         """Whether a fragment is exchanged after this step."""
         if callable(self.period):
-            due = since >= self.period(num_steps)
+            due = since >= as_period(self.function, self.period(num_steps))
         else:  # the fragments take turns
-            offset = number * self.period // self.num_fragments
-            due = (num_steps % self.period + offset) % self.period == 0
+            period = int(self.period)  # of NumPy's it may be a narrow one
+            offset = number * period // self.num_fragments
+            due = (num_steps % period + offset) % period == 0
             # A counter that is full stays as it is.
-            due = jnp.where(num_steps < MAX_COUNT, due, since >= self.period)
+            due = jnp.where(num_steps < MAX_COUNT, due, since >= period)
         return due | (num_steps <= self.warmup_steps)
 
 
@@ -325,16 +326,17 @@ def _subtree(treedef: Any, positions: list[int], leaves: list) -> Any:
 
 
 def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
-    """Whether each worker's gradients and updates are finite, as the parameters see them.
+    """Whether each worker's gradients are finite, and the parameters that it gets to.
 
-    Shaped as the workers' flags are.
+    Those are finite only if the updates are. Shaped as the workers' flags are.
     """
-    seen = [
-        [gradient, rounded_to(step, jnp.asarray(leaf).dtype)]
-        for leaf, gradient, step in zip(leaves, gradients, steps, strict=True)
-        if is_averaged(gradient) and is_averaged(step)
-    ]
-    return workers.finite(seen, workers.same(True))
+    groups = []
+    for leaf, gradient, step in zip(leaves, gradients, steps, strict=True):
+        seen = [gradient] if is_averaged(gradient) else []
+        if gradient is not None and is_averaged(leaf) and is_averaged(step):
+            seen.append(applied(leaf, step))
+        groups += [seen] if seen else []
+    return workers.finite(groups, workers.same(True))
 
 
 def _keeping_structure(

@@ -227,6 +227,12 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
     for keys, center in centers.items():
         if is_averaged(center):
             row = jnp.asarray(rows[keys]).astype(center.dtype)
+            if row.ndim == center.ndim and state.num_missed.size > 1:
+                raise ValueError(
+                    f"worker_spread: the state is of {state.num_missed.size} workers, "
+                    "but the parameters are of one. Give those of all; for a state of "
+                    "the mapped form, call this inside of the map."
+                )
             workers = range(row.ndim - center.ndim)
             square = jnp.abs(row - jnp.expand_dims(center, tuple(workers))) ** 2
             distance += jnp.sum(square, axis=tuple(range(len(workers), row.ndim)))

@@ -26,14 +26,14 @@ def lead(param: Any, target: Any, update: Any, due: Any) -> jax.Array:
     """The update that sets a parameter to a target where `due`, the given one else.
 
     In the wider of the dtypes of the parameter and the update, as wrappers want it that
-    choose between updates; float32 of those of 8 bits. `optax.apply_updates` then reaches
-    the target up to its own rounding, if that dtype has 32 bits or more. In one of 16 the
-    difference is rounded first. It is exact if the two are within a factor of two.
+    choose between updates. `optax.apply_updates` then reaches the target up to its own
+    rounding, if that dtype has 32 bits or more. In a narrower one the difference is
+    rounded first. It is exact if the two are within a factor of two.
     """
     p, u = jnp.asarray(param), jnp.asarray(update)
     widths = [x.dtype for x in (p, u) if x.dtype.itemsize > 1]
-    dtype = jnp.result_type(*widths) if widths else jnp.dtype(jnp.float32)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.result_type(*widths) if widths else p.dtype
+    wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     step = rounded_to(target.astype(wide), p.dtype) - p.astype(wide)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,13 +36,14 @@ class _Workers:
 
     def choose(self, flags, new, old):
         """The new row for the workers whose flags are on, else the old one."""
+        new, old = jnp.asarray(new), jnp.asarray(old)
         old = old if old.dtype == new.dtype else old.astype(new.dtype)
         return jnp.where(self.spread(flags, new), new, old)
 
     def or_zeros(self, flags, tree):
         """Rows of the workers whose flags are on, zeros for the others."""
         return jax.tree.map(
-            lambda row: self.choose(flags, row, np.zeros((), row.dtype)), tree
+            lambda row: self.choose(flags, row, np.zeros((), jnp.result_type(row))), tree
         )
 
     def finite(self, groups, flags):
@@ -51,7 +51,8 @@ class _Workers:
 
         The rows of a group, of one shape, are read in one go.
         """
-        for rows in groups:
+        for group in groups:
+            rows = [jnp.asarray(row) for row in group]
             # One after the other: XLA on CPU writes a flag for each element, and would
             # for all groups at once.
             flags &= _all_finite(self.held(flags, rows), self.axes(rows[0]))
@@ -114,6 +115,11 @@ class Stacked(_Workers):
         """A step of each worker's optimizer."""
         if not jax.tree.leaves(params):
             return inner.update(updates, state, params, **extra_args)
+        if missing := set(per_worker) - set(extra_args):
+            raise TypeError(
+                f"{function}: per_worker declares {sorted(missing)}, but update got the "
+                f"extra arguments {sorted(extra_args)}."
+            )
         rows = {k: v for k, v in extra_args.items() if k in per_worker}
         for name, tree in rows.items():
             for leaf in jax.tree.leaves(tree):
@@ -234,7 +240,7 @@ class Mapped(_Workers):
             self._rows(leaf, params) if n in own else leaf
             for n, leaf in enumerate(leaves)
         ]
-        return jax.tree.unflatten(treedef, rows)
+        return self.varying(jax.tree.unflatten(treedef, rows))
 
     def step(self, function, inner, updates, state, params, extra_args, per_worker):
         del function, per_worker  # all of it is the worker's own
@@ -285,7 +291,8 @@ class Mapped(_Workers):
 
     def zero(self, params, dtype):
         zero = replicated_beside(jax.tree.leaves(params))(dtype)
-        return zero if self._length(params) is None else self._rows(zero, params)
+        rows = zero if self._length(params) is None else self._rows(zero, params)
+        return self.varying(rows)
 
     def loaded(self, scalars):
         return scalars[0] if scalars.ndim else scalars
@@ -348,7 +355,10 @@ class Mapped(_Workers):
         """Whether the axis is one of a `shard_map` with check_vma."""
         if self.axis_name is None:
             return False
-        return bool(varying(lax.axis_index(self.axis_name)))
+        try:
+            return bool(varying(lax.axis_index(self.axis_name)))
+        except NameError:  # `init` may be called outside of it
+            return False
 
 
 def resized(params: Any, length: int) -> Any:

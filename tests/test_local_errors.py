@@ -4,6 +4,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -280,6 +281,7 @@ def test_help_shows_every_option_and_its_default(name):
     full = inspect.signature(emaopt.local_updates).parameters
     for option in Options.__annotations__:
         assert shown[option].default == full[option].default, option
+        assert shown[option].annotation == full[option].annotation, option
     assert not any(p.kind == p.VAR_KEYWORD for p in shown.values())
 
 
@@ -304,3 +306,97 @@ def test_specs_of_parameters_without_an_axis_of_workers():
         ValueError, match=r"^state_specs: .*one is a scalar.*stack_workers"
     ):
         emaopt.state_specs(tx, params, "w")
+
+
+# What functions return, and what stands for one worker alone
+
+
+PERIODS = {
+    "text": lambda n: "2",
+    "nothing": lambda n: None,
+    "three": lambda n: jnp.ones(3),
+}
+
+
+@pytest.mark.parametrize("returned", PERIODS)
+def test_period_that_returns_no_number(returned):
+    tx = emaopt.local_sgd(SGD, period=PERIODS[returned], num_workers=2)
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(TypeError, match=r"^local_sgd: period must return a number of st"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "rate, error", [(7.0, ValueError), (-1.0, ValueError), ("a", TypeError)]
+)
+@pytest.mark.parametrize("reduce", ["sum", "sequential"])
+def test_moving_rate_that_returns_another_number(rate, error, reduce):
+    tx = local_updates(moving_rate=lambda w: rate, reduce=reduce, num_workers=2, period=1)
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(error, match=r"^local_updates: moving_rate must be"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {
+            "inner": SGD,
+            "outer": SGD,
+            "period": np.int64(2),
+            "moving_rate": np.float64(0.2),
+        },
+        {"method": emaopt.easgd, "period": np.int64(2)},
+        {"method": emaopt.block_momentum, "period": 2, "block_momentum": np.float64(0.2)},
+        {
+            "method": emaopt.block_momentum,
+            "period": 2,
+            "block_learning_rate": np.float64(1),
+        },
+    ],
+)
+def test_numbers_of_numpy_leave_the_dtypes_alone(arguments):
+    method = arguments.get("method", emaopt.local_updates)
+    others = {k: v for k, v in arguments.items() if k != "method"}
+    tx = method(inner=SGD, num_workers=2, **others)
+    params = {"w": jnp.ones((2, 3), jnp.float32)}
+    with jax.enable_x64(True):
+        updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["w"].dtype == jnp.float32
+    assert emaopt.get_center(state)["w"].dtype == jnp.float32
+
+
+def test_narrow_period_does_not_wrap():
+    tx = emaopt.local_sgd(SGD, period=np.int8(100), num_workers=2, num_fragments=4)
+    assert tx.init({n: jnp.ones((2, 3)) for n in "abcd"}).num_steps == 0
+    params = {n: jnp.ones((2, 3)) for n in "abcd"}
+    state = tx.init(params)._replace(num_steps=jnp.int32(24))
+    before = emaopt.get_center(state)
+    _, state = tx.update(params, state, params)
+    moved = [n for n in "abcd" if np.any(emaopt.get_center(state)[n] != before[n])]
+    assert len(moved) == 1  # at step 25 one of four fragments has its turn
+
+
+@pytest.mark.parametrize("name", ["weights", "exchange"])
+def test_per_worker_of_what_the_inner_optimizer_does_not_get(name):
+    with pytest.raises(ValueError, match=rf"^local_sgd: per_worker .* which {name} is"):
+        emaopt.local_sgd(SGD, period=2, num_workers=2, per_worker=[name])
+
+
+def test_per_worker_that_update_is_not_given():
+    tx = emaopt.local_sgd(SGD, period=2, num_workers=2, per_worker=["vaule"])
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(TypeError, match=r"declares \['vaule'\], .* \['value'\]"):
+        tx.update(params, tx.init(params), params, value=jnp.ones(2))
+
+
+def test_state_of_more_workers_than_the_parameters():
+    tx = emaopt.local_sgd(SGD, period=9, num_workers=4)
+    params = emaopt.stack_workers({"w": jnp.ones(3)}, 4)
+    state, one = tx.init(params), {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"^synchronize: the state is of 4 worker"):
+        emaopt.synchronize(state, one)
+    with pytest.raises(ValueError, match=r"^worker_spread: the state is of 4 worker"):
+        emaopt.worker_spread(state, one)
+    with pytest.raises(ValueError, match=r"^synchronize: axis_name='w' is for the"):
+        emaopt.synchronize(state, params, axis_name="w")

@@ -104,6 +104,18 @@ def test_int8_holds_a_leaf_of_zeros_and_scales_each_leaf_of_each_worker():
         np.testing.assert_allclose(center, -np.sum(grads[name], axis=0), rtol=1e-6)
 
 
+def test_int8_holds_a_leaf_without_elements():
+    tx = emaopt.local_sgd(
+        optax.sgd(1.0), period=1, num_workers=2, exchange_dtype=jnp.int8
+    )
+    params = {"w": jnp.zeros((2, 3)), "empty": jnp.zeros((2, 0, 2))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, tx.init(params), params)
+    center = emaopt.get_center(state)
+    np.testing.assert_allclose(center["w"], np.full(3, -1), rtol=1e-6)
+    assert center["empty"].shape == (0, 2)
+
+
 @pytest.mark.parametrize("reduce", REDUCE)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_narrow_exchange_keeps_both_parts_of_a_complex_leaf(dtype, reduce):
@@ -246,7 +258,7 @@ def fragmented(inner, num_fragments, period, steps, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_fragments, period", [(2, 4), (3, 3), (4, 9)])
+@pytest.mark.parametrize("num_fragments, period", [(2, 4), (3, 3), (4, 9), (4, 11)])
 def test_fragments_of_like_sizes_take_turns(num_fragments, period):
     *_, exchanges = fragmented(optax.sgd(0.1), num_fragments, period, 2 * period)
     at_step = np.zeros(2 * period, int)

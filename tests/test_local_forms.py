@@ -346,12 +346,23 @@ BRANCHES = {
     "conditionally_transform": lambda tx: optax.conditionally_transform(
         tx, lambda step: step < 9
     ),
+    "switch": lambda tx: optax.GradientTransformation(
+        tx.init,
+        lambda updates, state, params: jax.lax.switch(
+            (updates["b"][..., 0].sum() > 0).astype(int),
+            [tx.update, tx.update, lambda updates, state, _: (updates, state)],
+            updates,
+            state,
+            params,
+        ),
+    ),
     "apply_if_finite, averaged": lambda tx: optax.apply_if_finite(
         emaopt.averaged(tx, 0.9), 9
     ),
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("form", ["shard_map", "shard_map, unchecked", "pmap", "vmap"])
 @pytest.mark.parametrize("wrapper", BRANCHES)
 def test_mapped_form_is_refused_where_each_worker_takes_a_branch_of_its_own(
@@ -387,8 +398,15 @@ def test_mapped_form_without_an_exchange_may_stand_in_a_branch(form):
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-def test_mapped_form_may_stand_in_a_conditional_around_the_whole_program():
-    step, params, state = in_shard_map(method("delta", axis_name="workers"))
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("form", ["shard_map", "vmap", "vmap, not jitted"])
+def test_mapped_form_may_stand_in_a_conditional_around_the_whole_program(form):
+    tx = method("delta", axis_name="workers")
+    if form == "vmap, not jitted":
+        _, params, state = in_vmap(tx)
+        step = jax.vmap(step_of(tx), axis_name="workers")
+    else:
+        step, params, state = MAPS[form](tx)
     grads = jax.tree.map(lambda g: g[0], GRADS)
 
     def some(flag):

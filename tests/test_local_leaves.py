@@ -116,6 +116,15 @@ def test_float16_updates_stay_finite_across_its_whole_range():
     assert updates.dtype == jnp.float16 and np.all(np.isfinite(updates))
 
 
+def test_step_beyond_the_range_of_the_parameters_is_not_taken():
+    tx = emaopt.local_sgd(optax.sgd(1.0), period=9, num_workers=2)
+    params = jnp.ones((2, 3), jnp.float16)
+    grads = jnp.ones((2, 3)).at[1, 0].set(1e5)  # float16 ends at 65504
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates, [[-1] * 3, [0] * 3])
+    np.testing.assert_array_equal(state.num_missed, [0, 1])
+
+
 def test_float64_parameters_under_x64_have_a_float64_center():
     with jax.enable_x64(True):
         tx = emaopt.local_sgd(optax.sgd(0.1), period=1, num_workers=2)
@@ -159,6 +168,17 @@ def test_rounding_of_the_center_is_no_commit(dtype):
     np.testing.assert_array_equal(emaopt.get_center(state), center)
 
 
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_step_that_the_workers_round_away_is_no_commit(dtype):
+    # Also where the compiler would keep the sum in float32.
+    tx = emaopt.local_sgd(optax.sgd(1.0), period=1, num_workers=2)
+    params = jnp.ones((2, 4), dtype)
+    grads = jnp.full((2, 4), -float(jnp.finfo(dtype).eps) / 4, dtype)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(emaopt.get_center(state), 1)
+
+
 def test_complex_leaf_is_the_pair_of_its_parts():
     pair = jax.tree.map(jnp.asarray, {"re": STARTS[0], "im": STARTS[1]})
     options = {"period": 2, "num_workers": WORKERS, "commit": "mean_delta"}
@@ -175,6 +195,18 @@ def test_complex_leaf_is_the_pair_of_its_parts():
         )[:2]
     for z, part in zip(whole, parts, strict=True):
         np.testing.assert_allclose(z, part["re"] + 1j * part["im"], rtol=1e-6)
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("form", [{}, {"axis_name": "w"}, {"num_workers": 1}], ids=str)
+def test_center_shares_no_memory_with_the_parameters(form):
+    tx = emaopt.local_updates(
+        optax.sgd(0.1), optax.sgd(1.0), period=2, reduce="sequential", **form
+    )
+    params = jnp.ones((1, 3))
+    state = tx.init(params)
+    params.delete()
+    assert state.center.sum() == state.pulled.sum() == 3
 
 
 # Trees
@@ -295,6 +327,23 @@ def test_leaf_without_a_gradient_is_neither_moved_nor_exchanged(
     assert np.all(emaopt.get_center(state)["w"] != STARTS[0])
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sequential"])
+def test_outer_optimizer_does_not_decay_a_leaf_without_a_gradient(reduce):
+    tx = emaopt.local_updates(
+        optax.sgd(0.1),
+        optax.adamw(0.1, weight_decay=0.5),
+        period=1,
+        num_workers=2,
+        reduce=reduce,
+    )
+    params = {"w": jnp.ones((2, 3)), "frozen": jnp.ones((2, 4))}
+    grads = {"w": jnp.ones((2, 3)), "frozen": None}
+    _, state = tx.update(grads, tx.init(params), params)
+    center = emaopt.get_center(state)
+    assert np.all(center["w"] != 1)
+    np.testing.assert_array_equal(center["frozen"], np.ones(4))
+
+
 @pytest.mark.parametrize("without", [1, 3])
 def test_step_without_a_gradient_counts_as_one_of_zeros(without):
     # Step 3 is the first after an exchange, where the sum of the gradients starts anew.
@@ -317,6 +366,8 @@ def test_step_without_a_gradient_counts_as_one_of_zeros(without):
 def test_parameters_in_eight_bits_have_a_center_in_float32():
     params = jnp.ones((2, 4), jnp.float8_e4m3fn)
     tx = emaopt.local_sgd(optax.sgd(0.25), period=1, num_workers=2)
-    updates, state = tx.update(2 * params, tx.init(params), params)
-    assert (state.center.dtype, updates.dtype) == (jnp.float32, jnp.float32)
+    updates, state = jax.jit(tx.update)(2 * params, tx.init(params), params)
+    assert (state.center.dtype, updates.dtype) == (jnp.float32, params.dtype)
     np.testing.assert_array_equal(state.center, np.full(4, 0.5))
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(np.float32(after), np.full((2, 4), 0.5))

@@ -277,6 +277,16 @@ def test_state_specs_of_the_stacked_form_replicate_the_center_alone(options):
     assert jax.tree.leaves(trace) == [P("workers")] * 2
 
 
+def test_state_specs_replicate_what_has_another_length_than_the_workers():
+    beside = optax.GradientTransformation(
+        lambda params: {"rows": jnp.zeros(WORKERS), "table": jnp.zeros(WORKERS + 1)},
+        lambda updates, state, params=None: (updates, state),
+    )
+    tx = optax.chain(beside, method("delta"))
+    specs, _ = emaopt.state_specs(tx, begin(method("delta"))[0], "workers")
+    assert specs == {"rows": P("workers"), "table": P()}
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_state_specs_of_the_mapped_form_replicate_the_scalars_alone(options):
     tx = emaopt.local_updates(

@@ -184,6 +184,19 @@ def test_all_workers_may_be_bad_at_once(method, form):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_gradients_of_a_step_that_is_not_taken_are_not_summed(jitted):
+    tx = emaopt.local_updates(
+        optax.sgd(0.1), optax.sgd(1.0), period=9, num_workers=2, commit="mean_gradient"
+    )
+    params, good = jnp.ones((2, 3)), jnp.array([[1.0] * 3, [2.0] * 3])
+    update, state = jax.jit(tx.update) if jitted else tx.update, tx.init(params)
+    for grads in (good.at[1, 0].set(jnp.nan), good, good.at[0, 2].set(jnp.inf)):
+        _, state = update(grads, state, params)
+    np.testing.assert_array_equal(state.accumulated, 2 * good)
+
+
 SLOTS = {
     "a NaN learning rate": lambda n: jnp.where(n == 1, jnp.nan, -0.1),
     "an infinite one": lambda n: jnp.where(n == 1, -jnp.inf, -0.1),
@@ -226,6 +239,27 @@ def test_a_bad_step_leaves_slots_of_every_kind_as_they_are():
         assert np.any(updates["w"][0])
 
 
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_a_bad_step_leaves_slots_that_are_passed_on_or_constant(jitted):
+    def init(params):
+        return {"last": 0 * params, "before": 0 * params, "number": jnp.zeros(())}
+
+    def update(updates, state, params=None):
+        after = {"last": updates, "before": state["last"], "number": jnp.ones(())}
+        return updates, after
+
+    inner = optax.GradientTransformation(init, update)
+    tx = emaopt.local_sgd(inner, period=9, num_workers=2)
+    params, grads = jnp.ones((2, 3)), jnp.array([[1.0] * 3, [2.0] * 3])
+    update, state = jax.jit(tx.update) if jitted else tx.update, tx.init(params)
+    for worker, now in ((0, [0, 1]), (1, [1, 1])):
+        _, state = update(grads.at[worker].set(jnp.nan), state, params)
+        np.testing.assert_array_equal(state.inner_state["number"], now)
+    np.testing.assert_array_equal(state.inner_state["last"], grads)
+    np.testing.assert_array_equal(state.inner_state["before"], 0 * grads)
+
+
 def test_gradients_that_a_wrapper_inside_would_mend_are_no_step():
     tx = emaopt.local_sgd(
         optax.apply_if_finite(optax.adam(0.1), 9), period=2, num_workers=2
@@ -245,6 +279,21 @@ def test_synchronize_leaves_out_a_worker_that_missed_a_step():
     params, state = emaopt.synchronize(state, optax.apply_updates(params, updates))
     np.testing.assert_array_equal(params, [[-1], [-1]])
     assert state.num_left_out == 1 and not np.any(state.has_missed[0])
+
+
+def test_synchronize_leaves_a_worker_out_of_the_fragments_that_it_missed():
+    tx = emaopt.local_sgd(optax.sgd(1.0), period=2, num_workers=2, num_fragments=2)
+    params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2, 2))}  # b met at step 1
+    state = tx.init(params)
+    for bad in (1.0, jnp.nan):
+        grads = jax.tree.map(lambda p, bad=bad: jnp.ones_like(p).at[1].set(bad), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(state.has_missed, [[False, False], [False, True]])
+    params, state = emaopt.synchronize(state, params)
+    for leaf in jax.tree.leaves((params, emaopt.get_center(state))):
+        np.testing.assert_array_equal(leaf, np.full(leaf.shape, -2))
+    assert state.num_left_out == 2  # at step 2, of a, and now, of b
 
 
 @pytest.mark.slow
@@ -267,3 +316,48 @@ def test_a_round_that_is_one_program_leaves_out_a_bad_worker(case):
     assert_finite(params, state)
     assert state.num_left_out == 1
     np.testing.assert_array_equal(state.num_missed, [0, 0, 1])
+
+
+# Steps that are finite
+
+
+@pytest.mark.parametrize("form", ["stacked", "vmap"])
+@pytest.mark.parametrize(
+    "dtype, gradient_dtype, start, gradient",
+    [
+        ("float16", "float16", 6e4, -6e4),
+        ("float16", "float32", 0.0, 1e5),  # beyond what the parameters can be
+        ("bfloat16", "bfloat16", 3e38, -3e38),
+        ("float32", "float32", 3e38, -3e38),
+    ],
+)
+def test_parameters_that_would_overflow_are_no_step(
+    dtype, gradient_dtype, start, gradient, form
+):
+    named = {"num_workers": 2} if form == "stacked" else {"axis_name": "w"}
+    tx = emaopt.local_sgd(optax.sgd(1.0), period=2, **named)
+    params = jnp.full((2, 3), start, dtype)
+    grads = jnp.zeros((2, 3), gradient_dtype)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step, state = in_form(form, tx, step, params)
+    step = jax.jit(step)
+    after, state = step(params, state, grads.at[0, 1].set(gradient))
+    np.testing.assert_array_equal(np.float32(after), np.float32(params))
+    np.testing.assert_array_equal(state.num_missed, [1, 0])
+    for _ in range(3):
+        after, state = step(after, state, grads)
+    np.testing.assert_array_equal(np.float32(after), np.float32(params))
+    np.testing.assert_array_equal(state.num_missed, [1, 0])
+    assert np.all(state.num_left_out == 1)
+
+
+def test_gradients_of_integers_do_not_hide_what_the_step_is():
+    inner = optax.stateless(lambda updates, _: updates * jnp.nan)
+    tx = emaopt.local_sgd(inner, period=2, num_workers=2)
+    params, grads = jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32)
+    _, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(state.num_missed, [1, 1])

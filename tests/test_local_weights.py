@@ -141,6 +141,74 @@ def test_error_feedback_keeps_what_a_weighted_commit_lost():
     np.testing.assert_allclose(state.residual, np.float64(grads) - sent, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("reduce", ["mean", "sequential"])
+def test_an_absent_worker_keeps_its_residual_and_comes_back(reduce, dtype):
+    tx = emaopt.local_updates(
+        optax.sgd(1.0),
+        optax.sgd(1.0),
+        period=1,
+        num_workers=WORKERS,
+        reduce=reduce,
+        exchange_dtype=dtype,
+        error_feedback=True,
+    )
+    params, grads = jnp.zeros((WORKERS, 5)), jnp.asarray(GRADS, jnp.float32)
+    state, residuals = tx.init(params), []
+    for number, weight in enumerate([1.0, 0.0, 1.0]):
+        weights = jnp.ones(WORKERS).at[1].set(weight)
+        _, state = jax.jit(tx.update)(grads[number], state, params, weights=weights)
+        residuals.append(state.residual)
+    np.testing.assert_array_equal(residuals[1][1], residuals[0][1])
+    assert np.any(residuals[1][0] != residuals[0][0])
+    assert np.any(residuals[2][1] != residuals[1][1])
+    assert np.all(np.isfinite(residuals[2])) and state.num_left_out == 0
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("case", ["absent", "bad"])
+def test_turn_of_a_worker_that_is_left_out_leaves_the_outer_slots(case):
+    def after_two_steps(grads, weights=None):
+        tx = emaopt.local_updates(
+            INNER,
+            optax.sgd(0.5, momentum=0.9),
+            period=1,
+            num_workers=len(grads),
+            reduce="sequential",
+        )
+        params = jnp.ones(grads.shape)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(grads, state, params, weights=weights)
+            params = optax.apply_updates(params, updates)
+        return state.center, state.outer_state
+
+    grads = jnp.asarray(GRADS[0], jnp.float32)
+    expected = after_two_steps(grads[jnp.array([0, 2, 3])])
+    if case == "absent":
+        actual = after_two_steps(grads, jnp.array([1.0, 0.0, 1.0, 1.0]))
+    else:
+        actual = after_two_steps(grads.at[1, 0].set(jnp.nan))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("reduce", ["mean", "sum", "sequential"])
+def test_an_elastic_workers_own_move_is_not_weighted(reduce):
+    tx = emaopt.local_updates(
+        INNER,
+        optax.sgd(0.0),  # the center stays where it is
+        period=1,
+        num_workers=WORKERS,
+        moving_rate=0.2,
+        reduce=reduce,
+    )
+    params, grads = jnp.ones((WORKERS, 5)), jnp.asarray(GRADS[0], jnp.float32)
+    weights = jnp.array([1.0, 2.0, 0.0, 10.0])
+    updates, _ = tx.update(grads, tx.init(params), params, weights=weights)
+    np.testing.assert_allclose(updates, -0.08 * grads, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "weights, error, message",
     [
@@ -151,15 +219,59 @@ def test_error_feedback_keeps_what_a_weighted_commit_lost():
         ),
         (1.0, ValueError, r"local_sgd: weights must be 4 numbers, got shape \(\)"),
         ("abcd", TypeError, "local_sgd: weights must be 4 numbers, got 'abcd'"),
-        ([1, 2, 3, -1], ValueError, "local_sgd: weights must be at least 0"),
-        ([1, 2, 3, np.nan], ValueError, "local_sgd: weights must be at least 0"),
+        ([True] * 4, TypeError, "local_sgd: weights must be 4 numbers, got .True"),
+        *(
+            ([1, 2, 3, bad], ValueError, "local_sgd: weights must be 0 or from 1e-30 to")
+            for bad in (-1, np.nan, np.inf, 3e38, 1e-40)
+        ),
+        ([1, 2, 3, 2**70], TypeError, "local_sgd: weights must be 4 numbers"),
     ],
 )
-def test_weights_that_are_none(weights, error, message):
+@pytest.mark.quick(1000)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_weights_that_are_none(weights, error, message, jitted):
     tx = emaopt.local_sgd(INNER, period=2, num_workers=WORKERS)
     params = jnp.ones((WORKERS, 5))
+    update = functools.partial(tx.update, weights=weights)
     with pytest.raises(error, match=f"^{message}"):
-        tx.update(params, tx.init(params), params, weights=weights)
+        (jax.jit(update) if jitted else update)(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "weights, total",
+    [
+        (jnp.array([1.0, 3.0]), 2.5),
+        (np.array([2**40, 3 * 2**40]), 2.5),
+        ([2**40, 2**40], 2.0),
+        ([1e30, 1e30], 2.0),
+        ([1e-30, 1e-30], 2.0),
+        ([1e30, 1e-30], 1.0),
+    ],
+)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_weights_may_be_constants_of_any_size(weights, total, jitted):
+    tx = emaopt.local_sgd(optax.sgd(1.0), period=1, num_workers=2)
+    params, grads = jnp.zeros((2, 3)), jnp.array([[1.0] * 3, [3.0] * 3])
+    update = functools.partial(tx.update, weights=weights)
+    _, state = (jax.jit(update) if jitted else update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(emaopt.get_center(state), np.full(3, -total), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1e10, 1e-30], [1.0, 0.0]])
+def test_no_share_of_the_commits_is_too_small_for_error_feedback(weights):
+    tx = emaopt.local_sgd(
+        optax.sgd(1.0),
+        period=1,
+        num_workers=2,
+        exchange_dtype=jnp.bfloat16,
+        error_feedback=True,
+    )
+    params, grads = jnp.zeros((2, 3)), jnp.full((2, 3), 1.001)
+    with jax.debug_nans(True):
+        _, state = tx.update(grads, tx.init(params), params, weights=weights)
+        _, state = tx.update(grads, state, params, weights=[1.0, 1.0])
+    assert state.num_left_out == 0
+    assert np.isfinite(state.residual).all()
 
 
 # Counters

@@ -98,6 +98,21 @@ def test_between_exchanges_each_worker_runs_its_optimizer(inner):
         )
 
 
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_slots_that_the_inner_optimizer_widens_stay_wide(jitted):
+    inner = optax.GradientTransformation(
+        lambda params: jnp.zeros(params.shape, jnp.bfloat16),
+        lambda updates, state, params=None: (updates, state + updates),
+    )
+    tx = emaopt.local_sgd(inner, period=9, num_workers=2)
+    params, grads = jnp.ones((2, 3)), jnp.full((2, 3), 1 + 2**-12, jnp.float32)
+    update = jax.jit(tx.update) if jitted else tx.update
+    _, state = update(grads, tx.init(params), params)
+    assert state.inner_state.dtype == jnp.float32
+    np.testing.assert_array_equal(state.inner_state, grads)
+
+
 def polyak(per_worker):
     """Polyak's step size takes the value of the loss, and `scale` is for all."""
     inner = optax.polyak_sgd(max_learning_rate=1.0)

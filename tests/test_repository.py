@@ -57,10 +57,16 @@ LAYERS = {
     },
     "_averaging": {"_betas", "_checks", "_recursion", "_rounding", "_sharding"},
     "_commits": {"_checks", "_recursion", "_rounding"},
-    "_asynchronous": {"_checks", "_commits", "_rounding"},
+    "_asynchronous": {"_checks", "_commits", "_rounding", "_tracing"},
     "_collectives": {"_conditional", "_tracing"},
     "_workers": {"_collectives", "_conditional", "_recursion", "_tracing"},
-    "_exchange": {"_collectives", "_commits", "_rounding", "_workers"},
+    "_exchange": {
+        "_collectives",
+        "_commits",
+        "_local_checks",
+        "_rounding",
+        "_workers",
+    },
     "_local_checks": {"_checks", "_commits", "_tracing"},
     "_local_updates": {
         "_checks",
