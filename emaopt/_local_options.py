@@ -70,27 +70,35 @@ def local_updates(
     `reduce="sum"` with `optax.sgd(1.0)`.
 
     What to watch:
-      - A step whose gradients or updates hold a NaN or inf is not taken: the worker's
-        parameters and slots stay as they are. At the next exchange it is left out and
-        pulls the center; the state counts both (`num_missed`, `num_left_out`). Without
-        any commit the outer optimizer gets zeros. The check reads the gradients and
-        slots once more. What `optax.apply_if_finite` or `zero_nans` inside would do with
-        a NaN does not come to pass.
+      - A step whose gradients, or the parameters that it leads to, hold a NaN or inf is
+        not taken: the worker's parameters and slots stay as they are. At the next
+        exchange it is left out, with all that it did since the last, and pulls the
+        center; the state counts both (`num_missed`, `num_left_out`). Without any commit
+        the outer optimizer gets zeros, in turns nothing. The check reads gradients,
+        slots and parameters once more: `inner` stands in the program twice, and once
+        more for an exchange. What `optax.apply_if_finite` or `zero_nans` inside would do
+        with a NaN does not come to pass. Parameters that were not finite before cannot be
+        mended by an update; `local_round` and `synchronize` do it.
       - Parameters are set through updates: θ + (c - θ) is c up to the last bit. With
         parameters and gradients in 16 bits the updates are in 16 bits as well, as
         wrappers around want it: then up to half a unit in the last place of c - θ, and
-        exactly if θ is between c/2 and 2c. The center is exact; `local_round` and
-        `synchronize` set it exactly.
+        exactly if θ, the parameters before the step, is between c/2 and 2c. The center is
+        exact; `local_round` and `synchronize` set it exactly.
       - The mapped form has no place in a conditional that each device decides for itself,
         such as that of `optax.apply_if_finite`: an error at trace time, as workers would
         wait for each other without end. The stacked form has.
       - Do not put this into `optax.MultiSteps`, which runs the update, and an exchange,
         at steps that it throws away. As the inner optimizer,
-        `optax.MultiSteps(inner, k).gradienttransformation()`, it accumulates gradients
+        `optax.MultiSteps(inner, k).gradient_transformation()`, it accumulates gradients
         before the local steps.
       - Inside shard_map parameters have a leading axis of 1, and so has what each worker
         has of the state (`state_specs`), where they share one outside. An `inner` that
-        looks at the shape of a leaf, such as muon, belongs into the stacked form.
+        looks at the shape of a leaf, such as muon or a mask of `x.ndim > 1`, belongs into
+        the stacked form. A checkpoint of that state holds the center once for each
+        worker.
+      - In the stacked form scalars of `inner`'s state have a row for each worker: set
+        `hyperparams["learning_rate"]` to [W] numbers. Workers of an `inner` that draws
+        random numbers draw the same ones.
 
     Args:
       inner: The optimizer of the local steps.
@@ -109,9 +117,11 @@ def local_updates(
       moving_rate: α in (0, 1]. Elastic: a worker commits α (c - θ_w) and moves by that,
         instead of pulling the center. A function gets W. None: not elastic.
       warmup_steps: The first steps, each of which ends in an exchange (post-local SGD).
-      exchange_dtype: What commits travel in: a floating dtype narrower than float32, or
-        int8, scaled by each leaf's largest value. Floating commits are summed in their
-        dtype (XLA widens the sum to float32 on CPU). int8 ones are gathered and summed in
+      exchange_dtype: What commits travel in: a floating dtype narrower than float32,
+        unscaled, or int8 or int16, scaled by each leaf's largest value. Floating commits
+        are summed in their dtype (XLA widens the sum to float32 on CPU), so each is cut
+        off at the dtype's largest number / W, and small ones vanish: float16 and float8
+        want `error_feedback`. Integers are gathered and summed in
         float32: W-1 bytes for each parameter, against 8 (W-1)/W of an all-reduce in
         float32 and half of that in bfloat16: int8 is for 2 or 3 workers. In the stacked
         form it needs `jax.set_mesh` to be gathered as such. Complex leaves stay as they
@@ -127,12 +137,14 @@ def local_updates(
 
     Returns:
       A transformation with a `LocalUpdatesState`. Its update takes extra arguments.
-      `exchange`: True forces an exchange at this step, False forbids it; as Python values
-      they compile to no conditional. `weights`: what each worker's commit counts at an
-      exchange of this step, such as its examples or tokens, from 0 (absent) on: [W], in
-      the mapped form each worker's own number. They are normalized over the workers that
-      are not left out: a mean is Σ w_i commit_i / Σ w_i, a sum and turns take
-      w_i / mean w. An elastic worker's own move is not weighted.
+      `exchange`: True forces an exchange at this step, False forbids it; the same on all
+      workers; as Python values they compile to no conditional. `weights`: what each
+      worker's commit counts at an exchange of this step, such as its examples or tokens:
+      [W], in the mapped form each worker's own number, 0 (absent) or from 1e-30 to 1e30.
+      Traced ones that are negative or not finite count as 0. They are normalized over
+      the workers that are neither absent nor left out: a mean is Σ w_i commit_i / Σ w_i,
+      a sum and turns take w_i / mean w. Who is absent is not counted as left out, and
+      pulls the center. An elastic worker's own move is not weighted.
 
     Raises:
       ValueError, TypeError: If an argument is out of its range; from `init` and `update`

@@ -15,7 +15,13 @@ from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
-from emaopt._local_checks import as_period, as_rate, as_weights, check_engine
+from emaopt._local_checks import (
+    as_period,
+    as_rate,
+    as_weights,
+    check_engine,
+    keeping_structure,
+)
 from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
 from emaopt._tracing import Computed, Selected, Traced, traced
@@ -23,13 +29,16 @@ from emaopt._workers import Mapped, Stacked, always
 
 
 class LocalUpdatesState(NamedTuple):
-    """State of local updates; read the center with `get_center`."""
+    """State of local updates; read the center with `get_center`.
 
-    num_steps: Any  # () int32, the local steps of each worker
-    num_left_out: Any  # () int32, commits of all workers left out for a NaN or inf
-    num_missed: Any  # () int32, each worker's: steps not taken for a NaN or inf
+    What is each worker's own has a leading axis: [W] stacked, [1] inside `jax.shard_map`.
+    """
+
+    num_steps: Any  # () int32, local steps, taken by a worker or not
+    num_left_out: Any  # () int32, Σ over exchanges and fragments of workers left out
+    num_missed: Any  # int32, each worker's: steps not taken for a NaN or inf
     since_exchange: Any  # tuple of () int32 for each fragment, local steps
-    has_missed: Any  # tuple of () bool for each fragment, each worker's: one since then
+    has_missed: Any  # tuple of bool for each fragment, each worker's: one since then
     inner_state: Any  # of the inner optimizer, each worker's
     outer_state: Any  # tuple of the outer optimizer's states for each fragment
     accumulated: Any  # Σ gradients since the exchange, None but for mean_gradient
@@ -151,7 +160,7 @@ class Engine:
         workers = self.workers
         workers.check(self.function, leaves)
         weights = as_weights(self.function, weights, self.num_workers)
-        inner = _keeping_structure(self.function, self.inner)
+        inner = keeping_structure(self.function, self.inner)
 
         def column(tree) -> list[Any]:
             """The leaves in the parameters' order, None where there are none."""
@@ -337,26 +346,6 @@ def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
             seen.append(applied(leaf, step))
         groups += [seen] if seen else []
     return workers.finite(groups, workers.same(True))
-
-
-def _keeping_structure(
-    function: str, inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer; raises if its state after an update has other leaves."""
-    inner = optax.with_extra_args_support(inner)
-
-    def update(updates, state, params=None, **extra_args):
-        steps, after = inner.update(updates, state, params, **extra_args)
-        have, want = map(jax.tree.structure, (after, state))
-        if have != want:
-            raise TypeError(
-                f"{function}: the inner optimizer's update makes of a state like {want} "
-                f"one like {have}. A worker that cannot take a step keeps the old one, "
-                "so both must be alike."
-            )
-        return steps, after
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _refuse_branch(function: str, traced: Any) -> None:

@@ -4,7 +4,6 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -335,46 +334,6 @@ def test_moving_rate_that_returns_another_number(rate, error, reduce):
     params = {"w": jnp.ones((2, 3))}
     with pytest.raises(error, match=r"^local_updates: moving_rate must be"):
         tx.update(params, tx.init(params), params)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {
-            "inner": SGD,
-            "outer": SGD,
-            "period": np.int64(2),
-            "moving_rate": np.float64(0.2),
-        },
-        {"method": emaopt.easgd, "period": np.int64(2)},
-        {"method": emaopt.block_momentum, "period": 2, "block_momentum": np.float64(0.2)},
-        {
-            "method": emaopt.block_momentum,
-            "period": 2,
-            "block_learning_rate": np.float64(1),
-        },
-    ],
-)
-def test_numbers_of_numpy_leave_the_dtypes_alone(arguments):
-    method = arguments.get("method", emaopt.local_updates)
-    others = {k: v for k, v in arguments.items() if k != "method"}
-    tx = method(inner=SGD, num_workers=2, **others)
-    params = {"w": jnp.ones((2, 3), jnp.float32)}
-    with jax.enable_x64(True):
-        updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    assert updates["w"].dtype == jnp.float32
-    assert emaopt.get_center(state)["w"].dtype == jnp.float32
-
-
-def test_narrow_period_does_not_wrap():
-    tx = emaopt.local_sgd(SGD, period=np.int8(100), num_workers=2, num_fragments=4)
-    assert tx.init({n: jnp.ones((2, 3)) for n in "abcd"}).num_steps == 0
-    params = {n: jnp.ones((2, 3)) for n in "abcd"}
-    state = tx.init(params)._replace(num_steps=jnp.int32(24))
-    before = emaopt.get_center(state)
-    _, state = tx.update(params, state, params)
-    moved = [n for n in "abcd" if np.any(emaopt.get_center(state)[n] != before[n])]
-    assert len(moved) == 1  # at step 25 one of four fragments has its turn
 
 
 @pytest.mark.parametrize("name", ["weights", "exchange"])

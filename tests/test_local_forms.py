@@ -339,78 +339,28 @@ def test_shardings_of_the_state_are_those_of_its_specs(form):
         jax.tree.map(same, *(getattr(x, field) for x in (shardings, specs, state)))
 
 
-# In conditionals
-
-BRANCHES = {
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 9),
-    "conditionally_transform": lambda tx: optax.conditionally_transform(
-        tx, lambda step: step < 9
-    ),
-    "switch": lambda tx: optax.GradientTransformation(
-        tx.init,
-        lambda updates, state, params: jax.lax.switch(
-            (updates["b"][..., 0].sum() > 0).astype(int),
-            [tx.update, tx.update, lambda updates, state, _: (updates, state)],
-            updates,
-            state,
-            params,
-        ),
-    ),
-    "apply_if_finite, averaged": lambda tx: optax.apply_if_finite(
-        emaopt.averaged(tx, 0.9), 9
-    ),
-}
-
-
-@pytest.mark.quick(4)
-@pytest.mark.parametrize("form", ["shard_map", "shard_map, unchecked", "pmap", "vmap"])
-@pytest.mark.parametrize("wrapper", BRANCHES)
-def test_mapped_form_is_refused_where_each_worker_takes_a_branch_of_its_own(
-    wrapper, form
-):
-    tx = BRANCHES[wrapper](method("delta", axis_name="workers"))
-    step, params, state = MAPS[form](tx)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_run_may_begin_and_go_on_in_one_map(check_vma):
+    tx = emaopt.local_sgd(optax.adam(0.1), period=2, axis_name="workers")
+    step, params, state = MAPS["shard_map"](tx)
     grads = jax.tree.map(lambda g: g[0], GRADS)
-    with pytest.raises(ValueError, match=r"^local_updates: .*branch.*exchange=False"):
-        step(params, state, grads)
+    expected = params, state
+    for _ in range(3):
+        expected = step(*expected, grads)
 
+    def run(params, grads):
+        def one(carry, _):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-@pytest.mark.parametrize("form", ["shard_map", "vmap"])
-def test_mapped_form_without_an_exchange_may_stand_in_a_branch(form):
-    tx = method("delta", axis_name="workers")
-    step, params, state = MAPS[form](tx)
+        return jax.lax.scan(one, (params, tx.init(params)), length=3)[0][0]
 
-    def update(grads, state, params):
-        return jax.lax.cond(
-            grads["b"][..., 0].sum() > 0,
-            functools.partial(tx.update, exchange=False),
-            functools.partial(tx.update, exchange=False),
-            grads,
-            state,
-            params,
-        )
-
-    branching = optax.GradientTransformation(tx.init, update)
-    branch, *_ = MAPS[form](branching)
-    grads = jax.tree.map(lambda g: g[0], GRADS)
-    expected, _ = step(params, state, grads)
-    actual, _ = branch(params, state, grads)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
-
-
-@pytest.mark.quick(3)
-@pytest.mark.parametrize("form", ["shard_map", "vmap", "vmap, not jitted"])
-def test_mapped_form_may_stand_in_a_conditional_around_the_whole_program(form):
-    tx = method("delta", axis_name="workers")
-    if form == "vmap, not jitted":
-        _, params, state = in_vmap(tx)
-        step = jax.vmap(step_of(tx), axis_name="workers")
-    else:
-        step, params, state = MAPS[form](tx)
-    grads = jax.tree.map(lambda g: g[0], GRADS)
-
-    def some(flag):
-        return jax.lax.cond(flag, step, lambda p, s, g: (p, s), params, state, grads)[0]
-
-    expected, _ = step(params, state, grads)
-    chex.assert_trees_all_close(jax.jit(some)(True), expected, rtol=1e-6)
+    run = jax.shard_map(
+        run,
+        mesh=mesh_of(),
+        in_specs=P("workers"),
+        out_specs=P("workers"),
+        check_vma=check_vma,
+    )
+    chex.assert_trees_all_close(jax.jit(run)(params, grads), expected[0], rtol=1e-6)

@@ -299,3 +299,38 @@ def test_state_specs_of_the_mapped_form_replicate_the_scalars_alone(options):
         tx.init(params),
     )
     assert specs == expected
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sequential"])
+@pytest.mark.parametrize("end", ["synchronize", "local_round"])
+def test_what_an_end_returns_may_be_donated(end, reduce):
+    tx = emaopt.local_updates(optax.sgd(0.1), optax.sgd(1.0), period=2, reduce=reduce)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    if end == "synchronize":
+        params, state = emaopt.synchronize(state, params)
+    else:
+        value_and_grad = jax.value_and_grad(lambda params, x: jnp.sum(params["w"] * x))
+        params, state, _ = emaopt.local_round(
+            tx, value_and_grad, params, state, jnp.ones((2, 3))
+        )
+    step = jax.jit(tx.update, donate_argnums=(1, 2))
+    updates, _ = step({"w": jnp.ones(3)}, state, params)
+    assert np.isfinite(updates["w"]).all()
+
+
+@pytest.mark.parametrize("form", [{"num_workers": 2}, {"axis_name": "workers"}])
+def test_parts_of_the_parameters_have_specs_and_ends(form):
+    tx = optax.masked(
+        emaopt.local_sgd(optax.sgd(1.0), period=9, **form), {"w": True, "b": False}
+    )
+    params = {"w": jnp.zeros((2, 3)), "b": jnp.ones((2, 3))}
+    specs = emaopt.state_specs(tx, params, "workers").inner_state
+    assert specs.num_missed == P("workers")
+    assert specs.center["b"] == optax.MaskedNode()
+    if "num_workers" in form:
+        grads = {"w": jnp.array([[1.0] * 3, [3.0] * 3]), "b": jnp.zeros((2, 3))}
+        updates, state = tx.update(grads, tx.init(params), params)
+        after, _ = emaopt.synchronize(state, optax.apply_updates(params, updates))
+        np.testing.assert_array_equal(after["w"], np.full((2, 3), -2))
+        np.testing.assert_array_equal(after["b"], params["b"])
