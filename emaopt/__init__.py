@@ -10,69 +10,98 @@ Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
               get_center, stack_workers, state_specs, worker_spread, local_round,
               synchronize, simulate_async
-Optimizers:   compute_gradients, apply_gradients, minimize, gate_gradients, constrain,
-              get_slot, get_slot_names, variables
-Modules:      checkpoint, batch_stats, posthoc, plots
+Modules:      checkpoint, batch_stats, posthoc, plots, tf1
 """
 
-import importlib
+from typing import TYPE_CHECKING, Any
 
-from emaopt._asynchronous import AsyncTrace as AsyncTrace
-from emaopt._asynchronous import simulate_async as simulate_async
-from emaopt._averaging import AveragedState as AveragedState
-from emaopt._averaging import average_params as average_params
-from emaopt._averaging import average_tree as average_tree
-from emaopt._averaging import averaged as averaged
-from emaopt._constraint import constrain as constrain
-from emaopt._decays import half_life_decay as half_life_decay
-from emaopt._decays import inverse_gamma_decay as inverse_gamma_decay
-from emaopt._decays import polynomial_decay as polynomial_decay
-from emaopt._decays import power_decay as power_decay
-from emaopt._decays import scale_decay as scale_decay
-from emaopt._decays import uniform_decay as uniform_decay
-from emaopt._decays import warmup_decay as warmup_decay
-from emaopt._gates import GATE_GRAPH as GATE_GRAPH
-from emaopt._gates import GATE_NONE as GATE_NONE
-from emaopt._gates import GATE_OP as GATE_OP
-from emaopt._gates import gate_gradients as gate_gradients
-from emaopt._gradients import compute_gradients as compute_gradients
-from emaopt._local_loop import local_round as local_round
-from emaopt._local_loop import stack_workers as stack_workers
-from emaopt._local_loop import state_specs as state_specs
-from emaopt._local_loop import synchronize as synchronize
-from emaopt._local_methods import agn as agn
-from emaopt._local_methods import block_momentum as block_momentum
-from emaopt._local_methods import diloco as diloco
-from emaopt._local_methods import easgd as easgd
-from emaopt._local_methods import local_sgd as local_sgd
-from emaopt._local_methods import lookahead as lookahead
-from emaopt._local_options import local_updates as local_updates
-from emaopt._local_updates import LocalUpdatesState as LocalUpdatesState
-from emaopt._local_updates import SwappedLocalUpdatesState as SwappedLocalUpdatesState
-from emaopt._names import by_name as by_name
-from emaopt._optimizer import apply_gradients as apply_gradients
-from emaopt._optimizer import minimize as minimize
-from emaopt._reading import average_distance as average_distance
-from emaopt._reading import get_average as get_average
-from emaopt._reading import get_center as get_center
-from emaopt._reading import swap as swap
-from emaopt._reading import worker_spread as worker_spread
-from emaopt._recursion import Averager as Averager
-from emaopt._recursion import AverageState as AverageState
-from emaopt._recursion import SwappedState as SwappedState
-from emaopt._restarting import change_mask as change_mask
-from emaopt._restarting import reset_average as reset_average
-from emaopt._sharding import state_shardings as state_shardings
-from emaopt._slots import get_slot as get_slot
-from emaopt._slots import get_slot_names as get_slot_names
-from emaopt._slots import variables as variables
-from emaopt._weights import WeightSummary as WeightSummary
-from emaopt._weights import decay_weights as decay_weights
-from emaopt._weights import weight_summary as weight_summary
+from emaopt._asynchronous import AsyncTrace, simulate_async
+from emaopt._averaging import AveragedState, average_params, average_tree, averaged
+from emaopt._decays import (
+    half_life_decay,
+    inverse_gamma_decay,
+    polynomial_decay,
+    power_decay,
+    scale_decay,
+    uniform_decay,
+    warmup_decay,
+)
+from emaopt._local_loop import local_round, stack_workers, state_specs, synchronize
+from emaopt._local_methods import agn, block_momentum, diloco, easgd, local_sgd, lookahead
+from emaopt._local_options import local_updates
+from emaopt._local_updates import LocalUpdatesState, SwappedLocalUpdatesState
+from emaopt._names import by_name
+from emaopt._reading import average_distance, get_average, get_center, swap, worker_spread
+from emaopt._recursion import Averager, AverageState, SwappedState
+from emaopt._restarting import change_mask, reset_average
+from emaopt._sharding import state_shardings
+from emaopt._weights import WeightSummary, decay_weights, weight_summary
 
+__all__ = [
+    "AsyncTrace",
+    "AverageState",
+    "AveragedState",
+    "Averager",
+    "LocalUpdatesState",
+    "SwappedLocalUpdatesState",
+    "SwappedState",
+    "WeightSummary",
+    "agn",
+    "average_distance",
+    "average_params",
+    "average_tree",
+    "averaged",
+    "block_momentum",
+    "by_name",
+    "change_mask",
+    "decay_weights",
+    "diloco",
+    "easgd",
+    "get_average",
+    "get_center",
+    "half_life_decay",
+    "inverse_gamma_decay",
+    "local_round",
+    "local_sgd",
+    "local_updates",
+    "lookahead",
+    "polynomial_decay",
+    "power_decay",
+    "reset_average",
+    "scale_decay",
+    "simulate_async",
+    "stack_workers",
+    "state_shardings",
+    "state_specs",
+    "swap",
+    "synchronize",
+    "uniform_decay",
+    "warmup_decay",
+    "weight_summary",
+    "worker_spread",
+]
 
-def __getattr__(name: str):
-    """Imports a module with dependencies of its own when it is first used."""
-    if name in ("batch_stats", "checkpoint", "plots", "posthoc"):
-        return importlib.import_module(f"emaopt.{name}")
-    raise AttributeError(f"module 'emaopt' has no attribute {name!r}")
+# Imported when they are first used: some have dependencies of their own.
+_LATE = ("batch_stats", "checkpoint", "plots", "posthoc", "tf1")
+
+if TYPE_CHECKING:
+    from emaopt import batch_stats as batch_stats
+    from emaopt import checkpoint as checkpoint
+    from emaopt import plots as plots
+    from emaopt import posthoc as posthoc
+    from emaopt import tf1 as tf1
+
+    __version__: str
+else:  # a type checker would allow any name for it
+
+    def __getattr__(name: str) -> Any:
+        import importlib.metadata
+
+        if name in _LATE:
+            return importlib.import_module(f"emaopt.{name}")
+        if name == "__version__":
+            return importlib.metadata.version("emaopt")
+        raise AttributeError(f"module 'emaopt' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*__all__, *_LATE, "__version__"])

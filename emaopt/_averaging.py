@@ -41,7 +41,7 @@ def average_tree(
     """Averages any pytree: statistics, target networks, metrics.
 
     The same recursion and options as `average_params`, for values that no optimizer
-    returns.
+    returns: they are given to `update` themselves, not as updates to parameters.
 
     Args:
       decay: β in [0, 1] or a function t -> β.

@@ -15,6 +15,8 @@ _BLOCK = 1 << 15  # elements at a time
 def combine(trees: Iterable[Any], coefficients: Any) -> Any:
     """Returns Σ_i c_i tree_i, summed in float64 on the host.
 
+    Of trees in memory; `checkpoint.combine` is of files, leaf by leaf.
+
     Args:
       trees: Trees of arrays, alike; an iterator will do, one is held at a time.
       coefficients: float [n]. A tree whose coefficient is 0 is not looked at, so that its

@@ -92,7 +92,8 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
 
     Afterwards the parameters are the average, in its dtypes, and the state holds the raw
     parameters. Swapping again restores both bit for bit: arrays change places, nothing is
-    computed. A swapped state refuses to train.
+    computed. A swapped state refuses to train. For evaluating in the middle of training;
+    `checkpoint.swap_state` is for what is written to a file.
 
     Args:
       params: The parameters.

@@ -21,6 +21,8 @@ def swap_state(
 ) -> Any:
     """Exchanges the parameters and their average inside of a training state.
 
+    Of a whole state, to be written; `emaopt.swap` takes its parts, to evaluate.
+
     What `save` does before it writes, for any other way of writing: the tree keeps its
     containers, and swapping twice gives the state back bit for bit. Also for trees of
     `jax.ShapeDtypeStruct` or shardings, to make the target of a restore: what was written

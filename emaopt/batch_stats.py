@@ -29,6 +29,8 @@ from emaopt._checks import check_arrays, check_callable, check_iterable
 from emaopt._decays import uniform_decay
 from emaopt._names import leaves_with_keys
 
+__all__ = ["recalibrate"]
+
 
 def recalibrate(
     apply_fn: Callable[[Any, Any, Any], Any],

@@ -11,6 +11,8 @@ from emaopt._commands import Commands, failing
 from emaopt._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
 from emaopt._terminal import progress_bar, report, stop, warn
 
+__all__ = ["app"]
+
 app = typer.Typer(
     name="emaopt",
     cls=Commands,

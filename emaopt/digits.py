@@ -20,6 +20,17 @@ from flax import nnx
 from jax.typing import ArrayLike
 from sklearn.datasets import load_digits
 
+__all__ = [
+    "HELD_OUT",
+    "Digits",
+    "Network",
+    "apply",
+    "evaluate",
+    "init_params",
+    "load",
+    "loss",
+]
+
 HELD_OUT = 500  # of 1,797
 _NONE: Any = object()  # no labels are asked for
 

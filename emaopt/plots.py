@@ -25,6 +25,17 @@ from emaopt._names import Unknown
 from emaopt._paths import check_writable
 from emaopt._writing import writing
 
+__all__ = [
+    "AVERAGED",
+    "RAW",
+    "curves",
+    "new_axes",
+    "save",
+    "weight_curves",
+    "weight_profiles",
+    "width_sweep",
+]
+
 RAW, AVERAGED = "#d1603d", "#1f5fa8"
 _LARGEST = 1000.0  # inches
 _FARTHEST = 1e300  # of what an axis shows

@@ -40,15 +40,31 @@ from emaopt._checks import (
     check_sequence,
     check_vector,
 )
-from emaopt._combining import combine as combine
+from emaopt._combining import combine
 from emaopt._decays import gamma_of_sigma_rel
 from emaopt._least_squares import nearest
-from emaopt._power_profiles import gamma_to_sigma_rel as gamma_to_sigma_rel
-from emaopt._power_profiles import power_inner_product as power_inner_product
-from emaopt._power_profiles import power_residual
-from emaopt._power_profiles import sigma_rel_to_gamma as sigma_rel_to_gamma
-from emaopt._profiles import annealing_weights as annealing_weights
+from emaopt._power_profiles import (
+    gamma_to_sigma_rel,
+    power_inner_product,
+    power_residual,
+    sigma_rel_to_gamma,
+)
+from emaopt._profiles import annealing_weights
 from emaopt._weights import checked_weights, shares_taken
+
+__all__ = [
+    "Recorded",
+    "Solution",
+    "annealing_weights",
+    "combine",
+    "gamma_to_sigma_rel",
+    "power_inner_product",
+    "sigma_rel_to_gamma",
+    "snapshot_weights",
+    "snapshots_needed",
+    "solve",
+    "solve_recorded",
+]
 
 _BLOCK = 1 << 13  # steps at a time
 

@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import emaopt
+from emaopt import tf1
 
 METHODS = {
     "diloco": lambda **form: emaopt.diloco(optax.adamw(1e-3), **form),
@@ -167,7 +168,7 @@ def gated_step(mode, device):
     tx, place = optax.adam(1e-3), SingleDeviceSharding(device)
 
     def step(params, state):
-        return emaopt.minimize(tx, layers, state, params, gate_gradients=mode)
+        return tf1.minimize(tx, layers, state, params, gate_gradients=mode)
 
     params = {name: jnp.zeros((512, 512)) for name in "abcd"}
     given = jax.tree.map(
@@ -188,7 +189,7 @@ def programs(target):
     """(name, program) for each."""
     mesh = make_mesh(target)
     for gate in ("GATE_NONE", "GATE_OP", "GATE_GRAPH"):
-        yield gate, gated_step(getattr(emaopt, gate), mesh.devices.flat[0])
+        yield gate, gated_step(getattr(tf1, gate), mesh.devices.flat[0])
     for form in FORMS:
         for method in METHODS:
             alone = Training(method, form, mesh)

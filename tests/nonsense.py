@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import emaopt
-from emaopt import batch_stats, checkpoint, digits, plots, posthoc
+from emaopt import batch_stats, checkpoint, digits, plots, posthoc, tf1
 
 MODULES = {
     "": emaopt,
@@ -22,6 +22,7 @@ MODULES = {
     "digits.": digits,
     "plots.": plots,
     "posthoc.": posthoc,
+    "tf1.": tf1,
 }
 
 
@@ -53,7 +54,7 @@ MESH = Mesh(np.array(jax.devices()[:1]), "data")
 TREE = emaopt.average_tree(0.5)
 AVERAGED = emaopt.averaged(SGD, 0.5)
 ALONE = emaopt.average_params(0.5)
-CLIPPED = emaopt.constrain(lambda params: params)
+CLIPPED = tf1.constrain(lambda params: params)
 IMAGES = np.zeros((2, 8, 8, 1), np.float32)
 
 
@@ -88,7 +89,7 @@ LOCAL = {
 STEP = {"updates": PARAMS, "state": None, "params": PARAMS}
 CALLS: dict[str, dict[str, Any]] = {
     "agn": {"optimizer": SGD, "communication_period": 2, **LOCAL},
-    "apply_gradients": {
+    "tf1.apply_gradients": {
         "optimizer": SGD,
         "grads": PARAMS,
         "opt_state": SGD.init(PARAMS),
@@ -101,20 +102,20 @@ CALLS: dict[str, dict[str, Any]] = {
     "block_momentum": {**UPDATES, **LOCAL, "num_workers": 2},
     "by_name": {"regexes": "w"},
     "change_mask": {"opt_state": STATE, "params": PARAMS, "optimizer": TX},
-    "compute_gradients": {"loss": loss, "params": PARAMS},
-    "constrain": {"projection": lambda params: params},
+    "tf1.compute_gradients": {"loss": loss, "params": PARAMS},
+    "tf1.constrain": {"projection": lambda params: params},
     "decay_weights": {"decay": 0.5, "num_steps": 3},
     "diloco": {**UPDATES, **LOCAL},
     "easgd": {**UPDATES, **LOCAL, "num_workers": 2},
-    "gate_gradients": {"mode": 1},
+    "tf1.gate_gradients": {"mode": 1},
     "get_average": {"opt_state": STATE},
     "get_center": {"opt_state": CENTERED},
-    "get_slot": {
+    "tf1.get_slot": {
         "opt_state": optax.adam(0.1).init(PARAMS),
         "params": PARAMS,
         "name": "mu",
     },
-    "get_slot_names": {"opt_state": STATE, "params": PARAMS},
+    "tf1.get_slot_names": {"opt_state": STATE, "params": PARAMS},
     "half_life_decay": {"half_life": 3.0},
     "inverse_gamma_decay": {},
     "local_round": {
@@ -127,7 +128,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "local_sgd": {**UPDATES, **LOCAL},
     "local_updates": {**UPDATES, **LOCAL, "outer": SGD},
     "lookahead": {"inner": SGD},
-    "minimize": {
+    "tf1.minimize": {
         "optimizer": SGD,
         "loss": loss,
         "opt_state": SGD.init(PARAMS),
@@ -155,7 +156,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "swap": {"params": PARAMS, "opt_state": STATE},
     "synchronize": {"opt_state": CENTERED, "params": STACKED},
     "uniform_decay": {},
-    "variables": {"opt_state": STATE},
+    "tf1.variables": {"opt_state": STATE},
     "warmup_decay": {},
     "weight_summary": {"weights": WEIGHTS},
     "worker_spread": {"opt_state": CENTERED, "params": STACKED},
@@ -248,19 +249,12 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def public() -> dict[str, Any]:
-    """The functions that users call: defined by a module, or exported by it as itself."""
+    """The functions that users call."""
     found = {}
     for prefix, module in MODULES.items():
-        source = inspect.getsource(module)
-        for name, value in vars(module).items():
-            if name.startswith("_") or not inspect.isfunction(value):
-                continue
-            if (
-                value.__module__ == module.__name__
-                or f"import {name} as {name}" in source
-            ):
+        for name in module.__all__:
+            if inspect.isfunction(value := getattr(module, name)):
                 found[prefix + name] = value
-    del found["digits.main"]  # a program, which takes the command line
     return found
 
 
@@ -274,7 +268,7 @@ RETURNED = {
     "local_sgd.init": WORKERS.init,
     "local_sgd.update": WORKERS.update,
     "constrain.update": CLIPPED.update,
-    "gate_gradients.update": emaopt.gate_gradients(1).update,
+    "gate_gradients.update": tf1.gate_gradients(1).update,
     "by_name.mask": emaopt.by_name("w"),
     "warmup_decay.decay": emaopt.warmup_decay(),
 }

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from test_places import same
 
 import emaopt
-from emaopt import checkpoint
+from emaopt import checkpoint, tf1
 
 TX = emaopt.averaged(optax.adam(1.0), 0.5, zero_init=True)
 FILE = "_CHECKPOINT_METADATA"
@@ -106,7 +106,7 @@ def test_masks_and_variables_know_the_names(params, names):
         mask = emaopt.by_name(f"^{name}$")(params)
         assert sum(jax.tree.leaves(mask)) == 1
     slots: Any = optax.adam(1.0).init(params)
-    kept = [name.removeprefix("mu/") for name in emaopt.variables(slots[0])]
+    kept = [name.removeprefix("mu/") for name in tf1.variables(slots[0])]
     assert set(names) <= set(kept)
     assert sorted(checkpoint.average_names(params).values()) == names
 

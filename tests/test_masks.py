@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import emaopt
-from emaopt import checkpoint
+from emaopt import checkpoint, tf1
 
 pytestmark = pytest.mark.quick(2)
 
@@ -106,7 +106,7 @@ def test_model_that_can_be_called_says_which_leaves_are_split(kind):
 def test_model_that_can_be_called_chooses_variables(kind):
     loss = lambda m: jnp.sum(m(x=1.0) if kind == "partial" else m(1.0))  # noqa: E731
     chosen = MODELS[kind](True, False)
-    _, grads = emaopt.compute_gradients(loss, model(kind), var_list=chosen)
+    _, grads = tf1.compute_gradients(loss, model(kind), var_list=chosen)
     assert [leaf.tolist() for leaf in jax.tree.leaves(grads)] == [[1.0, 1.0]]
 
 
@@ -147,7 +147,7 @@ def test_functions_of_the_parameters_are_called(kind):
     params = {"w": jnp.ones(2), "b": jnp.zeros(2)}
     state = emaopt.average_params(0.9, mask=function).init(params)
     assert state.average["b"] == optax.MaskedNode() and state.average["w"].size == 2
-    _, grads = emaopt.compute_gradients(
+    _, grads = tf1.compute_gradients(
         lambda p: jnp.sum(p["w"] + p["b"]), params, var_list=function
     )
     assert grads["b"] is None and grads["w"].size == 2
@@ -163,7 +163,7 @@ def test_model_without_leaves_is_not_called():
     tx = emaopt.averaged(optax.sgd(0.1), 0.9, mask=Empty(), sharding=Empty())
     assert tx.update(Empty(), tx.init(Empty()), Empty())[0] == Empty()
     with pytest.raises(ValueError, match="No variables to optimize"):
-        emaopt.compute_gradients(lambda m: 1.0, Empty(), var_list=Empty())
+        tf1.compute_gradients(lambda m: 1.0, Empty(), var_list=Empty())
 
 
 def test_mesh_is_neither_a_sharding_nor_a_mask():
@@ -390,7 +390,7 @@ def test_mask_of_sizes_is_that_of_whole_parameters_where_few_rows_move():
     tx = emaopt.averaged(optax.sgd(1.0), 0.5, mask=small)
     rows = BCOO((jnp.ones((1, 2)), jnp.array([[3]])), shape=(8, 2))
     grads = {"table": rows, "w": jnp.ones(2)}
-    params, state = emaopt.apply_gradients(
+    params, state = tf1.apply_gradients(
         tx, grads, tx.init(params), params, touched_rows_only=True
     )
     assert params["table"][3, 0] == 0 and params["table"][2, 0] == 1

@@ -15,7 +15,7 @@ from tensorflow_records import (
     with_start,
 )
 
-import emaopt
+from emaopt import tf1
 
 TRAJECTORIES = cases("base_optimizer", "param", "grad")
 
@@ -31,11 +31,11 @@ def replay(tx, record, slots=()):
     values = record.values("param")
 
     def shown(params, state):
-        return params, {name: emaopt.get_slot(state, params, name) for name in slots}
+        return params, {name: tf1.get_slot(state, params, name) for name in slots}
 
     def step(carry, grads):
         params, state = carry
-        params, state = emaopt.apply_gradients(tx, grads, state, params)
+        params, state = tf1.apply_gradients(tx, grads, state, params)
         return (params, state), shown(params, state)
 
     @jax.jit
@@ -98,7 +98,7 @@ def test_slots_are_those_that_tensorflow_has(case):
         state = converted(hyperparameters(case)).init(params)
     theirs = facts("base_optimizer/slots", "info")[name]["get_slot_names"]
     assert sorted(slots) == theirs
-    names = emaopt.get_slot_names(state, params)
+    names = tf1.get_slot_names(state, params)
     assert names == sorted(name for name, _ in slots.values())
 
 
@@ -125,10 +125,10 @@ def test_gradients_with_a_cotangent_are_tensorflows_behind_every_gate(gate):
     x, w, cotangent = (record.arrays[name] for name in ("X", "w", "grad_loss"))
 
     def gradient(**options):
-        mode = getattr(emaopt, gate)
+        mode = getattr(tf1, gate)
         options["gate_gradients"] = mode
         loss = lambda w: jnp.tanh(x @ w)  # noqa: E731
-        return emaopt.compute_gradients(loss, w, **options)[1]
+        return tf1.compute_gradients(loss, w, **options)[1]
 
     theirs = record.arrays
     ours = {"with": gradient(grad_loss=cotangent), "without": gradient()}
@@ -144,8 +144,8 @@ LOSS = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))  # noqa: E731
 GATED = {
     "compute_gradients": lambda gate: (SGD, gate),
     "in the chain": lambda gate: (
-        optax.chain(emaopt.gate_gradients(gate), SGD),
-        emaopt.GATE_NONE,
+        optax.chain(tf1.gate_gradients(gate), SGD),
+        tf1.GATE_NONE,
     ),
 }
 
@@ -155,14 +155,15 @@ def lowered_step(way, gate):
 
     def step(params):
         state = tx.init(params)
-        return emaopt.minimize(tx, LOSS, state, params, gate_gradients=gate)[1]
+        return tf1.minimize(tx, LOSS, state, params, gate_gradients=gate)[1]
 
     return jax.jit(step).lower(AB)
 
 
 @pytest.mark.parametrize("way", GATED)
 @pytest.mark.parametrize(
-    "gate, barriers", [(emaopt.GATE_NONE, 0), (emaopt.GATE_OP, 2), (emaopt.GATE_GRAPH, 1)]
+    "gate, barriers",
+    [(tf1.GATE_NONE, 0), (tf1.GATE_OP, 2), (tf1.GATE_GRAPH, 1)],
 )
 def test_gate_is_a_barrier_that_the_compiler_gets_and_changes_no_number(
     gate, barriers, way
@@ -179,7 +180,7 @@ def test_gates_keep_the_gradients_from_being_fused_on_cpu_since_jax_0_12(way):
         text = lowered_step(way, gate).compile().as_text()
         return "opt-barrier" in text, text.count("fusion(")
 
-    none, *gated = map(work, (emaopt.GATE_NONE, emaopt.GATE_OP, emaopt.GATE_GRAPH))
+    none, *gated = map(work, (tf1.GATE_NONE, tf1.GATE_OP, tf1.GATE_GRAPH))
     # Two leaves: one fusion each, or one more each where the barrier still stands then.
     apart = 2 if jax.__version_info__ >= (0, 12) else 0
     assert none[0] is False

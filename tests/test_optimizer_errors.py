@@ -8,7 +8,7 @@ import optax
 import pytest
 from tensorflow_records import facts
 
-import emaopt
+from emaopt import tf1
 
 pytestmark = pytest.mark.quick(1000)  # all of them are
 
@@ -18,15 +18,15 @@ AB = {"a": jnp.array([1.0, 2.0]), "b": jnp.ones(2)}
 
 
 def compute(loss=lambda p: p["v"] ** 2, params=V, **options):
-    return emaopt.compute_gradients(loss, params, **options)
+    return tf1.compute_gradients(loss, params, **options)
 
 
 def apply(grads, params=V, tx=SGD, **options):
-    return emaopt.apply_gradients(tx, grads, tx.init(params), params, **options)[0]
+    return tf1.apply_gradients(tx, grads, tx.init(params), params, **options)[0]
 
 
 def minimize(loss, params=AB, tx=SGD, **options):
-    return emaopt.minimize(tx, loss, tx.init(params), params, **options)
+    return tf1.minimize(tx, loss, tx.init(params), params, **options)
 
 
 NO_GRADIENTS = "No gradients provided for any variable"
@@ -80,12 +80,12 @@ ALLOWED = {
         lambda: minimize(
             lambda p: 5 * p,
             AB["a"],
-            optax.chain(optax.sgd(3.0), emaopt.constrain(lambda p: jnp.clip(p, -0.1, 0))),
+            optax.chain(optax.sgd(3.0), tf1.constrain(lambda p: jnp.clip(p, -0.1, 0))),
         )[1].tolist()
     ),
     "callable loss in graph mode": lambda: [str(compute()[1]["v"] is not None)],
     "GATE constants": lambda: {
-        name: getattr(emaopt, name) for name in ("GATE_NONE", "GATE_OP", "GATE_GRAPH")
+        name: getattr(tf1, name) for name in ("GATE_NONE", "GATE_OP", "GATE_GRAPH")
     },
 }
 NO_NAME = "an optimizer has no name; optax.named_chain names parts of a state"
@@ -154,23 +154,23 @@ def test_what_tensorflow_returns_is_returned(title):
         (lambda: minimize(lambda p: 3.0), ValueError, NO_GRADIENTS + ".*none of a, b"),
         (lambda: apply({"w": 1.0}), ValueError, "tree like the parameters"),
         (
-            lambda: emaopt.apply_gradients(SGD, V | {"f": None}, (), V | {"f": jnp.tanh}),
+            lambda: tf1.apply_gradients(SGD, V | {"f": None}, (), V | {"f": jnp.tanh}),
             TypeError,
             "the parameter f must be an array, got .*eqx.partition",
         ),
         (
-            lambda: emaopt.apply_gradients(optax.MultiSteps(SGD, 2), V, (), V),
+            lambda: tf1.apply_gradients(optax.MultiSteps(SGD, 2), V, (), V),
             TypeError,
             r"Of an optax.MultiSteps, give its gradient_transformation\(\)",
         ),
-        (lambda: emaopt.gate_gradients(3), ValueError, "gate_gradients: " + GATES),
+        (lambda: tf1.gate_gradients(3), ValueError, "gate_gradients: " + GATES),
         (
-            lambda: emaopt.minimize(optax.sgd, lambda p: p["v"], (), V),
+            lambda: tf1.minimize(optax.sgd, lambda p: p["v"], (), V),
             TypeError,
             "minimize: optimizer must be an optax.GradientTransformation",
         ),
         (
-            lambda: emaopt.apply_gradients(SGD.update, V, (), V),
+            lambda: tf1.apply_gradients(SGD.update, V, (), V),
             TypeError,
             "apply_gradients: optimizer must be an optax.GradientTransformation",
         ),

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import emaopt
+from emaopt import tf1
 
 RANDOM = np.random.default_rng(0)
 PARAMS = {
@@ -34,7 +35,7 @@ def loss(params, x):
 
 
 def gradients(loss, params, *args, **options):
-    return emaopt.compute_gradients(loss, params, *args, **options)[1]
+    return tf1.compute_gradients(loss, params, *args, **options)[1]
 
 
 def names(tree):
@@ -222,7 +223,7 @@ def test_gradient_that_happens_to_be_zero_is_a_gradient(case):
 
 
 def test_loss_that_is_no_scalar_is_summed():
-    value, actual = emaopt.compute_gradients(outputs, PARAMS, X)
+    value, actual = tf1.compute_gradients(outputs, PARAMS, X)
     expected = jax.grad(lambda p: outputs(p, X).sum())(PARAMS)
     np.testing.assert_allclose(value, outputs(PARAMS, X), rtol=1e-6)
     chex.assert_trees_all_close(actual, expected, rtol=1e-6, atol=1e-6)
@@ -248,7 +249,7 @@ def test_auxiliary_data_comes_with_the_value_and_has_no_gradient():
         }
         return loss(params, x), aux
 
-    (value, aux), actual = emaopt.compute_gradients(with_aux, PARAMS, X, has_aux=True)
+    (value, aux), actual = tf1.compute_gradients(with_aux, PARAMS, X, has_aux=True)
     chex.assert_trees_all_close(actual, jax.grad(loss)(PARAMS, X), rtol=1e-5, atol=1e-6)
     assert aux["count"] == 4 and aux["none"] is None
     assert value == pytest.approx(loss(PARAMS, X)) and aux["outputs"].shape == (4,)
@@ -261,7 +262,7 @@ def test_loss_may_branch_on_its_values_outside_of_jit_and_return_anything_beside
 
     for start, sign in (1.0, 1), (-1.0, -1):
         params = {"w": jnp.full(2, start)}
-        (_, aux), actual = emaopt.compute_gradients(branching, params, has_aux=True)
+        (_, aux), actual = tf1.compute_gradients(branching, params, has_aux=True)
         assert aux == {"sign": sign, "text": "more"}
         np.testing.assert_array_equal(actual["w"], [sign, sign])
 
@@ -278,7 +279,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("case", LOSSES)
 def test_value_and_gradients_are_those_of_jax(case):
-    actual = jax.jit(functools.partial(emaopt.compute_gradients, LOSSES[case]))(PARAMS, X)
+    actual = jax.jit(functools.partial(tf1.compute_gradients, LOSSES[case]))(PARAMS, X)
     expected = jax.jit(jax.value_and_grad(LOSSES[case]))(PARAMS, X)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -289,7 +290,7 @@ def test_compiled_gradients_cost_what_jaxs_do(checkpointed):
     programs = [
         jax.jit(compute).lower(PARAMS, X).compile().cost_analysis()
         for compute in (
-            functools.partial(emaopt.compute_gradients, f),
+            functools.partial(tf1.compute_gradients, f),
             jax.value_and_grad(f),
         )
     ]

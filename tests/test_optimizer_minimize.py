@@ -12,6 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import emaopt
+from emaopt import tf1
 
 START = {"a": jnp.array([1.5, -1.0]), "b": jnp.array([[0.5, 2.0]])}
 SCALE = jnp.array([1.0, 10.0])
@@ -70,7 +71,7 @@ def test_steps_are_those_of_optax_written_by_hand(name):
     def run(params):
         state = tx.init(params)
         for _ in range(2):
-            value, params, state = emaopt.minimize(tx, loss, state, params)
+            value, params, state = tf1.minimize(tx, loss, state, params)
         return value, params
 
     value, params = run(START)
@@ -94,7 +95,7 @@ def test_optimizer_gets_the_value_gradient_and_function_that_it_minimizes():
     def outputs(params, scale):
         return scale * params["a"] ** 2 + params["b"].sum(), jnp.ones(3)
 
-    (value, aux), _, seen = emaopt.minimize(
+    (value, aux), _, seen = tf1.minimize(
         recorder(),
         outputs,
         (),
@@ -119,13 +120,13 @@ def test_extra_arguments_that_the_users_optimizer_needs_come_through():
     grads, state = jax.grad(loss)(START), tx.init(START)
     updates, _ = tx.update(grads, state, START, grad_fn=grad_fn)
     right = optax.apply_updates(START, updates)
-    _, params, _ = emaopt.minimize(tx, loss, state, START, grad_fn=grad_fn)
+    _, params, _ = tf1.minimize(tx, loss, state, START, grad_fn=grad_fn)
     chex.assert_trees_all_close(params, right, rtol=1e-6)
 
 
 def test_arguments_of_the_loss_and_chosen_variables_are_passed_on():
     tx = optax.sgd(0.1)
-    value, params, _ = emaopt.minimize(
+    value, params, _ = tf1.minimize(
         tx, loss, tx.init(START), START, 2 * SCALE, var_list="a"
     )
     assert value == loss(START, 2 * SCALE)
@@ -133,11 +134,11 @@ def test_arguments_of_the_loss_and_chosen_variables_are_passed_on():
     chex.assert_trees_all_close(params, START | {"a": right}, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gate", [emaopt.GATE_NONE, emaopt.GATE_OP, emaopt.GATE_GRAPH])
+@pytest.mark.parametrize("gate", [tf1.GATE_NONE, tf1.GATE_OP, tf1.GATE_GRAPH])
 def test_gates_change_no_number(gate):
     tx = optax.sgd(0.1)
     step = jax.jit(
-        lambda p: emaopt.minimize(tx, loss, tx.init(p), p, gate_gradients=gate)[1]
+        lambda p: tf1.minimize(tx, loss, tx.init(p), p, gate_gradients=gate)[1]
     )
     right = jax.tree.map(lambda p, g: p - 0.1 * g, START, jax.grad(loss)(START))
     chex.assert_trees_all_close(step(START), right, rtol=1e-5)
@@ -162,9 +163,7 @@ def moved(tx, loss, params):
 def test_flax_train_state_in_a_line():
     tx = emaopt.averaged(optax.sgd(0.1, 0.9), 0.5)
     state = TrainState.create(apply_fn=None, params=START, tx=tx)
-    value, params, opt_state = emaopt.minimize(
-        state.tx, loss, state.opt_state, state.params
-    )
+    value, params, opt_state = tf1.minimize(state.tx, loss, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     assert value == loss(START)
     chex.assert_trees_all_close(state.params, moved(tx, loss, START), rtol=1e-6)
@@ -193,7 +192,7 @@ def test_complex_parameters_go_down_to_the_least_squares_solution(tx, steps):
         return jnp.sum(jnp.abs(matrix @ w - right) ** 2)
 
     w = jnp.zeros(3, jnp.complex64)
-    step = jax.jit(lambda state, w: emaopt.minimize(tx, loss, state, w)[1:])
+    step = jax.jit(lambda state, w: tf1.minimize(tx, loss, state, w)[1:])
     state = tx.init(w)
     for _ in range(steps):
         w, state = step(state, w)
@@ -207,12 +206,12 @@ def test_nnx_model_in_a_line():
     graphdef, params = nnx.split(model)
     expected = moved(tx, lambda p: jnp.sum(nnx.merge(graphdef, p)(X) ** 2), params)
     opt_state = tx.init(params)
-    value, params, opt_state = emaopt.minimize(
+    value, params, opt_state = tf1.minimize(
         tx, lambda p: jnp.sum(nnx.merge(graphdef, p)(X) ** 2), opt_state, params
     )
     nnx.update(model, params)
     chex.assert_trees_all_close(nnx.state(model), expected, rtol=1e-6)
-    names = emaopt.get_slot_names(opt_state, params)
+    names = tf1.get_slot_names(opt_state, params)
     assert names == ["average", "trace"] and value > 0
 
 
@@ -221,11 +220,11 @@ def test_nnx_parameters_without_a_gradient_stay():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     squares = lambda p: jnp.sum(nnx.merge(graphdef, p)(X) ** 2)  # noqa: E731
-    _, after, state = emaopt.minimize(
+    _, after, state = tf1.minimize(
         tx, squares, tx.init(params), params, var_list="kernel"
     )
     np.testing.assert_array_equal(after["bias"][...], params["bias"][...])
-    trace = emaopt.get_slot(state, params, "trace")
+    trace = tf1.get_slot(state, params, "trace")
     assert not jnp.any(trace["bias"][...]) and jnp.all(trace["kernel"][...])
 
 
@@ -237,7 +236,7 @@ def test_equinox_model_in_a_line():
     def squares(params):
         return jnp.sum(jax.vmap(eqx.combine(params, static))(X) ** 2)
 
-    _, after, opt_state = emaopt.minimize(tx, squares, tx.init(params), params)
+    _, after, opt_state = tf1.minimize(tx, squares, tx.init(params), params)
     chex.assert_trees_all_close(after, moved(tx, squares, params), rtol=1e-5)
     served = eqx.combine(emaopt.get_average(opt_state, after), static)
     assert served(X[0]).shape == (2,)
@@ -254,7 +253,7 @@ def test_workers_of_agn_in_a_line():
 
     @jax.jit
     def step(params, state):
-        return emaopt.minimize(tx, losses, state, params, scales)
+        return tf1.minimize(tx, losses, state, params, scales)
 
     state, alone = tx.init(params), [START, START]
     for _ in range(2):

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import emaopt
+from emaopt import tf1
 
 RANDOM = np.random.default_rng(1)
 SHAPES = {"a": (3, 2), "b": (2, 4), "c": (2,)}
@@ -64,7 +65,7 @@ def stepped(tx, start=START, grads=GRADS, without=None, steps=1):
         before = optax_step(start, tx.init(start), grads)
         optaxs, ours = optax_step(*before, zero), before
         for _ in range(steps):
-            ours = emaopt.apply_gradients(tx, without or grads | {"b": None}, *ours[::-1])
+            ours = tf1.apply_gradients(tx, without or grads | {"b": None}, *ours[::-1])
         return before, optaxs, ours
 
     zero = grads | {"b": 0 * grads["b"]} if without is None else grads
@@ -97,10 +98,13 @@ def test_containers_make_no_difference(container, name):
     without = put(GRADS | {"b": None})
     _, _, (params, state) = stepped(tx, put(START), put(GRADS), without)
     _, _, (right_params, right_state) = stepped(tx)
-    names = emaopt.get_slot_names(state, params)
-    assert names == emaopt.get_slot_names(right_state, right_params)
+    names = tf1.get_slot_names(state, params)
+    assert names == tf1.get_slot_names(right_state, right_params)
     for tree, right in [(params, right_params)] + [
-        (emaopt.get_slot(state, params, n), emaopt.get_slot(right_state, right_params, n))
+        (
+            tf1.get_slot(state, params, n),
+            tf1.get_slot(right_state, right_params, n),
+        )
         for n in names
     ]:
         chex.assert_trees_all_close(jax.tree.leaves(tree), [right["a"], right["b"]])
@@ -136,7 +140,7 @@ def test_donated_steps_are_the_same_and_leave_nothing_behind(without):
     grads = GRADS | ({without: None} if without else {})
 
     def step(params, state):
-        return emaopt.apply_gradients(tx, grads, state, params)
+        return tf1.apply_gradients(tx, grads, state, params)
 
     donating = jax.jit(step, donate_argnums=(0, 1))
     start = jax.tree.map(jnp.copy, START)
@@ -151,7 +155,7 @@ def test_loss_that_ignores_a_parameter_leaves_it_alone_where_optax_decays_it():
     tx = OPTIMIZERS["adamw"]
     state = tx.init(START)
     loss = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["c"] ** 2)  # noqa: E731
-    _, after, new_state = emaopt.minimize(tx, loss, state, START)
+    _, after, new_state = tf1.minimize(tx, loss, state, START)
     updates, _ = tx.update(jax.grad(loss)(START), state, START)
     assert_same_bits(of("b", (after, new_state)), of("b", (START, state)))
     assert (optax.apply_updates(START, updates)["b"] != START["b"]).all()

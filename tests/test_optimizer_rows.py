@@ -14,6 +14,7 @@ from tensorflow_optimizers import SLOTS, converted, hyperparameters
 from tensorflow_records import assert_close, load, with_start
 
 import emaopt
+from emaopt import tf1
 
 # Whether touched rows only: TensorFlow's Adam moves all, its momentum those of the
 # gradient; for the others it is the same.
@@ -33,7 +34,7 @@ def rows(indices, values, shape):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def step(tx, grads, state, params, touched):
-    return emaopt.apply_gradients(tx, grads, state, params, touched_rows_only=touched)
+    return tf1.apply_gradients(tx, grads, state, params, touched_rows_only=touched)
 
 
 def replay(name, touched):
@@ -50,7 +51,7 @@ def replay(name, touched):
         indices = np.pad(indices, (0, spare), constant_values=len(table))
         grads = rows(indices, np.pad(values, ((0, spare), (0, 0))), table.shape)
         table, state = step(tx, grads, state, table, touched)
-        found = {s: emaopt.get_slot(state, table, SLOTS[h["cls"]][s][0]) for s in slots}
+        found = {s: tf1.get_slot(state, table, SLOTS[h["cls"]][s][0]) for s in slots}
         trajectory.append({"param": table, **{f"slot_{s}": x for s, x in found.items()}})
     later = jax.tree.map(lambda *x: np.stack(x), *trajectory)
     start = {key: record.arrays[key][0] for key in later}
@@ -85,7 +86,7 @@ OPTIMIZERS = {
     "masked": optax.masked(optax.adam(0.1), {"table": True, "bias": False}),
     "averaged": emaopt.averaged(optax.adam(0.1), 0.5),
     "constrain": optax.chain(
-        optax.sgd(0.1), emaopt.constrain(lambda p: jax.tree.map(jnp.abs, p))
+        optax.sgd(0.1), tf1.constrain(lambda p: jax.tree.map(jnp.abs, p))
     ),
 }
 
@@ -158,8 +159,8 @@ def test_sparse_and_missing_gradients_go_together(touched):
 def test_gradients_of_embeddings_are_such_rows():
     """As a loss of looked-up rows gives them, without the table's gradient."""
     looked_up = lambda rows: jnp.sum(jnp.tanh(rows) ** 2)  # noqa: E731
-    _, values = emaopt.compute_gradients(looked_up, TABLE[INDICES])
-    _, dense = emaopt.compute_gradients(lambda t: looked_up(t[INDICES]), TABLE)
+    _, values = tf1.compute_gradients(looked_up, TABLE[INDICES])
+    _, dense = tf1.compute_gradients(lambda t: looked_up(t[INDICES]), TABLE)
     tx = optax.sgd(0.1)
     sparse = step(tx, rows(INDICES, values, SHAPE), tx.init(TABLE), TABLE, True)
     right = step(tx, dense, tx.init(TABLE), TABLE, False)
@@ -179,7 +180,7 @@ def test_gradients_of_embeddings_are_such_rows():
 def test_other_sparse_gradients_are_refused(gradient, words):
     tx = optax.sgd(0.1)
     with pytest.raises(ValueError, match=f"apply_gradients: .*{words}"):
-        emaopt.apply_gradients(tx, gradient, tx.init(TABLE), TABLE)
+        tf1.apply_gradients(tx, gradient, tx.init(TABLE), TABLE)
 
 
 # What it costs
@@ -194,7 +195,7 @@ def compiled(tx, size, touched):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, values, indices):
         grads = {"table": BCOO((values, indices), shape=(size, 64))}
-        return emaopt.apply_gradients(tx, grads, state, params, touched_rows_only=touched)
+        return tf1.apply_gradients(tx, grads, state, params, touched_rows_only=touched)
 
     state = jax.eval_shape(tx.init, params)
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))

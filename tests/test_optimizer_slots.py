@@ -12,6 +12,7 @@ from flax import nnx
 from models import Net, train_step
 
 import emaopt
+from emaopt import tf1
 
 PARAMS = {"a": jnp.ones((4, 3)), "b": {"c": jnp.ones((2, 2)), "d": jnp.ones(3)}}
 
@@ -97,7 +98,7 @@ WRAPPED = {
         optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
         ["acc_grads", *ADAM],
     ),
-    "constrain": (optax.chain(optax.adam(0.1), emaopt.constrain(lambda p: p)), ADAM),
+    "constrain": (optax.chain(optax.adam(0.1), tf1.constrain(lambda p: p)), ADAM),
     "average_params": (
         optax.chain(optax.adam(0.1), emaopt.average_params(0.9)),
         ["average", *ADAM],
@@ -126,13 +127,13 @@ def test_the_table_is_of_what_optax_exports():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_have_the_names_of_the_fields_that_optax_keeps_them_in(name):
-    assert emaopt.get_slot_names(state_of(OPTIMIZERS[name](0.1)), PARAMS) == NAMES[name]
+    assert tf1.get_slot_names(state_of(OPTIMIZERS[name](0.1)), PARAMS) == NAMES[name]
 
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_slots_are_found_through_wrappers(name):
     tx, names = WRAPPED[name]
-    assert emaopt.get_slot_names(state_of(tx), PARAMS) == names
+    assert tf1.get_slot_names(state_of(tx), PARAMS) == names
 
 
 TRACED = [*OPTIMIZERS, *WRAPPED]
@@ -153,7 +154,7 @@ def test_every_optimizer_minimizes_and_leaves_alone_what_has_no_gradient(name):
     extra = {"obj_fn": of_a} if name == "sophia" else {}
 
     def step(params, state):
-        return emaopt.minimize(tx, of_a, state, params, **extra)[1:]
+        return tf1.minimize(tx, of_a, state, params, **extra)[1:]
 
     given = PARAMS, state_of(tx)
     program = jax.make_jaxpr(step)(*given).jaxpr
@@ -175,19 +176,19 @@ def test_slot_is_the_tree_in_the_state():
     tx = optax.chain(optax.clip(1.0), optax.adam(0.1))
     state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
     for name in ("mu", "0/mu", "1/0/mu"):
-        assert emaopt.get_slot(state, PARAMS, name) is state[1][0].mu
+        assert tf1.get_slot(state, PARAMS, name) is state[1][0].mu
 
 
 def test_slot_is_found_by_the_name_of_its_transformation():
     names = ("fast", emaopt.average_params(0.9)), ("slow", emaopt.average_params(0.99))
     state = optax.named_chain(("sgd", optax.sgd(0.1)), *names).init(PARAMS)
-    assert emaopt.get_slot(state, PARAMS, "slow") is state["slow"].average
-    assert emaopt.get_slot(state, PARAMS, "fast/average") is state["fast"].average
+    assert tf1.get_slot(state, PARAMS, "slow") is state["slow"].average
+    assert tf1.get_slot(state, PARAMS, "fast/average") is state["fast"].average
 
 
 def test_slot_of_masked_parameters_lacks_them():
     state = WRAPPED["masked"][0].init(PARAMS)
-    slot = emaopt.get_slot(state, PARAMS, "mu")
+    slot = tf1.get_slot(state, PARAMS, "mu")
     assert slot["a"].shape == (4, 3) and jax.tree.leaves(slot["b"]) == []
 
 
@@ -198,7 +199,7 @@ def test_slots_of_unnamed_parameters_are_told_by_their_shapes():
         (jnp.ones(2), jnp.ones((2, 2))),
         jnp.ones(4),
     ):
-        names = emaopt.get_slot_names(tx.init(params), params)
+        names = tf1.get_slot_names(tx.init(params), params)
         assert names == ["average", "mu", "nu"]
 
 
@@ -219,21 +220,21 @@ def test_slots_of_an_nnx_optimizer_are_like_the_models_state():
         "average": opt_state.averaging.average,
     }
     for state in (optimizer, opt_state, nnx.state(optimizer)):
-        assert emaopt.get_slot_names(state, params) == sorted(slots)
+        assert tf1.get_slot_names(state, params) == sorted(slots)
         for name, expected in slots.items():
-            slot = emaopt.get_slot(state, params, name)
+            slot = tf1.get_slot(state, params, name)
             assert jax.tree.structure(slot) == jax.tree.structure(params)
             chex.assert_trees_all_equal(
                 nnx.to_pure_dict(slot), nnx.to_pure_dict(expected)
             )
-            pure = emaopt.get_slot(state, nnx.to_pure_dict(params), name)
+            pure = tf1.get_slot(state, nnx.to_pure_dict(params), name)
             chex.assert_trees_all_equal(pure, nnx.to_pure_dict(expected))
 
 
 def test_slots_of_an_nnx_optimizer_may_lack_parameters():
     mask = emaopt.by_name("kernel")
     params, optimizer = of_nnx(optax.masked(optax.sgd(0.1, momentum=0.9), mask))
-    slot = emaopt.get_slot(optimizer, params, "trace")
+    slot = tf1.get_slot(optimizer, params, "trace")
     trace = optimizer.opt_state.inner_state[0].trace
     assert len(jax.tree.leaves(slot)) == len(jax.tree.leaves(trace)) == 2
     chex.assert_trees_all_equal(jax.tree.leaves(slot), jax.tree.leaves(trace))
@@ -257,13 +258,13 @@ def test_slot_that_is_not_one_is_refused_with_those_that_there_are(name, params,
     averages = emaopt.average_params(0.9), emaopt.average_params(0.99)
     state = state_of(optax.chain(optax.scale_by_adam(), *averages))
     with pytest.raises(ValueError, match=f"^get_slot: {words}"):
-        emaopt.get_slot(state, params, name)
+        tf1.get_slot(state, params, name)
 
 
 @pytest.mark.parametrize("name", TRACED)
 def test_variables_are_all_arrays_of_the_state_each_under_a_name(name):
     state = state_of(made(name))
-    variables = emaopt.variables(state)
+    variables = tf1.variables(state)
     assert list(variables) == sorted(variables)
     ids = sorted(map(id, jax.tree.leaves(state)))
     assert sorted(map(id, variables.values())) == ids
@@ -273,17 +274,17 @@ def test_variables_that_would_have_one_name_are_refused():
     params = {"a/b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}
     state = optax.sgd(0.1, momentum=0.9).init(params)
     with pytest.raises(ValueError, match="several arrays are called 0/trace/a/b"):
-        emaopt.variables(state)
+        tf1.variables(state)
 
 
 def test_variables_have_the_parameters_names_and_take_values_by_them():
     state = emaopt.averaged(optax.adam(0.1), 0.9).init(PARAMS)
-    names = set(emaopt.variables(state))
+    names = set(tf1.variables(state))
     assert {
         "inner_state/0/mu/b/c",
         "averaging/average/a",
         "averaging/num_updates",
     } <= names
     np.testing.assert_array_equal(
-        emaopt.variables(state)["averaging/average/a"], PARAMS["a"]
+        tf1.variables(state)["averaging/average/a"], PARAMS["a"]
     )

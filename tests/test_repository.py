@@ -1,12 +1,15 @@
 """The house as CONTRIBUTING and README describe it."""
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import emaopt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,20 +111,6 @@ LAYERS = {
         "_optimizer_states",
     },
     "_swapping": {"_checks", "_names", "_nodes", "_places"},
-    "_constraint": {"_checks", "_recursion", "_rounding"},
-    "_gates": {"_checks"},
-    "_slots": {"_checks", "_names", "_nodes"},
-    "_rows": {"_masks", "_slots"},
-    "_gradients": {"_checks", "_gates", "_masks", "_names", "_recursion"},
-    "_optimizer": {
-        "_checks",
-        "_gates",
-        "_gradients",
-        "_names",
-        "_recursion",
-        "_rows",
-        "_slots",
-    },
     "batch_stats": {"_averaging", "_checks", "_decays", "_names"},
     "checkpoint.__init__": {
         "_checks",
@@ -258,6 +247,27 @@ LAYERS = {
         "checkpoint._files",
         "orbax",
     },
+    "tf1._constraint": {"_checks", "_recursion", "_rounding"},
+    "tf1._gates": {"_checks"},
+    "tf1._slots": {"_checks", "_names", "_nodes"},
+    "tf1._rows": {"_masks", "tf1._slots"},
+    "tf1._gradients": {"_checks", "tf1._gates", "_masks", "_names", "_recursion"},
+    "tf1._optimizer": {
+        "_checks",
+        "tf1._gates",
+        "tf1._gradients",
+        "_names",
+        "_recursion",
+        "tf1._rows",
+        "tf1._slots",
+    },
+    "tf1.__init__": {
+        "tf1._constraint",
+        "tf1._gates",
+        "tf1._gradients",
+        "tf1._optimizer",
+        "tf1._slots",
+    },
     "plots": {"_checks", "_names", "_paths", "_writing", "matplotlib"},
     "_terminal": {"rich", "typer"},
     "_commands": {"_interrupts", "_names", "_profiles", "_terminal", "typer"},
@@ -351,9 +361,7 @@ def test_readme_commands_are_two_lines_that_ci_runs():
 
 
 def test_readme_names_what_exists():
-    import emaopt
-
-    for name in re.findall(r"`emaopt\.([a-z_]+)`", README):
+    for name in re.findall(r"`emaopt\.([a-z_\d]+)`", README):
         assert hasattr(emaopt, name) or {name, f"{name}.__init__"} & set(MODULES), name
 
 
@@ -367,3 +375,31 @@ def test_no_registry_and_no_private_path_is_named():
         ):
             text = (ROOT / file).read_text()
             assert not re.search(r"index[-_]url\s*=|/(work|root)/", text), file
+
+
+LATE = {
+    "batch_stats",
+    "checkpoint",
+    "plots",
+    "posthoc",
+    "tf1",
+}  # imported when first used
+
+
+@pytest.mark.quick(1000)
+@pytest.mark.parametrize("name", ["", "cli", "demo", "digits", *sorted(LATE)])
+def test_public_modules_say_what_they_offer(name):
+    module = importlib.import_module(f"emaopt.{name}".rstrip("."))
+    for public in module.__all__:
+        assert not public.startswith("_")
+        assert getattr(module, public) is not None
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_dir_shows_what_is_offered_and_nothing_else():
+    shown = {name for name in dir(emaopt) if not name.startswith("_")}
+    assert shown == set(emaopt.__all__) | LATE
+    assert emaopt.__version__ == importlib.metadata.version("emaopt")
+    assert not hasattr(emaopt, "importlib")
+    with pytest.raises(AttributeError, match="'emaopt' has no attribute 'minimize'"):
+        emaopt.minimize  # noqa: B018

@@ -22,7 +22,7 @@ from emaopt._checks import (
 )
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
-from emaopt._swapping import swap_state as swap_state
+from emaopt._swapping import swap_state
 from emaopt._writing import naming
 from emaopt.checkpoint import (
     _checksums,
@@ -32,15 +32,12 @@ from emaopt.checkpoint import (
     _restoring,
     _trees,
 )
-from emaopt.checkpoint._average_names import average_names as average_names
-from emaopt.checkpoint._combinations import average as average
-from emaopt.checkpoint._combinations import combine as combine
-from emaopt.checkpoint._describing import Description as Description
-from emaopt.checkpoint._describing import describe as describe
-from emaopt.checkpoint._exporting import export_safetensors as export_safetensors
-from emaopt.checkpoint._handlers import handler_registry as handler_registry
-from emaopt.checkpoint._synthesis import Synthesis as Synthesis
-from emaopt.checkpoint._synthesis import synthesize as synthesize
+from emaopt.checkpoint._average_names import average_names
+from emaopt.checkpoint._combinations import average, combine
+from emaopt.checkpoint._describing import Description, describe
+from emaopt.checkpoint._exporting import export_safetensors
+from emaopt.checkpoint._handlers import handler_registry
+from emaopt.checkpoint._synthesis import Synthesis, synthesize
 
 __all__ = [
     "Description",

@@ -44,6 +44,9 @@ def combine(
     names, as NumPy arrays, so that it restores on any devices. `load_averaged` reads it,
     too. custom_metadata["emaopt_combination"] says what it was made of.
 
+    The coefficients are yours: `average` and `synthesize` choose them by a profile, and
+    `posthoc.combine` adds up trees in memory.
+
     Args:
       paths: Checkpoints of emaopt's or of Orbax's, oldest first; of a CheckpointManager,
         directories of steps.

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 
 from emaopt._checks import check_flag, check_optimizer
-from emaopt._gates import GATE_OP
-from emaopt._gradients import chosen_variables, gradients_of
 from emaopt._names import named_leaves
 from emaopt._recursion import is_array
-from emaopt._rows import densified, is_sparse, row_step
-from emaopt._slots import marked
+from emaopt.tf1._gates import GATE_OP
+from emaopt.tf1._gradients import chosen_variables, gradients_of
+from emaopt.tf1._rows import densified, is_sparse, row_step
+from emaopt.tf1._slots import marked
 
 
 def apply_gradients(

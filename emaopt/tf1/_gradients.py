@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_arrays, check_callable, check_flag
-from emaopt._gates import GATE_OP, check_gate, gated
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
 from emaopt._recursion import is_array, is_averaged
+from emaopt.tf1._gates import GATE_OP, check_gate, gated
 
 
 def compute_gradients(

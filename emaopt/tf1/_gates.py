@@ -35,7 +35,7 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
 
     Example:
       >>> import emaopt
-      >>> tx = optax.chain(gate_gradients(emaopt.GATE_GRAPH), optax.adam(1e-3))
+      >>> tx = optax.chain(gate_gradients(emaopt.tf1.GATE_GRAPH), optax.adam(1e-3))
     """
     check_gate("gate_gradients", mode)
 

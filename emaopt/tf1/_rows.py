@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._masks import rows_alone
-from emaopt._slots import marked
+from emaopt.tf1._slots import marked
 
 
 def is_sparse(leaf: Any) -> bool:
