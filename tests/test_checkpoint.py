@@ -440,6 +440,7 @@ def test_force_replaces(tmp_path):
     assert_same(checkpoint.restore(tmp_path / "c", first), second)
 
 
+@pytest.mark.slow
 def test_forced_save_removes_the_old_checkpoint_only_when_the_new_one_is_complete(
     tmp_path, monkeypatch
 ):

@@ -555,6 +555,7 @@ def test_lookahead_around_an_optimizer_without_slots_ends_too(tmp_path):
     assert bits(restored["params"]) == bits(center_of(old))
 
 
+@pytest.mark.slow
 def test_keys_of_workers_are_dealt_out_too(tmp_path):
     inner = optax.noisy_sgd(0.1, key=jax.random.key(3))
     old = state_of(local(4, inner), 4, 4, empty=False)

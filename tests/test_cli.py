@@ -399,6 +399,7 @@ def test_values_that_are_not_finite_are_reported(tmp_path):
     assert result.stderr == "warning: bad holds values that are not finite\n"
 
 
+@pytest.mark.slow
 def test_export_holds_the_same_bits(run, recorded, tmp_path):
     directory, state, writer = recorded
     arguments = "export", directory / "640", "--safetensors", tmp_path / "w.safe"

@@ -95,7 +95,7 @@ def test_bad_option_is_one_line_on_stderr(arguments, code, message):
     assert process.stderr.count("\n") == 1
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "extra"), [("typer", "cli"), ("matplotlib", "demo"), ("flax", "demo")]
 )

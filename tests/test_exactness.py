@@ -245,7 +245,7 @@ def assert_exact(tx, dtype, options, **how):
             np.testing.assert_array_equal(np.asarray(actual), expected)
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_average_is_exact_in_every_wrapper(wrapper, optimizer):

@@ -272,6 +272,7 @@ def test_fragments_of_like_sizes_take_turns(num_fragments, period):
     assert at_step.max() <= max(1.1 * share, max(SIZES.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -235,6 +235,7 @@ def test_stacked_form_may_be_sharded_over_a_mesh(kind, set_mesh, case):
     assert_close(case, rows, center)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mean_gradient", "sequential"])
 def test_stacked_parameters_may_be_sharded_over_a_second_axis(case):
     mesh = mesh_of(workers=WORKERS, model=2)

@@ -107,6 +107,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, form, dtype", COMBINATIONS)
 @settings(deadline=None, max_examples=25)
 @given(

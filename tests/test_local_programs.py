@@ -142,6 +142,7 @@ def compiled(form, name, **extra):
     return program, program.as_text(), donated
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_collectives_stand_in_branches_of_conditionals_alone(name, form):
@@ -255,6 +256,7 @@ def test_local_round_is_one_collective_outside_of_its_loop(form):
     assert len(collectives(parts[entry])) == 1 and " conditional(" not in text
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("name", ["delta", "sequential"])
 def test_second_call_compiles_nothing_and_the_state_stays_where_it_is(name, form):

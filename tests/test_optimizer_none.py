@@ -122,7 +122,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOCAL)
 def test_center_of_a_parameter_without_a_gradient_stays_too(name):
     tx = LOCAL[name]

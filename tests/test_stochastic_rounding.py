@@ -28,6 +28,7 @@ def test_stochastic_rounding_follows_any_decay_without_bias(decay, steps):
     assert np.sqrt(np.mean((average - exact) ** 2)) < 1.5 * noise + 2**-8
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_the_same_on_replicas_shards_and_after_a_restart():
     averager = emaopt.average_tree(
         0.999, accumulator_dtype=jnp.bfloat16, stochastic_rounding=True
