@@ -116,13 +116,7 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
         return None
     shapes = [(), (1,)] if num_workers is None else [(num_workers,)]
     of = "each worker its own number" if num_workers is None else f"{num_workers} numbers"
-    on_device = traced(weights) or isinstance(weights, jax.Array)
-    try:  # JAX would wrap integers of 64 bits
-        array = jnp.asarray(weights) if on_device else np.asarray(weights)
-        real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
-    except (TypeError, ValueError):
-        array, real = None, False
-    if array is None or not real:
+    if (array := _of_reals(weights)) is None:
         raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
     if array.shape not in shapes:
         raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
@@ -140,13 +134,23 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
 
 def as_period(function: str, period: Any) -> Any:
     """What a function for the period returned: a real scalar."""
-    array = jnp.asarray(period) if traced(period) else np.asarray(period)
-    real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
-    if array.shape or not real:
+    array = _of_reals(period)
+    if array is None or array.shape:
         raise TypeError(
             f"{function}: period must return a number of steps, but returned {period!r}."
         )
     return array
+
+
+def _of_reals(value: Any) -> Any:
+    """An array, traced or in its own dtype; None if it is not of real numbers."""
+    on_device = traced(value) or isinstance(value, jax.Array)
+    try:  # JAX would wrap integers of 64 bits
+        array = jnp.asarray(value) if on_device else np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+    real = jnp.issubdtype(array.dtype, jnp.number) and not jnp.iscomplexobj(array)
+    return array if real else None
 
 
 def as_rate(function: str, moving_rate: Any) -> Callable[[int], float] | None:

@@ -19,7 +19,7 @@ from emaopt._checks import (
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._local_updates import LocalUpdatesState, fragments_of
 from emaopt._nodes import is_center_node, replace
-from emaopt._reading import find_center, paired
+from emaopt._reading import find_center, paired, refuse_one_worker
 from emaopt._recursion import is_array, is_averaged
 from emaopt._workers import Mapped, Stacked, resized
 
@@ -245,7 +245,13 @@ def synchronize(
     for leaf, row in zip(center, leaves, strict=True):
         if is_averaged(leaf) and leaf.ndim < jnp.ndim(row):
             workers = Stacked(len(row))
-    _refuse_one_of("synchronize", state, workers, axis_name)
+    if isinstance(workers, Mapped) and axis_name is None:
+        refuse_one_worker("synchronize", state)
+    if isinstance(workers, Stacked) and axis_name is not None:
+        raise ValueError(
+            f"synchronize: axis_name={axis_name!r} is for the mapped form, but the "
+            "parameters have a leading axis of workers that the center has not."
+        )
     workers.check("synchronize", leaves)
     exchange = Exchange(workers, optax.sgd(1.0), "delta", "mean", None, None)
     num_left_out, since = state.num_left_out, state.since_exchange
@@ -285,22 +291,6 @@ def synchronize(
             )
         )
     return params, replace(opt_state, state, new)
-
-
-def _refuse_one_of(function: str, state: Any, workers: Any, axis_name: Any) -> None:
-    """Raises if the state is of more workers than the parameters are."""
-    if isinstance(workers, Stacked):
-        if axis_name is not None:
-            raise ValueError(
-                f"{function}: axis_name={axis_name!r} is for the mapped form, but the "
-                "parameters have a leading axis of workers that the center has not."
-            )
-    elif axis_name is None and state.num_missed.size > 1:
-        raise ValueError(
-            f"{function}: the state is of {state.num_missed.size} workers, but the "
-            "parameters are of one. Give those of all; for a state of the mapped form, "
-            "call this inside of the map, with axis_name=."
-        )
 
 
 def _pulled(state: LocalUpdatesState, params: Any) -> Any:

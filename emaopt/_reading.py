@@ -228,17 +228,23 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
     for keys, center in centers.items():
         if is_averaged(center):
             row = jnp.asarray(rows[keys]).astype(center.dtype)
-            if row.ndim == center.ndim and state.num_missed.size > 1:
-                raise ValueError(
-                    f"worker_spread: the state is of {state.num_missed.size} workers, "
-                    "but the parameters are of one. Give those of all; for a state of "
-                    "the mapped form, call this inside of the map."
-                )
+            if row.ndim == center.ndim:
+                refuse_one_worker("worker_spread", state)
             workers = range(row.ndim - center.ndim)
             square = jnp.abs(row - jnp.expand_dims(center, tuple(workers))) ** 2
             distance += jnp.sum(square, axis=tuple(range(len(workers), row.ndim)))
             size += jnp.sum(jnp.abs(center) ** 2)
     return jnp.sqrt(distance / jnp.where(size > 0, size, 1))
+
+
+def refuse_one_worker(function: str, state: Any) -> None:
+    """Raises for the parameters of one worker, if the state is of several."""
+    if (number := state.num_missed.size) > 1:
+        raise ValueError(
+            f"{function}: the state is of {number} workers, but the parameters are of "
+            "one. Give those of all; for a state of the mapped form, call this inside of "
+            "the map."
+        )
 
 
 def find_average(function: str, opt_state: Any, name: str | None) -> AverageState:

@@ -122,20 +122,22 @@ def test_without_any_worker_the_center_stays(case, weights):
     assert state.num_left_out == 0
 
 
+FEEDBACK = emaopt.local_sgd(
+    optax.sgd(1.0),
+    period=1,
+    num_workers=2,
+    exchange_dtype=jnp.bfloat16,
+    error_feedback=True,
+)
+
+
 def test_error_feedback_keeps_what_a_weighted_commit_lost():
-    tx = emaopt.local_sgd(
-        optax.sgd(1.0),
-        period=1,
-        num_workers=2,
-        exchange_dtype=jnp.bfloat16,
-        error_feedback=True,
-    )
     params, grads = (
         jnp.zeros((2, 64)),
         jnp.asarray(np.random.default_rng(0).uniform(size=(2, 64)), jnp.float32),
     )
     weights = jnp.array([1.0, 3.0])
-    _, state = tx.update(grads, tx.init(params), params, weights=weights)
+    _, state = FEEDBACK.update(grads, FEEDBACK.init(params), params, weights=weights)
     share = np.array([[0.5], [1.5]])
     sent = np.float64((grads * share).astype(jnp.bfloat16)) / share
     np.testing.assert_allclose(state.residual, np.float64(grads) - sent, atol=1e-6)
@@ -259,17 +261,10 @@ def test_weights_may_be_constants_of_any_size(weights, total, jitted):
 
 @pytest.mark.parametrize("weights", [[1e10, 1e-30], [1.0, 0.0]])
 def test_no_share_of_the_commits_is_too_small_for_error_feedback(weights):
-    tx = emaopt.local_sgd(
-        optax.sgd(1.0),
-        period=1,
-        num_workers=2,
-        exchange_dtype=jnp.bfloat16,
-        error_feedback=True,
-    )
     params, grads = jnp.zeros((2, 3)), jnp.full((2, 3), 1.001)
     with jax.debug_nans(True):
-        _, state = tx.update(grads, tx.init(params), params, weights=weights)
-        _, state = tx.update(grads, state, params, weights=[1.0, 1.0])
+        _, state = FEEDBACK.update(grads, FEEDBACK.init(params), params, weights=weights)
+        _, state = FEEDBACK.update(grads, state, params, weights=[1.0, 1.0])
     assert state.num_left_out == 0
     assert np.isfinite(state.residual).all()
 
