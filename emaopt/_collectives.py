@@ -3,6 +3,7 @@
 What XLA would combine, keep at once or put in another order, at the cost of memory.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -108,3 +109,17 @@ def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
         return jnp.where(true(leaf), leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(held, tree)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one call outside of jit
+def all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
+    """Whether all elements along the axes are finite, in all arrays of one shape."""
+    # x - x is 0, or NaN where x is not finite. No sum: XLA on CPU would write elements of
+    # the array's own width for one. And the smallest integer it finds faster than `all`.
+    zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
+    return jnp.min(zero.astype(jnp.int8), axis=axes, initial=1) == 1
+
+
+def always(flags: jax.Array) -> jax.Array:
+    """Flags that are on, which no compiler knows before these are there."""
+    return flags.astype(jnp.int32) >= 0

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
-from emaopt._collectives import of_all
+from emaopt._collectives import always, of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
@@ -25,7 +25,7 @@ from emaopt._local_checks import (
 from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
 from emaopt._tracing import Computed, Selected, Traced, traced
-from emaopt._workers import Mapped, Stacked, always
+from emaopt._workers import Mapped, Stacked
 
 
 class LocalUpdatesState(NamedTuple):

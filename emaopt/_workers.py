@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from emaopt._collectives import held_until, in_turn, packed
+from emaopt._collectives import all_finite, always, held_until, in_turn, packed
 from emaopt._conditional import vary, varying
 from emaopt._recursion import replicated_beside
 from emaopt._tracing import traced
@@ -49,14 +49,22 @@ class _Workers:
     def finite(self, groups, flags):
         """Flags of the workers, off for those with a row that is not finite.
 
-        The rows of a group, of one shape, are read in one go.
+        The rows of a group, of one shape, are read in one go. The groups come in turn on
+        CPU: XLA writes a flag for each element there, and would for all at once.
+        Elsewhere the flags of a worker on several devices are to travel together.
         """
-        for group in groups:
-            rows = [jnp.asarray(row) for row in group]
-            # One after the other: XLA on CPU writes a flag for each element, and would
-            # for all groups at once.
-            flags &= _all_finite(self.held(flags, rows), self.axes(rows[0]))
-        return flags
+
+        def finite(held, groups, flags):
+            for rows in groups:
+                flags &= all_finite(held(flags, rows), self.axes(rows[0]))
+            return flags
+
+        groups = jax.tree.map(jnp.asarray, groups)
+        one_by_one = functools.partial(finite, self.held)
+        if not traced((groups, flags)):
+            return one_by_one(groups, flags)
+        together = functools.partial(finite, lambda flags, rows: rows)
+        return lax.platform_dependent(groups, flags, cpu=one_by_one, default=together)
 
 
 class Stacked(_Workers):
@@ -367,20 +375,6 @@ def resized(params: Any, length: int) -> Any:
         lambda leaf: jax.ShapeDtypeStruct((length, *jnp.shape(leaf)[1:]), leaf.dtype),
         params,
     )
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)  # one call outside of jit
-def _all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
-    """Whether all elements along the axes are finite, in all arrays of one shape."""
-    # x - x is 0, or NaN where x is not finite. No sum: XLA on CPU would write elements of
-    # the array's own width for one. And the smallest integer it finds faster than `all`.
-    zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
-    return jnp.min(zero.astype(jnp.int8), axis=axes, initial=1) == 1
-
-
-def always(flags: jax.Array) -> jax.Array:
-    """Flags that are on, which no compiler knows before these are there."""
-    return flags.astype(jnp.int32) >= 0
 
 
 def _beside(param: Any, leaf: Any) -> Any:
