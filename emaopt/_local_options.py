@@ -55,8 +55,9 @@ def local_updates(
         delta_w = c - θ_w       c := outer(c, mean_w delta_w)       θ_w := c
 
     The center is in the state, at least in float32 (`get_center`). Slots and step
-    counters of the workers are kept when they pull it. Between exchanges nothing is
-    communicated: the collective stands inside a conditional of the compiled step.
+    counters of the workers are kept when they pull it. Between exchanges no worker hears
+    of another: the collective stands inside a conditional of the compiled step. The
+    devices of one worker agree at each step on whether it is finite.
 
     Two forms, the same numbers: stacked and mapped. With `num_workers`, parameters and
     gradients carry a leading axis of workers (`stack_workers`), which `jax.jit` shards

@@ -126,11 +126,23 @@ def large(types):
     ]
 
 
+def only_flags(types):
+    """Whether chips of a worker agree on its step with a number of each array, at most.
+
+    A scalar has 128 elements on TPUs; for each of the two axes of the worker's chips, of
+    which XLA puts some together.
+    """
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", " ".join(types))
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for _, shape in arrays]
+    integers = {dtype for dtype, _ in arrays} <= {"s8", "u32"}
+    return integers and len(types) <= 3 and all(size <= 128 for size in sizes)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_communicated_but_in_the_branch_of_the_exchange(target, case):
+def test_but_for_flags_all_is_communicated_in_the_branch_of_the_exchange(target, case):
     program = programs(target)[case]
-    assert results(program.always, COLLECTIVES) == []
+    assert only_flags(results(program.always, COLLECTIVES))
     assert {"f32"} == set(large(results(program.branches, COLLECTIVES)))
 
 
@@ -157,7 +169,7 @@ def test_state_is_updated_in_place_and_an_exchange_takes_two_parameters_more(
 @pytest.mark.parametrize("target", TARGETS)
 def test_bfloat16_exchange_communicates_bfloat16(target, form):
     program = programs(target)[f"diloco {form} bfloat16"]
-    assert results(program.always, COLLECTIVES) == []
+    assert only_flags(results(program.always, COLLECTIVES))
     assert {"bf16"} == set(large(results(program.branches, COLLECTIVES)))
 
 
@@ -165,8 +177,8 @@ def test_bfloat16_exchange_communicates_bfloat16(target, form):
 def test_exchange_as_a_python_value_compiles_to_no_conditional(target):
     forced, none = (programs(target)[f"exchange={value}"] for value in (True, False))
     assert not forced.branches and large(results(forced.always, COLLECTIVES))
-    assert not none.branches and not results(none.always, COLLECTIVES)
-    assert none.temporary < 2**12
+    assert not none.branches and only_flags(results(none.always, COLLECTIVES))
+    assert none.temporary < 2**14  # on GPUs, partial results of whether a step is finite
 
 
 @pytest.mark.parametrize("target", TARGETS)
