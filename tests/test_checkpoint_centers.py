@@ -365,7 +365,6 @@ def test_what_workers_added_up_or_pulled_starts_anew(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_run_becomes_one_of_local_updates_and_back(averaged, dtype, tmp_path):

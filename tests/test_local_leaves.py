@@ -116,15 +116,6 @@ def test_float16_updates_stay_finite_across_its_whole_range():
     assert updates.dtype == jnp.float16 and np.all(np.isfinite(updates))
 
 
-def test_step_beyond_the_range_of_the_parameters_is_not_taken():
-    tx = emaopt.local_sgd(optax.sgd(1.0), period=9, num_workers=2)
-    params = jnp.ones((2, 3), jnp.float16)
-    grads = jnp.ones((2, 3)).at[1, 0].set(1e5)  # float16 ends at 65504
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    np.testing.assert_array_equal(updates, [[-1] * 3, [0] * 3])
-    np.testing.assert_array_equal(state.num_missed, [0, 1])
-
-
 def test_float64_parameters_under_x64_have_a_float64_center():
     with jax.enable_x64(True):
         tx = emaopt.local_sgd(optax.sgd(0.1), period=1, num_workers=2)
