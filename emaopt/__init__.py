@@ -29,12 +29,18 @@ from emaopt._decays import (
 from emaopt._local_loop import local_round, stack_workers, state_specs, synchronize
 from emaopt._local_methods import agn, block_momentum, diloco, easgd, local_sgd, lookahead
 from emaopt._local_options import local_updates
-from emaopt._local_updates import LocalUpdatesState, SwappedLocalUpdatesState
 from emaopt._names import by_name
-from emaopt._reading import average_distance, get_average, get_center, swap, worker_spread
-from emaopt._recursion import Averager, AverageState, SwappedState
+from emaopt._reading import average_distance, get_average, get_center, worker_spread
+from emaopt._recursion import Averager
 from emaopt._restarting import change_mask, reset_average
 from emaopt._sharding import state_shardings
+from emaopt._states import (
+    AverageState,
+    LocalUpdatesState,
+    SwappedLocalUpdatesState,
+    SwappedState,
+)
+from emaopt._swap import swap
 from emaopt._weights import WeightSummary, decay_weights, weight_summary
 
 __all__ = [

@@ -12,7 +12,8 @@ from emaopt._checks import (
     check_optimizer,
     refuse_unlike,
 )
-from emaopt._recursion import Averager, is_averaged, make_averager
+from emaopt._leaves import is_averaged
+from emaopt._recursion import Averager, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from emaopt._checks import check_choice
-from emaopt._recursion import is_averaged
+from emaopt._leaves import at_least_float32, is_averaged
 from emaopt._rounding import rounded_to
 
 COMMITS = ("delta", "mean_delta", "mean_gradient")
@@ -22,8 +22,7 @@ def start_center(leaf: Any) -> Any:
     if not is_averaged(leaf):
         return leaf
     leaf = jnp.asarray(leaf)
-    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-    return jnp.array(leaf, dtype=jnp.float32 if narrow else leaf.dtype, copy=True)
+    return jnp.array(leaf, dtype=at_least_float32(leaf.dtype), copy=True)
 
 
 def accumulate(old: jax.Array, gradient: Any, first: Any) -> jax.Array:

@@ -17,10 +17,11 @@ from emaopt._checks import (
     check_optimizer,
 )
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
-from emaopt._local_updates import LocalUpdatesState, fragments_of
+from emaopt._leaves import is_array, is_averaged
+from emaopt._local_updates import fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired, refuse_one_worker
-from emaopt._recursion import is_array, is_averaged
+from emaopt._states import LocalUpdatesState
 from emaopt._workers import Mapped, Stacked, resized
 
 

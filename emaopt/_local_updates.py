@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from emaopt._collectives import always, of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import inside_conditional, once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
+from emaopt._leaves import is_array, is_averaged, replicated_beside
 from emaopt._local_checks import (
     as_period,
     as_rate,
@@ -22,49 +23,10 @@ from emaopt._local_checks import (
     check_engine,
     keeping_structure,
 )
-from emaopt._recursion import is_array, is_averaged, replicated_beside
 from emaopt._rounding import applied, lead
+from emaopt._states import CENTER, LocalUpdatesState, check_own_state
 from emaopt._tracing import Computed, Selected, Traced, traced
 from emaopt._workers import Mapped, Stacked
-
-
-class LocalUpdatesState(NamedTuple):
-    """State of local updates; read the center with `get_center`.
-
-    What is each worker's own has a leading axis: [W] stacked, [1] inside `jax.shard_map`.
-    """
-
-    num_steps: Any  # () int32, local steps, taken by a worker or not
-    num_left_out: Any  # () int32, Σ over exchanges and fragments of workers left out
-    num_missed: Any  # int32, each worker's: steps not taken for a NaN or inf
-    since_exchange: Any  # tuple of () int32 for each fragment, local steps
-    has_missed: Any  # tuple of bool for each fragment, each worker's: one since then
-    inner_state: Any  # of the inner optimizer, each worker's
-    outer_state: Any  # tuple of the outer optimizer's states for each fragment
-    accumulated: Any  # Σ gradients since the exchange, None but for mean_gradient
-    pulled: Any  # the center as each worker pulled it, None but for sequential deltas
-    residual: Any  # what commits lost in exchange_dtype, None without error_feedback
-    center: Any  # like one worker's parameters, at least float32
-
-
-class SwappedLocalUpdatesState(NamedTuple):
-    """What `swap` leaves in a `LocalUpdatesState`'s place while the center is in use.
-
-    The fields are the same but for the name of the first, so that neither an update nor
-    a restore can take one state for the other.
-    """
-
-    swapped_at: Any  # () int32, num_steps
-    num_left_out: Any
-    num_missed: Any
-    since_exchange: Any
-    has_missed: Any
-    inner_state: Any
-    outer_state: Any
-    accumulated: Any
-    pulled: Any
-    residual: Any
-    center: Any  # here stand the workers' parameters
 
 
 @dataclass(frozen=True)
@@ -366,17 +328,7 @@ def _check_call(function: str, state: Any, params: Any, exchange: Any) -> None:
             f"{function} moves the parameters between the workers and the center, but "
             "update was called without them: call tx.update(grads, state, params)."
         )
-    if isinstance(state, SwappedLocalUpdatesState):
-        raise TypeError(
-            f"{function}: this state is swapped: the parameters are the center, and "
-            "training on would lose the workers'. Call params, opt_state = "
-            "emaopt.swap(params, opt_state) to swap back first."
-        )
-    if not isinstance(state, LocalUpdatesState):
-        raise TypeError(
-            f"{function}: the state must be a LocalUpdatesState as init makes it, got "
-            f"{type(state).__name__}."
-        )
+    check_own_state(function, state, CENTER)
     is_flag = exchange is None or isinstance(exchange, (bool, np.bool_))
     if not is_flag and not (
         isinstance(exchange, (jax.Array, np.ndarray))

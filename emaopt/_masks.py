@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from emaopt._leaves import for_each_leaf
 from emaopt._names import leaves_with_keys
 
 # Whether the tree holds some rows of its leaves only, and a mask may be one of shapes.
@@ -38,15 +39,8 @@ def chosen_by(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool
     if mask is None or num_leaves == 0:
         return [True] * num_leaves
     flags = mask(tree) if is_function(mask, tree) else mask
-    try:
-        flags = jax.tree.map(
-            lambda flag, subtree: jax.tree.map(lambda _: flag, subtree), flags, tree
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{function}: mask must be like the parameters or a prefix of them: {error}"
-        ) from None
-    flags = jax.tree.leaves(flags)
+    what = f"{function}: mask must be like the parameters or a prefix of them"
+    flags = for_each_leaf(what, flags, tree)
     for flag in flags:
         if not isinstance(flag, (bool, np.bool_)):
             injected = (

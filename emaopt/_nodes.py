@@ -6,22 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from emaopt._local_updates import LocalUpdatesState, SwappedLocalUpdatesState
-from emaopt._names import Unknown, leaves_with_keys
-from emaopt._recursion import AverageState, SwappedState
+from emaopt._names import Names, Unknown, leaves_with_keys
+from emaopt._states import AVERAGE, CENTER, KINDS
 
-# What holds the parameters to be served, in its last field; what `swap` makes of it; and
-# a field that tells it in a mapping, where its type is lost.
-_KINDS: tuple[tuple[Any, Any, Any], ...] = (
-    (AverageState, SwappedState, "pending"),
-    (LocalUpdatesState, SwappedLocalUpdatesState, "since_exchange"),
-)
+_STATES = tuple(one for kind in KINDS for one in (kind.state, kind.swapped))
 
 
-_STATES = tuple(kind for *kinds, _ in _KINDS for kind in kinds)
-
-
-def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+def average_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
     """All nodes that hold an average, by the names that lead to them.
 
     With `name`, the one that it is the whole name of, or those with it on their way: a
@@ -30,33 +21,33 @@ def average_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], A
     return _named(_nodes(tree, is_average_node), name)
 
 
-def center_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+def center_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
     """All nodes that hold a center; "center" is a name of all."""
     nodes = _nodes(tree, is_center_node)
     return nodes if name == "center" else _named(nodes, name)
 
 
-def served_nodes(tree: Any, name: str | None = None) -> dict[tuple[str, ...], Any]:
+def served_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
     """The averages of that name, or the centers if there are none."""
     return average_nodes(tree, name) or center_nodes(tree, name)
 
 
-def swapped_nodes(tree: Any) -> dict[tuple[str, ...], Any]:
+def swapped_nodes(tree: Any) -> dict[Names, Any]:
     """The nodes in whose place the parameters stand."""
     nodes = center_nodes(tree) | average_nodes(tree)
     return {names: node for names, node in nodes.items() if is_swapped(node)}
 
 
 def is_average_node(node: Any) -> bool:
-    return isinstance(as_state(node), (AverageState, SwappedState))
+    return isinstance(as_state(node), (AVERAGE.state, AVERAGE.swapped))
 
 
 def is_center_node(node: Any) -> bool:
-    return isinstance(as_state(node), (LocalUpdatesState, SwappedLocalUpdatesState))
+    return isinstance(as_state(node), (CENTER.state, CENTER.swapped))
 
 
 def is_swapped(node: Any) -> bool:
-    return isinstance(as_state(node), (SwappedState, SwappedLocalUpdatesState))
+    return isinstance(as_state(node), (AVERAGE.swapped, CENTER.swapped))
 
 
 def as_state(node: Any) -> Any:
@@ -68,10 +59,10 @@ def as_state(node: Any) -> Any:
     if isinstance(node, _STATES):
         return node
     if isinstance(node, Mapping):
-        for *kinds, field in _KINDS:
-            for kind in kinds:
-                if {kind._fields[0], field} <= set(node) <= set(kind._fields):
-                    return kind(*map(node.get, kind._fields))
+        for kind in KINDS:
+            for state in (kind.state, kind.swapped):
+                if {state._fields[0], kind.mark} <= set(node) <= set(state._fields):
+                    return state(*map(node.get, state._fields))
     return None
 
 
@@ -82,17 +73,16 @@ def field_of(node: Any) -> str:
 
 def counter_of(field: str, swapped: bool) -> str:
     """The first field of a state that holds `field`; it tells whether it is swapped."""
-    return next(
-        kinds[swapped]._fields[0] for kinds in _KINDS if kinds[0]._fields[-1] == field
-    )
+    kind = next(kind for kind in KINDS if kind.field == field)
+    return (kind.swapped if swapped else kind.state)._fields[0]
 
 
 def exchanged(node: Any, content: Any) -> Any:
     """The node with another content, marked as swapped if it was not, and back."""
     state = as_state(node)
-    for kind, swapped, _ in _KINDS:
-        if isinstance(state, (kind, swapped)):
-            other = swapped if isinstance(state, kind) else kind
+    for kind in KINDS:
+        if isinstance(state, (kind.state, kind.swapped)):
+            other = kind.swapped if isinstance(state, kind.state) else kind.state
             return in_place_of(node, other(*state[:-1], content))
     raise AssertionError(node)
 
@@ -115,8 +105,8 @@ def replace(tree: Any, old: Any, new: Any) -> Any:
     )
 
 
-def only_node(function: str, nodes: dict, what: str, otherwise: str) -> Any:
-    """The one of the nodes, or an error that says which there are or what to do."""
+def only_node(function: str, nodes: dict, what: str, otherwise: str) -> tuple[Names, Any]:
+    """The only node, with its names, or an error that says which there are."""
     if not nodes:
         raise ValueError(f"{function}: no {what} in this optimizer state. {otherwise}")
     if len(nodes) > 1:
@@ -126,7 +116,7 @@ def only_node(function: str, nodes: dict, what: str, otherwise: str) -> Any:
             "which with name=, one of these or a key on its way; optax.named_chain gives "
             "them names."
         )
-    names, node = nodes.popitem()
+    ((names, node),) = nodes.items()
     if type(node) is dict and isinstance(as_state(node)[1], (jax.Array, np.ndarray)):
         raise ValueError(
             f"{function}: at {'/'.join(names) or 'the root'} stands a plain dict, as a "
@@ -134,7 +124,7 @@ def only_node(function: str, nodes: dict, what: str, otherwise: str) -> Any:
             "target) to resume training, or emaopt.checkpoint.load_averaged(path) for "
             f"the {what}."
         )
-    return node
+    return names, node
 
 
 def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
@@ -167,12 +157,12 @@ def fits(content: Any, param: Any) -> bool:
     return short in (long, long[1:])
 
 
-def _nodes(tree: Any, is_node: Callable[[Any], bool]) -> dict[tuple[str, ...], Any]:
+def _nodes(tree: Any, is_node: Callable[[Any], bool]) -> dict[Names, Any]:
     nodes = leaves_with_keys(tree, is_leaf=is_node)
     return {names: node for names, node in nodes if is_node(node)}
 
 
-def _named(nodes: dict, name: str | None) -> dict[tuple[str, ...], Any]:
+def _named(nodes: dict, name: str | None) -> dict[Names, Any]:
     if name is None:
         return nodes
     exact = {names: node for names, node in nodes.items() if "/".join(names) == name}

@@ -7,8 +7,7 @@ outside of the optimizer state that has the average's names and shapes.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
+from emaopt._leaves import kind_of
 from emaopt._names import Names, is_below, joined, num_common, split
 from emaopt._nodes import (
     field_of,
@@ -378,14 +377,3 @@ def shape_of(leaf: Any) -> Any:
     if isinstance(leaf, (bool, int, float, complex)):
         return ()
     return getattr(leaf, "shape", None)
-
-
-def kind_of(leaf: Any) -> str | None:
-    """What kind of numbers a leaf holds; None for what holds none."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
-        dtype = jnp.result_type(type(leaf))
-    if dtype is None:
-        return None
-    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
-    return next((k.__name__ for k in kinds if jnp.issubdtype(dtype, k)), "key")

@@ -8,25 +8,22 @@ import numpy as np
 import optax
 
 from emaopt._checks import check_text
+from emaopt._leaves import at_least_float32, is_averaged, is_masked
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
     as_state,
     average_nodes,
     center_nodes,
-    exchanged,
     field_of,
     fits,
     is_swapped,
     only_node,
-    refuse_crossed_swap,
     refuse_unknown_name,
-    replace,
-    served_nodes,
 )
-from emaopt._recursion import AverageState, is_averaged
 from emaopt._sharding import near
+from emaopt._states import AverageState
 
-_NO_AVERAGE = (
+NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
     "emaopt.averaged(optimizer, decay), before init."
 )
@@ -87,47 +84,6 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
     return map_with_keys(read, params)
 
 
-def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, Any]:
-    """Exchanges the parameters and their average.
-
-    Afterwards the parameters are the average, in its dtypes, and the state holds the raw
-    parameters. Swapping again restores both bit for bit: arrays change places, nothing is
-    computed. A swapped state refuses to train. For evaluating in the middle of training;
-    `checkpoint.swap_state` is for what is written to a file.
-
-    Args:
-      params: The parameters.
-      opt_state: A state that holds one average of them, as for `get_average`.
-      name: Which average, if there are several.
-
-    Returns:
-      (params, opt_state). Parameters that are not averaged stay where they are.
-
-    Raises:
-      ValueError: If there is no average or several, or it is of other parameters.
-      TypeError: If an argument is of another kind.
-
-    Example:
-      >>> import emaopt
-      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5, zero_init=True)
-      >>> params = jnp.ones(2)
-      >>> served, kept = swap(params, tx.init(params))
-      >>> print(served, swap(served, kept)[0])
-      [0. 0.] [1. 1.]
-    """
-    check_text("swap", "name", name, optional=True)
-    nodes = served_nodes(opt_state, name)
-    if not nodes:
-        refuse_unknown_name("swap", opt_state, name)
-    node = only_node("swap", nodes, "average", _NO_AVERAGE)
-    refuse_crossed_swap("swap", opt_state, [node])
-    content = as_state(node)[-1]
-    averages, raw = paired("swap", content, params, bool(center_nodes(opt_state)))
-    swapped = map_with_keys(lambda keys, leaf: averages.get(keys, leaf), params)
-    kept = map_with_keys(lambda keys, leaf: raw[keys], content)
-    return swapped, replace(opt_state, node, exchanged(node, kept))
-
-
 def average_distance(
     opt_state: Any, params: Any, *, name: str | None = None
 ) -> jax.Array:
@@ -161,7 +117,7 @@ def average_distance(
     theta, difference = {}, {}
     for keys, average in averages.items():
         if is_averaged(average):
-            dtype = average.dtype if average.dtype.itemsize >= 4 else jnp.float32
+            dtype = at_least_float32(average.dtype)
             theta[keys] = jnp.asarray(raw[keys], dtype)
             difference[keys] = theta[keys] - near(average, raw[keys]).astype(dtype)
     distance = optax.tree.norm(difference)
@@ -253,7 +209,7 @@ def find_average(function: str, opt_state: Any, name: str | None) -> AverageStat
     nodes = average_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)
-    node = only_node(function, nodes, "average", _NO_AVERAGE)
+    _, node = only_node(function, nodes, "average", NO_AVERAGE)
     return _not_swapped(function, node)
 
 
@@ -263,7 +219,8 @@ def find_center(function: str, opt_state: Any, name: str | None) -> Any:
     nodes = center_nodes(opt_state, name)
     if not nodes:
         refuse_unknown_name(function, opt_state, name)
-    return _not_swapped(function, only_node(function, nodes, "center", _NO_CENTER))
+    _, node = only_node(function, nodes, "center", _NO_CENTER)
+    return _not_swapped(function, node)
 
 
 def _not_swapped(function: str, node: Any) -> Any:
@@ -273,10 +230,6 @@ def _not_swapped(function: str, node: Any) -> Any:
             f"{field_of(node)}. Call emaopt.swap(params, opt_state) to swap back first."
         )
     return as_state(node)
-
-
-def is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def paired(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from emaopt._betas import Decay, DecayLike, one_minus
@@ -23,38 +22,19 @@ from emaopt._checks import (
     checked_count,
 )
 from emaopt._conditional import once_if
+from emaopt._leaves import (
+    at_least_float32,
+    dtype_of,
+    is_array,
+    is_averaged,
+    is_masked,
+    kind_of,
+    replicated_beside,
+)
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
-
-
-class AverageState(NamedTuple):
-    """State of an average; read it with `get_average`, exchange it with `swap`.
-
-    num_updates: the updates so far, s. num_skipped: those left out by skip_nonfinite.
-    weight: what the iterates weigh before de-biasing, None without it. pending: 1 - Πβ
-    since the average last moved (every). average: the average, always readable.
-    """
-
-    num_updates: Any  # () int32, s: the updates so far, skipped ones included
-    num_skipped: Any  # () int32, updates left out for a NaN or inf (skip_nonfinite)
-    weight: Any  # () float, W: what the iterates weigh in all; None without debias
-    pending: Any  # () float, 1 - Πβ over the steps since the average last moved (every)
-    average: Any  # like the parameters, in the accumulator's dtype; MaskedNode if masked
-
-
-class SwappedState(NamedTuple):
-    """What `swap` leaves in an `AverageState`'s place while the average is in use.
-
-    The fields are the same but for the name of the first, so that neither an update nor
-    a restore can take one state for the other.
-    """
-
-    swapped_at: Any  # () int32, num_updates
-    num_skipped: Any  # () int32
-    weight: Any  # () float
-    pending: Any  # () float
-    average: Any  # like the parameters: here stand the raw parameters
+from emaopt._states import AVERAGE, AverageState, check_own_state
 
 
 class Averager(NamedTuple):
@@ -135,12 +115,17 @@ def make_averager(
         )
 
     def update(tree, state, num_updates=None):
-        _check_state(function, state, debias)
+        check_own_state(function, state, AVERAGE)
+        if debias != (state.weight is not None):
+            raise ValueError(
+                f"{function}: debias={debias}, but the state was made with "
+                f"debias={not debias}. It cannot change in mid-run; make a new state."
+            )
         check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         where = places(function, sharding, memory_kind, tree, leaves)
         entries = _entries(function, leaves, treedef, state.average, where)
-        kept = [not isinstance(entry, optax.MaskedNode) for entry in entries]
+        kept = [not is_masked(entry) for entry in entries]
         check_mask(function, mask, tree, kept, [*map(is_averaged, leaves)])
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
         where = [where[i] for i in moving]
@@ -209,7 +194,7 @@ def make_averager(
             moved, finite = once_if(due, move, (old, jnp.bool_(True)), new)
 
         for i, entry in enumerate(entries):
-            if not is_averaged(entry) and not isinstance(entry, optax.MaskedNode):
+            if not is_averaged(entry) and not is_masked(entry):
                 entries[i] = _newest(leaves[i])
         for i, leaf in zip(moving, moved, strict=True):
             entries[i] = leaf
@@ -234,7 +219,7 @@ def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None) 
     the bits are the same in and out of jit.
     """
     old = jnp.asarray(old)
-    dtype = old.dtype if old.dtype.itemsize >= 4 else jnp.float32
+    dtype = at_least_float32(old.dtype)
     a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
     step = jnp.asarray(step, jnp.finfo(dtype).dtype)
     moved = a + rounded_product(step, q - a)
@@ -274,22 +259,12 @@ def _checked_accumulator(
     return dtype
 
 
-def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
-
-
-def is_averaged(leaf: Any) -> bool:
-    return is_array(leaf) and jnp.issubdtype(
-        jnp.asarray(leaf).dtype if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact
-    )
-
-
 def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
     """The average before the first update: a copy, never an alias."""
     if not is_averaged(leaf):
         return _newest(leaf)
     leaf = jnp.asarray(leaf)
-    real = accumulator_dtype or _at_least_float32(leaf.dtype)
+    real = accumulator_dtype or at_least_float32(jnp.finfo(leaf.dtype).dtype)
     dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(leaf) else real
     if zero_init:
         # From the leaf, for its sharding; a NaN in it stays out.
@@ -297,48 +272,10 @@ def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
     return jnp.array(leaf, dtype=dtype, copy=True)
 
 
-def _at_least_float32(dtype: Any) -> Any:
-    real = jnp.finfo(dtype).dtype
-    return real if real.itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
 def _newest(leaf: Any) -> Any:
     if not is_array(leaf):
         return leaf
-    return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
-
-
-def replicated_beside(leaves: list[Any]) -> Callable[[Any], Any]:
-    """Makes scalar zeros on the devices of the leaves.
-
-    Left on the default device, they would come back from the first step replicated over
-    the parameters' mesh, and the second step would be compiled anew.
-    """
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if isinstance(leaf.sharding, NamedSharding):
-                everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-                return lambda dtype: jnp.zeros((), dtype, device=everywhere)
-    return lambda dtype: jnp.zeros((), dtype)
-
-
-def _check_state(function: str, state: Any, debias: bool) -> None:
-    if isinstance(state, SwappedState):
-        raise TypeError(
-            f"{function}: this state is swapped: the parameters are the average, and "
-            "training on would lose the raw ones. Call params, opt_state = "
-            "emaopt.swap(params, opt_state) to swap back first."
-        )
-    if not isinstance(state, AverageState):
-        raise TypeError(
-            f"{function}: the state must be an AverageState as init makes it, got "
-            f"{type(state).__name__}."
-        )
-    if debias != (state.weight is not None):
-        raise ValueError(
-            f"{function}: debias={debias}, but the state was made with "
-            f"debias={not debias}. It cannot change in mid-run; make a new state."
-        )
+    return jnp.array(leaf, dtype=dtype_of(leaf), copy=True)
 
 
 def _entries(
@@ -353,7 +290,7 @@ def _entries(
             f"was called with: {error}"
         ) from None
     for leaf, entry, place in zip(leaves, entries, where, strict=True):
-        if isinstance(entry, optax.MaskedNode):
+        if is_masked(entry):
             continue
         if _kind(leaf, place.shape(np.shape(leaf))) != _kind(entry, np.shape(entry)):
             raise ValueError(
@@ -367,7 +304,4 @@ def _kind(leaf: Any, shape: tuple[int, ...]) -> str:
     """What must not change between init and update, in words."""
     if not is_array(leaf):
         return "no array"
-    dtype = jnp.asarray(leaf).dtype
-    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
-    names = [kind.__name__ for kind in kinds if jnp.issubdtype(dtype, kind)] or ["key"]
-    return f"{names[0]} of shape {shape}"
+    return f"{kind_of(leaf)} of shape {shape}"

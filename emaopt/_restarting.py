@@ -8,11 +8,13 @@ import numpy as np
 import optax
 
 from emaopt._checks import check_arrays, check_optimizer, checked_count
+from emaopt._leaves import is_averaged, is_masked
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
-from emaopt._reading import find_average, is_masked, map_with_keys, paired
-from emaopt._recursion import Averager, AverageState, is_averaged
+from emaopt._reading import find_average, map_with_keys, paired
+from emaopt._recursion import Averager
 from emaopt._sharding import near
+from emaopt._states import AverageState
 
 _LEFT_OUT = object()  # a leaf
 

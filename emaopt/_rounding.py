@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from emaopt._conditional import inside_conditional
+from emaopt._leaves import at_least_float32
 
 
 def applied(params: Any, updates: Any) -> Any:
@@ -33,7 +34,7 @@ def lead(param: Any, target: Any, update: Any, due: Any) -> jax.Array:
     p, u = jnp.asarray(param), jnp.asarray(update)
     widths = [x.dtype for x in (p, u) if x.dtype.itemsize > 1]
     dtype = jnp.result_type(*widths) if widths else p.dtype
-    wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+    wide = at_least_float32(dtype)
     step = rounded_to(target.astype(wide), p.dtype) - p.astype(wide)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
 from emaopt._conditional import varying
+from emaopt._leaves import for_each_leaf
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
 
@@ -152,19 +153,11 @@ def places(
         entries = entries(tree)
     if callable(sharding):  # what is not, was looked at when it was given
         _check_entries(function, entries)
-    try:
-        entries = jax.tree.map(
-            lambda entry, subtree: [entry] * len(jax.tree.leaves(subtree)),
-            entries,
-            tree,
-            is_leaf=_is_entry,
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{function}: sharding must be like the parameters or a prefix of them, with "
-            f"{LIKE_PARAMS!r} for what is not to be split: {error}"
-        ) from None
-    entries = jax.tree.leaves(entries, is_leaf=_is_entry)
+    what = (
+        f"{function}: sharding must be like the parameters or a prefix of them, with "
+        f"{LIKE_PARAMS!r} for what is not to be split"
+    )
+    entries = for_each_leaf(what, entries, tree, _is_entry)
     names = ["/".join(keys) for keys, _ in named_leaves(tree)]
     return [
         _place(function, entry, leaf, name)._replace(on_host=on_host)

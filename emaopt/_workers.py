@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emaopt._collectives import all_finite, always, held_until, in_turn, packed
 from emaopt._conditional import vary, varying
-from emaopt._recursion import replicated_beside
+from emaopt._leaves import is_masked, replicated_beside
 from emaopt._tracing import traced
 
 
@@ -111,11 +111,11 @@ class Stacked(_Workers):
         rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
         everywhere = optax.tree.map_params(
             inner,
-            lambda slot, sharding: slot if _is_masked(slot) else sharding,
+            lambda slot, sharding: slot if is_masked(slot) else sharding,
             jax.eval_shape(init, params),
             shardings,
             transform_non_params=lambda leaf: rows,
-            is_leaf=_is_masked,
+            is_leaf=is_masked,
         )
         return jax.jit(init, out_shardings=everywhere)(params)
 
@@ -395,7 +395,3 @@ def _beside(param: Any, leaf: Any) -> Any:
     return jax.sharding.reshard(
         leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
     )
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)

@@ -22,7 +22,7 @@ from emaopt._checks import (
 )
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
-from emaopt._swapping import swap_state
+from emaopt._swap import swap_state
 from emaopt._writing import naming
 from emaopt.checkpoint import (
     _checksums,

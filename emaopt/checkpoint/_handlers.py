@@ -17,7 +17,7 @@ from emaopt._checks import (
     check_text,
 )
 from emaopt._places import Choice, Ways, check_choices
-from emaopt._swapping import exchange
+from emaopt._swap import exchange
 from emaopt.checkpoint import (
     _checksums,
     _files,

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._leaves import kind_of
 from emaopt._names import is_below, joined, split
 from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
-from emaopt._places import Ways, kind_of, located_at, shape_of
-from emaopt._recursion import AverageState
+from emaopt._places import Ways, located_at, shape_of
+from emaopt._states import AverageState
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._units import Group, paired, units

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from emaopt._places import Ways, placed
-from emaopt._swapping import exchange
+from emaopt._swap import exchange
 from emaopt.checkpoint import _arrays, _files, _reading, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._matching import Rename, check_fit, match

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from emaopt._names import joined, key_name, own_values, path_leaves
 from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
-from emaopt._swapping import exchange
+from emaopt._swap import exchange
 from emaopt.checkpoint import _record
 from emaopt.checkpoint._files import Names, names_of
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._checks import check_callable, refuse_unlike
-from emaopt._recursion import is_averaged
+from emaopt._leaves import is_averaged
 from emaopt._rounding import applied, lead
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_arrays, check_callable, check_flag
+from emaopt._leaves import for_each_leaf, is_array, is_averaged
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
-from emaopt._recursion import is_array, is_averaged
 from emaopt.tf1._gates import GATE_OP, check_gate, gated
 
 
@@ -149,17 +149,11 @@ def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
                 f"are {', '.join(names)}."
             )
         return [i for i, name in enumerate(names) if name in wanted]
-    try:
-        flags = jax.tree.leaves(
-            jax.tree.map(
-                lambda flag, tree: jax.tree.map(lambda _: flag, tree), var_list, params
-            )
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{function}: var_list must be a tree of booleans like the parameters "
-            f"or a prefix of it, names, or a function: {error}"
-        ) from None
+    what = (
+        f"{function}: var_list must be a tree of booleans like the parameters or a "
+        "prefix of it, names, or a function"
+    )
+    flags = for_each_leaf(what, var_list, params)
     if odd := [flag for flag in flags if not isinstance(flag, (bool, np.bool_))]:
         raise TypeError(
             f"{function}: var_list must hold booleans or names, got {odd[0]!r}."

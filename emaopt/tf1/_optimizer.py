@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from emaopt._checks import check_flag, check_optimizer
+from emaopt._leaves import is_array
 from emaopt._names import named_leaves
-from emaopt._recursion import is_array
 from emaopt.tf1._gates import GATE_OP
 from emaopt.tf1._gradients import chosen_variables, gradients_of
 from emaopt.tf1._rows import densified, is_sparse, row_step

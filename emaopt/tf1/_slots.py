@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from emaopt._checks import check_state, check_text
+from emaopt._leaves import is_masked
 from emaopt._names import key_name, leaves_with_keys, named_leaves
 from emaopt._nodes import center_nodes, fits
 
@@ -131,10 +131,10 @@ def marked(opt_state: Any, params: Any, marks: list[Any], default: Any) -> Any:
         if not is_slot(node):
             return default
         return jax.tree.map(
-            lambda part, at: part if _is_masked(part) else marks[at],
+            lambda part, at: part if is_masked(part) else marks[at],
             node,
             by_position,
-            is_leaf=_is_masked,
+            is_leaf=is_masked,
         )
 
     return jax.tree.map(mark, opt_state, is_leaf=is_slot)
@@ -197,11 +197,11 @@ def _slot_test(opt_state: Any, params: Any) -> Callable[[Any], bool]:
         arrays: list[tuple[Any, Any]] = []
 
         def collect(part, at):
-            if not _is_masked(part):
+            if not is_masked(part):
                 arrays.append((part, at))
 
         try:  # masks may be a prefix of the parameters
-            jax.tree.map(collect, node, by_position, is_leaf=_is_masked)
+            jax.tree.map(collect, node, by_position, is_leaf=is_masked)
         except (ValueError, TypeError):
             return False
         if not all(isinstance(at, int) and hasattr(x, "shape") for x, at in arrays):
@@ -222,7 +222,3 @@ def _positions(params: Any) -> Any:
     """A tree like the parameters of their positions in flattening order."""
     treedef = jax.tree.structure(params)
     return jax.tree.unflatten(treedef, range(treedef.num_leaves))
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)

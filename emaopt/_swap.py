@@ -1,19 +1,63 @@
-"""The exchange of parameters and their averages in a training state."""
+"""The exchange of parameters and their averages: in parts, or in a whole state."""
 
 from typing import Any
 
 import jax
 
-from emaopt._checks import check_flag
+from emaopt._checks import check_flag, check_text
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import (
     as_state,
+    center_nodes,
     exchanged,
     is_average_node,
     is_center_node,
+    only_node,
+    refuse_crossed_swap,
+    refuse_unknown_name,
     served_nodes,
 )
-from emaopt._places import Choice, Place, Ways, check_choices, located
+from emaopt._places import Choice, Place, Ways, check_choices, located, placed
+from emaopt._reading import NO_AVERAGE, paired
+
+
+def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, Any]:
+    """Exchanges the parameters and their average.
+
+    Afterwards the parameters are the average, in its dtypes, and the state holds the raw
+    parameters. Swapping again restores both bit for bit: arrays change places, nothing is
+    computed. A swapped state refuses to train. For evaluating in the middle of training;
+    `checkpoint.swap_state` is for what is written to a file.
+
+    Args:
+      params: The parameters.
+      opt_state: A state that holds one average of them, as for `get_average`.
+      name: Which average, if there are several.
+
+    Returns:
+      (params, opt_state). Parameters that are not averaged stay where they are.
+
+    Raises:
+      ValueError: If there is no average or several, or it is of other parameters.
+      TypeError: If an argument is of another kind.
+
+    Example:
+      >>> import emaopt, jax.numpy as jnp, optax
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5, zero_init=True)
+      >>> params = jnp.ones(2)
+      >>> served, kept = swap(params, tx.init(params))
+      >>> print(served, swap(served, kept)[0])
+      [0. 0.] [1. 1.]
+    """
+    check_text("swap", "name", name, optional=True)
+    nodes = served_nodes(opt_state, name)
+    if not nodes:
+        refuse_unknown_name("swap", opt_state, name)
+    names, node = only_node("swap", nodes, "average", NO_AVERAGE)
+    refuse_crossed_swap("swap", opt_state, [node])
+    paired("swap", as_state(node)[-1], params, bool(center_nodes(opt_state)))
+    both = params, opt_state
+    return exchange(both, [placed(both, ("1", *names), ("0",))])
 
 
 def swap_state(
