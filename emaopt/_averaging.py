@@ -1,6 +1,6 @@
 """How an average is kept: of any tree, last in a chain, or around an optimizer."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import optax
@@ -16,6 +16,22 @@ from emaopt._leaves import is_averaged
 from emaopt._recursion import Averager, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
+from emaopt._signatures import takes_options_of
+
+
+class Options(TypedDict, total=False):
+    """Arguments of `average_params` that every way of averaging takes."""
+
+    every: int
+    start: int
+    mask: Any
+    accumulator_dtype: Any
+    debias: bool
+    zero_init: bool
+    skip_nonfinite: bool
+    stochastic_rounding: bool
+    sharding: Any
+    memory_kind: str | None
 
 
 class AveragedState(NamedTuple):
@@ -23,64 +39,6 @@ class AveragedState(NamedTuple):
 
     inner_state: Any  # of the wrapped optimizer
     averaging: Any  # AverageState
-
-
-def average_tree(
-    decay: DecayLike,
-    *,
-    every: int = 1,
-    start: int = 0,
-    mask: Any = None,
-    accumulator_dtype: Any = None,
-    debias: bool = False,
-    zero_init: bool = False,
-    skip_nonfinite: bool = False,
-    stochastic_rounding: bool = False,
-    sharding: Any = "like_params",
-    memory_kind: str | None = None,
-) -> Averager:
-    """Averages any pytree: statistics, target networks, metrics.
-
-    The same recursion and options as `average_params`, for values that no optimizer
-    returns: they are given to `update` themselves, not as updates to parameters.
-
-    Args:
-      decay: β in [0, 1] or a function t -> β.
-      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
-        stochastic_rounding, sharding, memory_kind: As in `average_params`.
-
-    Returns:
-      An `Averager` with two pure functions:
-        init(tree) -> AverageState
-        update(tree, state, num_updates=None) -> AverageState, whose field `average` is
-        the average; `num_updates` replaces t.
-
-    Raises:
-      ValueError, TypeError: If an argument is out of its range, and from `update` if the
-        tree has another structure than at `init`, the mask another value, or the state
-        is swapped.
-
-    Example:
-      >>> averager = average_tree(0.5)
-      >>> state = averager.init({"loss": 4.0})
-      >>> state = averager.update({"loss": 2.0}, state)
-      >>> print(state.average["loss"])
-      3.0
-    """
-    return make_averager(
-        "average_tree",
-        decay,
-        every=every,
-        start=start,
-        mask=mask,
-        accumulator_dtype=accumulator_dtype,
-        debias=debias,
-        zero_init=zero_init,
-        skip_nonfinite=skip_nonfinite,
-        stochastic_rounding=stochastic_rounding,
-        sharding=sharding,
-        memory_kind=memory_kind,
-    )
 
 
 def average_params(
@@ -241,22 +199,49 @@ def average_params(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+_takes_options = takes_options_of(average_params, Options)
+
+
+@_takes_options
+def average_tree(decay: DecayLike, **options: Unpack[Options]) -> Averager:
+    """Averages any pytree: statistics, target networks, metrics.
+
+    The same recursion and options as `average_params`, for values that no optimizer
+    returns: they are given to `update` themselves, not as updates to parameters.
+
+    Args:
+      decay: β in [0, 1] or a function t -> β.
+      **options: As in `average_params`.
+
+    Returns:
+      An `Averager` with two pure functions:
+        init(tree) -> AverageState
+        update(tree, state, num_updates=None) -> AverageState, whose field `average` is
+        the average; `num_updates` replaces t.
+
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, and from `update` if the
+        tree has another structure than at `init`, the mask another value, or the state
+        is swapped.
+
+    Example:
+      >>> averager = average_tree(0.5)
+      >>> state = averager.init({"loss": 4.0})
+      >>> state = averager.update({"loss": 2.0}, state)
+      >>> print(state.average["loss"])
+      3.0
+    """
+    return make_averager("average_tree", decay, **options)
+
+
+@_takes_options
 def averaged(
     optimizer: optax.GradientTransformation,
     decay: DecayLike,
     *,
     sequential: bool = True,
     overwrite_every: int | None = None,
-    every: int = 1,
-    start: int = 0,
-    mask: Any = None,
-    accumulator_dtype: Any = None,
-    debias: bool = False,
-    zero_init: bool = False,
-    skip_nonfinite: bool = False,
-    stochastic_rounding: bool = False,
-    sharding: Any = "like_params",
-    memory_kind: str | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it averages the parameters that it makes.
 
@@ -273,8 +258,7 @@ def averaged(
         to the rounding of `optax.apply_updates`; not from a parameter that is infinite.
         None, the default: never. A multiple of `every`. Not together with `sharding` and
         `memory_kind`.
-      every, start, mask, accumulator_dtype, debias, zero_init, skip_nonfinite,
-        stochastic_rounding, sharding, memory_kind: As in `average_params`.
+      **options: As in `average_params`.
 
     Returns:
       A transformation whose state is an `AveragedState(inner_state, averaging)`.
@@ -299,32 +283,8 @@ def averaged(
     check_optimizer("averaged", "optimizer", optimizer)
     check_flag("averaged", "sequential", sequential)
     if overwrite_every is not None:
-        check_integer("averaged", "overwrite_every", overwrite_every, 1)
-        check_integer("averaged", "every", every, 1)
-        if overwrite_every % every:
-            raise ValueError(
-                f"averaged: overwrite_every={overwrite_every} must be a multiple of "
-                f"every={every}: between its moves the average is an old one."
-            )
-        if not (isinstance(sharding, str) and sharding == LIKE_PARAMS) or memory_kind:
-            raise ValueError(
-                "averaged: overwrite_every needs the average where the parameters are: "
-                "leave sharding and memory_kind out."
-            )
-    averager = make_averager(
-        "averaged",
-        decay,
-        every=every,
-        start=start,
-        mask=mask,
-        accumulator_dtype=accumulator_dtype,
-        debias=debias,
-        zero_init=zero_init,
-        skip_nonfinite=skip_nonfinite,
-        stochastic_rounding=stochastic_rounding,
-        sharding=sharding,
-        memory_kind=memory_kind,
-    )
+        _check_overwriting(overwrite_every, options)
+    averager = make_averager("averaged", decay, **options)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):
@@ -361,6 +321,24 @@ def averaged(
         return updates, AveragedState(inner_state, averaging)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_overwriting(period: int, options: Options) -> None:
+    """Raises unless the parameters can be set to the average every so many steps."""
+    every, sharding = options.get("every", 1), options.get("sharding", LIKE_PARAMS)
+    check_integer("averaged", "overwrite_every", period, 1)
+    check_integer("averaged", "every", every, 1)
+    if period % every:
+        raise ValueError(
+            f"averaged: overwrite_every={period} must be a multiple of every={every}: "
+            "between its moves the average is an old one."
+        )
+    alike = isinstance(sharding, str) and sharding == LIKE_PARAMS
+    if not alike or options.get("memory_kind"):
+        raise ValueError(
+            "averaged: overwrite_every needs the average where the parameters are: "
+            "leave sharding and memory_kind out."
+        )
 
 
 def _lead_to(average: Any, params: Any, updates: Any, due: Any) -> Any:

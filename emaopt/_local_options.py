@@ -1,19 +1,13 @@
 """The general method of local updates, and the options that it shares with all others."""
 
-import dataclasses
-import difflib
-import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import jax
 import optax
 
 from emaopt._local_updates import Engine
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from emaopt._signatures import takes_options_of
 
 Period = int | Callable[[jax.Array], Any]
 
@@ -186,38 +180,12 @@ def local_updates(
     )
 
 
-def takes_options(method: Callable[P, T]) -> Callable[P, T]:
-    """Shows each option in a method's signature, and refuses others by its name."""
-    signature = inspect.signature(method)
-    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    defaults = {field.name: field.default for field in dataclasses.fields(Engine)}
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=defaults[name],
-            annotation=annotation,
-        )
-        for name, annotation in Options.__annotations__.items()
-    ]
-    names = [parameter.name for parameter in [*own, *options]]
-
-    @functools.wraps(method)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it takes {names}."
-                raise TypeError(f"{method.__name__}: there is no option {name}; {hint}")
-        return method(*args, **kwargs)
-
-    shown: Any = checked  # a function has no such attribute for type checkers
-    shown.__signature__ = signature.replace(parameters=[*own, *options])
-    return checked
-
-
 def transformation(
     function: str, inner: Any, outer: Any, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
+    """The engine as Optax takes it; `function` is named in errors."""
     engine = Engine(function, inner, outer, **arguments)
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+
+
+takes_options = takes_options_of(local_updates, Options)

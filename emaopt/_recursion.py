@@ -33,7 +33,7 @@ from emaopt._leaves import (
 )
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
-from emaopt._sharding import Place, check_placement, places
+from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
 
 
@@ -48,16 +48,16 @@ def make_averager(
     function: str,
     decay: DecayLike,
     *,
-    every: int,
-    start: int,
-    mask: Any,
-    accumulator_dtype: Any,
-    debias: bool,
-    zero_init: bool,
-    skip_nonfinite: bool,
-    stochastic_rounding: bool,
-    sharding: Any,
-    memory_kind: str | None,
+    every: int = 1,
+    start: int = 0,
+    mask: Any = None,
+    accumulator_dtype: Any = None,
+    debias: bool = False,
+    zero_init: bool = False,
+    skip_nonfinite: bool = False,
+    stochastic_rounding: bool = False,
+    sharding: Any = LIKE_PARAMS,
+    memory_kind: str | None = None,
 ) -> Averager:
     """The recursion behind `average_tree`, `average_params` and `averaged`."""
     check_decay(function, decay)

@@ -1,0 +1,49 @@
+"""Options that several functions share: shown in the signature of each, and checked."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def takes_options_of(
+    function: Callable[..., object], options: type
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function whose **options are some of those of another.
+
+    Python shows such options as one name, and takes any. Decorated, the function has
+    them in its signature, with the other's defaults, and refuses what it does not have by
+    its own name.
+
+    Args:
+      function: Has the options, with their defaults.
+      options: A TypedDict of those that are taken.
+    """
+    theirs = inspect.signature(function).parameters
+    shared = [theirs[name] for name in options.__annotations__]
+
+    def decorated(method: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(method)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        names = [parameter.name for parameter in [*own, *shared]]
+
+        @functools.wraps(method)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name in kwargs:
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, 1)
+                    hint = f"did you mean {near[0]}?" if near else f"it takes {names}."
+                    raise TypeError(
+                        f"{method.__name__}: there is no option {name}; {hint}"
+                    )
+            return method(*args, **kwargs)
+
+        shown = signature.replace(parameters=[*own, *shared])
+        setattr(checked, "__signature__", shown)  # noqa: B010 - functions have none
+        return checked
+
+    return decorated
