@@ -18,8 +18,8 @@ from emaopt._checks import (
     check_optimizer,
 )
 from emaopt._commits import accumulate, check_commit, make_commit, start_center
+from emaopt._jax_internals import traced
 from emaopt._rounding import applied
-from emaopt._tracing import traced
 
 
 class AsyncTrace(NamedTuple):

@@ -7,10 +7,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from emaopt._jax_internals import traced
 
 MAX_COUNT = 2**31 - 1  # counters are int32
 _ROUNDING = 1e-6  # by which a β of float32 may pass its bounds
@@ -68,7 +69,7 @@ def _is_floating_scalar(beta: Any) -> bool:
 
 def check_beta(function: str, decay: Any, beta: Any, where: str = "") -> None:
     """Raises if a β that is known now is out of [0, 1], by more than its rounding."""
-    if isinstance(beta, jax.core.Tracer):
+    if traced(beta):
         return
     if not -_ROUNDING <= float(beta) <= 1 + _ROUNDING:
         raise ValueError(
@@ -123,9 +124,10 @@ def checked_count(function: str, argument: str, count: Any) -> Any:
             f"{function}: {argument} must be a whole number or an integer scalar, got "
             f"{count!r}."
         )
-    if isinstance(count, jax.core.Tracer):
-        most = min(MAX_COUNT, jnp.iinfo(count.dtype).max)
-        return jnp.clip(count, 0, most).astype(jnp.int32)
+    if traced(count):
+        traced_count: jax.Array = jnp.asarray(count)
+        most = min(MAX_COUNT, jnp.iinfo(traced_count.dtype).max)
+        return jnp.clip(traced_count, 0, most).astype(jnp.int32)
     check_integer(function, argument, int(count), 0)
     return int(count)
 

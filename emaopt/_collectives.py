@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from emaopt._conditional import varying
-from emaopt._tracing import traced
+from emaopt._jax_internals import traced, varying
+from emaopt._xla import held_until_there
 
 # Leaves up to this size share a collective: it then costs less than copying them.
 _SMALL = 2**20  # bytes
@@ -82,14 +82,9 @@ def after(leaf: jax.Array, results: list) -> jax.Array:
         whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
         if whole and varying(results[i]) <= varying(leaf):
             return lax.platform_dependent(
-                leaf, results[i], cpu=_held_until_there, default=lambda leaf, _: leaf
+                leaf, results[i], cpu=held_until_there, default=lambda leaf, _: leaf
             )
     return leaf
-
-
-def _held_until_there(leaf: jax.Array, result: jax.Array) -> jax.Array:
-    first = jnp.real(result[(0,) * result.ndim])
-    return held_until(lambda _: ~(first < -jnp.inf), leaf)
 
 
 def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
@@ -100,17 +95,6 @@ def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.expand_dims(value, tuple(range(jnp.ndim(rows) - jnp.ndim(value))))
 
 
-def held_until(true: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree, to be read when true(leaf) is there: a value that always is true."""
-
-    def held(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.number):
-            return leaf
-        return jnp.where(true(leaf), leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(held, tree)
-
-
 @functools.partial(jax.jit, static_argnums=1, inline=True)  # one call outside of jit
 def all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
     """Whether all elements along the axes are finite, in all arrays of one shape."""
@@ -118,8 +102,3 @@ def all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
     # the array's own width for one. And the smallest integer it finds faster than `all`.
     zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
     return jnp.min(zero.astype(jnp.int8), axis=axes, initial=1) == 1
-
-
-def always(flags: jax.Array) -> jax.Array:
-    """Flags that are on, which no compiler knows before these are there."""
-    return flags.astype(jnp.int32) >= 0

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from emaopt._tracing import program_of, traced
+from emaopt._jax_internals import run, traced, varying
+from emaopt._tracing import program_of
 
 
 def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
@@ -28,7 +28,7 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     def once_more(changing, fixed):
         fixed, consts = fixed
         leaves = jax.tree.leaves((changing, fixed))
-        return structure.unflatten(jax.core.eval_jaxpr(program, [], *consts, *leaves))
+        return structure.unflatten(run(program, [*consts, *leaves]))
 
     act, skip = _same_types([once_more, lambda changing, _: changing], changing, fixed)
 
@@ -77,34 +77,6 @@ def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
     return [cast(branch) for branch in branches]
 
 
-def varying(leaf: Any) -> frozenset:
-    """The mapped axes over which a value varies, as far as `shard_map` tracks it."""
-    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    kind = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
-    axes = getattr(aval, "vma", None) if kind is None else kind.varying
-    return frozenset(axes or ())
-
-
 def vary(leaf: Any, axes: frozenset) -> Any:
     missing = tuple(sorted(axes - varying(leaf)))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-
-def inside_conditional(leaf: Any, *, mapped: bool = False) -> bool:
-    """Whether a value is being computed in a branch of a conditional.
-
-    With `mapped`, of one that stands inside of the innermost `shard_map`, `pmap` or
-    `vmap`, where each device may take another branch. JAX tells it in its traces alone,
-    which are not public: on a JAX that has others the answer is no, and test_exactness
-    fails.
-    """
-    trace = getattr(leaf, "_trace", None)
-    while trace is not None:
-        frame = getattr(trace, "frame", None)
-        purpose = getattr(getattr(frame, "debug_info", None), "traced_for", None)
-        if purpose in ("cond", "switch"):
-            return True
-        if mapped and (frame is None or purpose in ("shard_map", "pmap")):
-            return False
-        trace = getattr(trace, "parent_trace", None)
-    return False

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from emaopt._jax_internals import traced
 
 _KINDS = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
 
@@ -73,7 +74,7 @@ def replicated_beside(leaves: list[Any]) -> Callable[[Any], jax.Array]:
     the parameters' mesh, and the second step would be compiled anew.
     """
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not traced(leaf):
             if isinstance(leaf.sharding, NamedSharding):
                 everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
                 return lambda dtype: jnp.zeros((), dtype, device=everywhere)

@@ -21,7 +21,7 @@ from emaopt._checks import (
     check_text,
 )
 from emaopt._commits import check_commit
-from emaopt._tracing import traced
+from emaopt._jax_internals import traced
 
 REDUCTIONS = ("mean", "sum", "sequential")
 LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 
 from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
-from emaopt._collectives import always, of_all
+from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
-from emaopt._conditional import inside_conditional, once_if
+from emaopt._conditional import once_if
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
+from emaopt._jax_internals import inside_conditional, traced
 from emaopt._leaves import is_array, is_averaged, replicated_beside
 from emaopt._local_checks import (
     as_period,
@@ -25,8 +26,9 @@ from emaopt._local_checks import (
 )
 from emaopt._rounding import applied, lead
 from emaopt._states import CENTER, LocalUpdatesState, check_own_state
-from emaopt._tracing import Computed, Selected, Traced, traced
+from emaopt._tracing import Computed, Selected, Traced
 from emaopt._workers import Mapped, Stacked
+from emaopt._xla import always
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,9 @@ def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
     return workers.finite(groups, workers.same(True))
 
 
-def _refuse_branch(function: str, traced: Any) -> None:
+def _refuse_branch(function: str, value: Any) -> None:
     """Raises in a conditional that each device decides for itself."""
-    if inside_conditional(traced, mapped=True):
+    if inside_conditional(value, mapped=True):
         raise ValueError(
             f"{function}: with axis_name= update stands in a branch of a conditional, "
             "such as that of optax.apply_if_finite. Workers that take another branch "

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,6 +21,7 @@ from emaopt._checks import (
     checked_count,
 )
 from emaopt._conditional import once_if
+from emaopt._jax_internals import traced
 from emaopt._leaves import (
     at_least_float32,
     dtype_of,
@@ -35,6 +35,7 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
+from emaopt._xla import unknown_one
 
 
 class Averager(NamedTuple):
@@ -143,13 +144,11 @@ def make_averager(
         if constant is None and not isinstance(decay, Decay):
             # A function of the user's, or a hyperparameter that changes in mid-run. Where
             # its value is traced, out of [0, 1] it is the nearest; a NaN shows.
-            if not isinstance(newest, jax.core.Tracer) and not jnp.isnan(newest):
+            if not traced(newest) and not jnp.isnan(newest):
                 check_beta(function, decay, 1 - newest, f" at t = {t}")
             newest = jnp.clip(newest, 0, 1)
         pending = _move(state.pending, 1.0, newest, copying)
-        # Divided also where by 1, which the compiler does not know: XLA computes a
-        # quotient once, but cheaper scalars again in the kernel of each leaf.
-        weight, divisor = state.weight, (s >= 0).astype(pending.dtype)
+        weight, divisor = state.weight, unknown_one(s, pending.dtype)
         if debias:
             weight = _move(weight, 1.0, pending)
             # Where nothing has weighed anything yet, both are 0.

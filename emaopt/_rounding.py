@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from emaopt._conditional import inside_conditional
+from emaopt._jax_internals import inside_conditional
 from emaopt._leaves import at_least_float32
+from emaopt._xla import as_in_memory
 
 
 def applied(params: Any, updates: Any) -> Any:
@@ -61,17 +62,11 @@ def rounded_to(value: Any, dtype: Any) -> Any:
 
 
 def rounded_product(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """factor · x, rounded before a compiler can fuse a sum with it (FMA).
-
-    The result is what it would be in memory. XLA and LLVM see through `reduce_precision`
-    to the same width, `optimization_barrier`, and a select or xor with a scalar (they
-    hoist it out of the loop). A select on the data stays, for the two differ where it is
-    NaN: in the sign, which has no meaning.
-    """
+    """factor · x, rounded before a sum can be fused with it: see `as_in_memory`."""
     if jnp.iscomplexobj(x):
         parts = (rounded_product(factor, part) for part in (x.real, x.imag))
         return lax.complex(*parts)
-    return _as_in_memory(factor * x)
+    return as_in_memory(factor * x)
 
 
 def settled(updates: Any, *, selected: bool = False) -> Any:
@@ -90,16 +85,12 @@ def settled(updates: Any, *, selected: bool = False) -> Any:
     def leaf_settled(leaf):
         leaf = jnp.asarray(leaf)
         if jnp.iscomplexobj(leaf):
-            return lax.complex(*map(_as_in_memory, (leaf.real, leaf.imag)))
+            return lax.complex(*map(as_in_memory, (leaf.real, leaf.imag)))
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return _as_in_memory(rounded_to(leaf, leaf.dtype))
+            return as_in_memory(rounded_to(leaf, leaf.dtype))
         return leaf
 
     return jax.tree.map(leaf_settled, updates)
-
-
-def _as_in_memory(x: jax.Array) -> jax.Array:
-    return lax.select(lax.ne(x, x), lax.neg(x), x)
 
 
 def rounded_stochastically(value: Any, s: Any) -> Any:

@@ -5,13 +5,12 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
-from emaopt._conditional import varying
+from emaopt._jax_internals import traced, varying
 from emaopt._leaves import for_each_leaf
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
@@ -32,7 +31,7 @@ class Place(NamedTuple):
 
     def start(self, average: jax.Array) -> jax.Array:
         """A new average, where the parameter is, put to its place."""
-        if isinstance(average, jax.core.Tracer):
+        if traced(average):
             return self.kept(self.part(average))
         sharding = average.sharding
         if self.splits and isinstance(self.mesh, Mesh):
@@ -71,9 +70,7 @@ class Place(NamedTuple):
             check_vma=False,
         )
         # Outside of a program, jax takes a shard_map over all axes of the mesh only.
-        return (
-            split(value) if isinstance(value, jax.core.Tracer) else jax.jit(split)(value)
-        )
+        return split(value) if traced(value) else jax.jit(split)(value)
 
     def fetched(self, average: jax.Array) -> jax.Array:
         """The average in the device's memory, to compute with."""
@@ -205,7 +202,7 @@ def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
                 "another PartitionSpec, which names the axes to add and no others, or "
                 f"with {LIKE_PARAMS!r}."
             )
-        if isinstance(leaf, jax.core.Tracer) and varying(leaf) & set(axes):
+        if traced(leaf) and varying(leaf) & set(axes):
             raise ValueError(
                 f"{function}: the average of {name} cannot be split along "
                 f"{', '.join(axes)} in here: each device has another value of the "
@@ -238,11 +235,11 @@ def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
     """The mesh that has the axes: of this place in the program, or the one given."""
     around = jax.sharding.get_abstract_mesh()
     given = entry.mesh if isinstance(entry, NamedSharding) else None
-    traced = isinstance(leaf, jax.core.Tracer)
+    is_traced = traced(leaf)
     same = given is None or given.axis_names == around.axis_names
-    if _manual(around) or (traced and around.axis_names and same):
+    if _manual(around) or (is_traced and around.axis_names and same):
         return around
-    own = None if traced else getattr(_sharding_of(leaf), "mesh", None)
+    own = None if is_traced else getattr(_sharding_of(leaf), "mesh", None)
     mesh = given or own or (around if around.axis_names else None)
     if mesh is None:
         raise ValueError(
@@ -255,7 +252,7 @@ def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
 
 def _sharding_of(leaf: Any) -> Any:
     """How a leaf is sharded, as far as that can be known here."""
-    if isinstance(leaf, jax.core.Tracer):
+    if traced(leaf):
         return jax.typeof(leaf).sharding
     return getattr(leaf, "sharding", None)
 
@@ -290,7 +287,7 @@ def _is_entry(node: Any) -> bool:
 
 def _put(average: jax.Array, space: Any) -> jax.Array:
     """The average in another memory, sharded as it is."""
-    if isinstance(average, jax.core.Tracer):
+    if traced(average):
         there = jax.typeof(average).memory_space == space
         return average if there else jax.device_put(average, space)
     kind = HOST if space == jax.memory.Space.Host else "device"
@@ -304,11 +301,11 @@ def near(average: Any, param: Any) -> Any:
     """
     if not isinstance(average, jax.Array) or not isinstance(param, jax.Array):
         return average
-    traced = any(isinstance(x, jax.core.Tracer) for x in (average, param))
+    in_trace = traced((average, param))
     if average.shape != param.shape:
-        on_host = not traced and average.sharding.memory_kind == HOST
-        return _put(average, jax.memory.Space.Device) if traced or on_host else average
-    if traced:
+        on_host = not in_trace and average.sharding.memory_kind == HOST
+        return _put(average, jax.memory.Space.Device) if in_trace or on_host else average
+    if in_trace:
         average = _put(average, jax.typeof(param).memory_space)
         there = jax.typeof(param).sharding
         known = there.mesh.axis_names and jax.typeof(average).sharding != there
@@ -372,7 +369,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
     token = _auto_axes.set(frozenset(auto))
     try:
         with jax.set_mesh(explicit):
-            traced = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
+            closed, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
     finally:
         _auto_axes.reset(token)
 
@@ -381,5 +378,4 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
         spec = aval.sharding.spec
         return NamedSharding(mesh, spec, **({"memory_kind": HOST} if host else {}))
 
-    closed, shapes = traced
     return jax.tree.unflatten(jax.tree.structure(shapes), map(sharding, closed.out_avals))

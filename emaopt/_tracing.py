@@ -4,12 +4,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
-import jax.core
 
-
-def traced(tree: Any) -> bool:
-    """Whether anything in a tree has no value yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+from emaopt._jax_internals import is_literal, part_of, run
 
 
 class Traced:
@@ -23,13 +19,13 @@ class Traced:
         program = self._program
 
         @jax.jit
-        def run(consts, leaves):
-            return jax.core.eval_jaxpr(program, [], *consts, *leaves)
+        def called(consts, leaves):
+            return run(program, [*consts, *leaves])
 
-        self._run = run
+        self._called = called
 
     def __call__(self, *operands: Any) -> Any:
-        results = self._run(self._consts, jax.tree.leaves(operands))
+        results = self._called(self._consts, jax.tree.leaves(operands))
         return self._structure.unflatten(results)
 
 
@@ -48,7 +44,7 @@ class Selected(Traced):
         first, second = self._structure.unflatten(program.outvars)
         numbers: dict[Any, list[int]] = {}
         for number, var in enumerate(jax.tree.leaves(second)):
-            if not _is_literal(var):
+            if not is_literal(var):
                 numbers.setdefault(var, []).append(number)
         leaves = [*self._consts, *jax.tree.leaves(operands)]
         values = dict(zip(program.invars, leaves, strict=True))
@@ -59,7 +55,7 @@ class Selected(Traced):
                 for number in numbers.get(var, ()):
                     value = done[number] = select(number, value)
                 values[var] = value
-        results = [v.val if _is_literal(v) else values[v] for v in program.outvars]
+        results = [v.val if is_literal(v) else values[v] for v in program.outvars]
         start = len(jax.tree.leaves(first))
         for number, value in enumerate(results[start:]):
             if number not in done:  # passed on, or a constant: of no equation
@@ -99,19 +95,9 @@ def _parts(equations: list, ends: Collection) -> Iterator[list]:
 
 def _evaluated(program: Any, equations: list, values: dict) -> dict:
     """The values of the variables that a part of a program defines."""
-    results = [v for e in equations for v in e.outvars if type(v).__name__ != "DropVar"]
-    used = {v: None for e in equations for v in e.invars if not _is_literal(v)}
-    defined = set(results)
-    needed = [var for var in used if var not in defined]
-    part = program.replace(
-        constvars=[], invars=needed, outvars=results, eqns=list(equations)
-    )
-    found = jax.core.eval_jaxpr(part, [], *(values[var] for var in needed))
-    return dict(zip(results, found, strict=True))
-
-
-def _is_literal(var: Any) -> bool:
-    return hasattr(var, "val")
+    part = part_of(program, equations)
+    found = run(part, [values[var] for var in part.invars])
+    return dict(zip(part.outvars, found, strict=True))
 
 
 def program_of(f: Callable, *operands: Any) -> tuple[Any, Any, list[Any]]:
@@ -126,7 +112,7 @@ def program_of(f: Callable, *operands: Any) -> tuple[Any, Any, list[Any]]:
 
     def opened(*leaves):
         operands = leaves[len(consts) :]
-        return jax.core.eval_jaxpr(closed.jaxpr, leaves[: len(consts)], *operands)
+        return run(closed.jaxpr, operands, leaves[: len(consts)])
 
     leaves = jax.tree.leaves(operands)
     program = jax.make_jaxpr(opened)(*consts, *leaves).jaxpr

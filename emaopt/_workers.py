@@ -15,10 +15,11 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from emaopt._collectives import all_finite, always, held_until, in_turn, packed
-from emaopt._conditional import vary, varying
+from emaopt._collectives import all_finite, in_turn, packed
+from emaopt._conditional import vary
+from emaopt._jax_internals import traced, varying
 from emaopt._leaves import is_masked, replicated_beside
-from emaopt._tracing import traced
+from emaopt._xla import always, held_until
 
 
 class _Workers:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_arrays, check_callable, check_flag
+from emaopt._jax_internals import depends_on_operands
 from emaopt._leaves import for_each_leaf, is_array, is_averaged
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
@@ -115,7 +116,7 @@ def gradients_of(
     else:
         cotangent = jnp.asarray(grad_loss, value.dtype)
     gradients = pullback(cotangent)
-    connected = _reached(jax.make_jaxpr(pullback)(cotangent).jaxpr)
+    connected = depends_on_operands(jax.make_jaxpr(pullback)(cotangent).jaxpr)
     found: list[Any] = [None] * len(leaves)
     for i, gradient, is_connected in zip(chosen, gradients, connected, strict=True):
         if jnp.iscomplexobj(gradient):
@@ -208,12 +209,3 @@ def _check_loss(function: str, loss: Any, grad_loss: Any) -> None:
             f"{function}: grad_loss has shape {np.shape(grad_loss)}, the loss "
             f"{loss.shape}."
         )
-
-
-def _reached(jaxpr: Any) -> list[bool]:
-    """Which outputs of a program depend on its inputs; the others are constants."""
-    reached = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(not hasattr(x, "val") and x in reached for x in equation.invars):
-            reached.update(equation.outvars)
-    return [not hasattr(x, "val") and x in reached for x in jaxpr.outvars]
