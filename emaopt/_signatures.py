@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,8 +42,8 @@ def takes_options_of(
                     )
             return method(*args, **kwargs)
 
-        shown = signature.replace(parameters=[*own, *shared])
-        setattr(checked, "__signature__", shown)  # noqa: B010 - functions have none
+        shown: Any = checked  # a function has no such attribute for type checkers
+        shown.__signature__ = signature.replace(parameters=[*own, *shared])
         return checked
 
     return decorated

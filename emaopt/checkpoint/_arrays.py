@@ -5,7 +5,6 @@ its own. But its metadata and its restore open every file anew, and its sharding
 coroutine for each; with many small arrays that is most of a restore.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
-from orbax.checkpoint import type_handlers
+
+from emaopt.checkpoint import _orbax
 
 Part = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
@@ -53,54 +52,19 @@ def open_all(leaves: Iterable[Any]) -> None:
     closed = [
         leaf for leaf in leaves if isinstance(leaf, DiskArray) and leaf._store is None
     ]
-    opening = [
-        ts.open(
-            ts.Spec(type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)),
-            open=True,
-            context=info.ts_context,
-        )
-        for info in (leaf._info for leaf in closed)
-    ]
+    opening = _orbax.opened([leaf._info for leaf in closed])
     for leaf, store in zip(closed, opening, strict=True):
         leaf._store = store.result()
 
 
-def _kept(infos: Sequence[Any]) -> Any:
-    """In the place of a handler's `metadata`: keeps what Orbax would read by."""
-    more = _with_more(infos[0].parent_dir) if infos else set()
-    return [DiskArray(info, info.name not in more) for info in infos]
-
-
-class _Arrays(type_handlers.ArrayHandler):
-    async def metadata(self, infos: Sequence[Any]) -> Any:
-        return _kept(infos)
-
-
-class _NumpyArrays(type_handlers.NumpyHandler):
-    async def metadata(self, infos: Sequence[Any]) -> Any:
-        return _kept(infos)
-
-
 def metadata(directory: Any) -> Any:
     """Orbax's metadata of a tree, with `DiskArray` for each array."""
-    kinds: dict[type, Any] = {jax.Array: _Arrays(), np.ndarray: _NumpyArrays()}
-    kinds |= {int: type_handlers.ScalarHandler(), str: type_handlers.StringHandler()}
-    registry = type_handlers.create_type_handler_registry(*kinds.items())
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    try:
-        return handler.metadata(directory)
-    except ValueError:  # a type that somebody registered, or it is damaged
-        return ocp.PyTreeCheckpointHandler().metadata(directory)
 
+    def kept(infos: Sequence[Any]) -> list[DiskArray]:
+        more = _orbax.typed_keys(infos[0].parent_dir) if infos else set()
+        return [DiskArray(info, info.name not in more) for info in infos]
 
-def _with_more(directory: Any) -> set[str]:
-    """The names of arrays that Orbax makes something else of: typed PRNG keys."""
-    found = set()
-    for file in directory.glob("array_metadatas/process_*"):
-        for entry in json.loads(file.read_text())["array_metadatas"]:
-            if entry["array_metadata"].get("ext_metadata"):
-                found.add(entry["array_metadata"]["param_name"])
-    return found
+    return _orbax.metadata(directory, kept)
 
 
 def can_read(leaf: Any, plan: Any) -> bool:

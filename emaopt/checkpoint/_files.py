@@ -22,11 +22,10 @@ from emaopt._places import Names
 from emaopt._writing import is_url, url
 from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
 from emaopt.checkpoint._agreement import agreed, holes
-from emaopt.checkpoint._finished import ITEM, STEP
 from emaopt.checkpoint._locating import located_in
+from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP, TREE, WHOLE
 
 _log_warning = logging.getLogger("emaopt").warning
-WHOLE = ("default", "state", "pytree")  # what Orbax calls the only item of a step
 
 
 class Files(NamedTuple):
@@ -213,7 +212,7 @@ def _lost_marker(
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
     # Orbax always writes it, with this entry.
     found = [_finished.json_of(p / STEP) for p in (files.path, files.path.parent)]
-    is_damaged = not any("custom_metadata" in content for content in found)
+    is_damaged = not any(CUSTOM in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
         raise ValueError(
@@ -269,7 +268,7 @@ def _names_item(record: dict[str, Any], item: str, directory: Any) -> bool:
     if {way[0] for key in ("params", "average") if (way := record[key])} != {item}:
         return False
     try:
-        tree = json.loads((directory / ITEM).read_text())["tree_metadata"]
+        tree = json.loads((directory / ITEM).read_text())[TREE]
         return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
     except Exception:
         return False  # damaged, as its reading says
@@ -281,7 +280,7 @@ def _step_metadata(function: str, file: Any) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text())
-        custom = dict((content.get("custom_metadata") or {}).items())
+        custom = dict((content.get(CUSTOM) or {}).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{function}: {file} cannot be read, {_brief(error)}. Take another step, or "
@@ -293,7 +292,7 @@ def _step_metadata(function: str, file: Any) -> dict[str, Any]:
 
 def _refuse_misplaced(function: str, file: Any, found: dict[str, Any]) -> None:
     """Raises if our record is under another key."""
-    for key in found.keys() - {"custom_metadata", _record.KEY}:
+    for key in found.keys() - {CUSTOM, _record.KEY}:
         if _record.looks_like_one(found[key]):
             raise ValueError(
                 f"{function}: {file} has emaopt's record under {key!r}: it is damaged. "

@@ -5,14 +5,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import orbax.checkpoint as ocp
-
+from emaopt.checkpoint._orbax import (
+    BEGUN,
+    COMMITTED,
+    CUSTOM,
+    ITEM,
+    MARK,
+    STEP,
+    UNFINISHED,
+    is_finalized,
+)
 from emaopt.checkpoint._record import IN_PLACE, KEY
-
-UNFINISHED = ".orbax-checkpoint-tmp"  # in a name, until Orbax renames the directory
-MARK = "commit_success.txt"  # is there, once it has finished what it writes in place
-STEP, ITEM = "_CHECKPOINT_METADATA", "_METADATA"  # what Orbax writes of them
-_COMMITTED = "commit_timestamp_nsecs"
 
 
 def refuse_unfinished(function: str, path: Any) -> None:
@@ -39,13 +42,13 @@ def unfinished(path: Any) -> str | None:
     if UNFINISHED in path.name:
         return f"its name has {UNFINISHED} in it"
     here = (path / STEP).exists() or (path / ITEM).exists()
-    if here and not ocp.utils.is_checkpoint_finalized(path):
+    if here and not is_finalized(path):
         return f"it lacks {MARK}"  # where Orbax always writes in place
     step = json_of(path / STEP)
     # In either way, the last thing before the directory is renamed or gets the mark.
-    committed = step.get(_COMMITTED)
-    if step.get("init_timestamp_nsecs") and not committed:
-        return f"its {STEP} has no {_COMMITTED}"
+    committed = step.get(COMMITTED)
+    if step.get(BEGUN) and not committed:
+        return f"its {STEP} has no {COMMITTED}"
     if is_item(path) or (path / MARK).exists():
         return None
     items = [p for p in path.iterdir() if p.is_dir() and not (p / STEP).exists()]
@@ -66,7 +69,7 @@ def is_item(path: Any) -> bool:
 
 
 def _is_in_place(path: Any) -> bool:
-    custom = json_of(path / ITEM).get("custom_metadata")
+    custom = json_of(path / ITEM).get(CUSTOM)
     record = custom.get(KEY) if isinstance(custom, dict) else None
     return isinstance(record, dict) and bool(record.get(IN_PLACE))
 
@@ -77,7 +80,7 @@ def _marked_beside(path: Any) -> Iterator[int]:
         another = re.compile(re.escape(path.name[: number.start()]) + r"\d+")
         for other in path.parent.iterdir():
             if another.fullmatch(other.name) and (other / MARK).exists():
-                yield json_of(other / STEP).get(_COMMITTED) or 0
+                yield json_of(other / STEP).get(COMMITTED) or 0
 
 
 def json_of(file: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from emaopt._swap import exchange
 from emaopt.checkpoint import (
     _checksums,
     _files,
-    _finished,
+    _orbax,
     _record,
     _replacing,
     _restoring,
@@ -122,16 +122,15 @@ def handler_registry(
         checksums,
         rename,
     )
-    # One for all arguments, for Orbax writes down one handler for an item. An instance of
-    # a stock one with two methods replaced, not a subclass: it looks handlers up by their
-    # types, and a type of ours would keep readers without emaopt out.
+    # One for all arguments, for Orbax writes down one handler for an item.
     handler = ocp.StandardCheckpointHandler()
     swapping.saves = {
         ocp.args.StandardSave: handler.async_save,
         ocp.args.PyTreeSave: ocp.PyTreeCheckpointHandler().async_save,
     }
-    for method in ("async_save", "restore"):
-        setattr(handler, method, getattr(swapping, method))
+    _orbax.replace_methods(
+        handler, async_save=swapping.async_save, restore=swapping.restore
+    )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in (None, "default", *items):
         for args in (*swapping.saves, ocp.args.StandardRestore, ocp.args.PyTreeRestore):
@@ -177,13 +176,13 @@ class _Swapping:
         args = args or ocp.args.StandardSave(item, save_args)
         new = _Step({}, secrets.token_hex(8))
         step = self._steps.setdefault(str(directory.parent), new)
-        key = directory.name.partition(_finished.UNFINISHED)[0]
+        key = directory.name.partition(_orbax.UNFINISHED)[0]
         step.items[key] = args
         return self._save_item(directory, key, step)
 
     async def _save_item(self, directory: Any, key: str, step: _Step) -> Any:
         self._steps.pop(str(directory.parent), None)
-        in_place = _finished.UNFINISHED not in directory.parent.name
+        in_place = _orbax.UNFINISHED not in directory.parent.name
         try:
             args = self._swapped(key, step, in_place)
             return await self.saves[type(args)](directory, args=args)
@@ -295,6 +294,6 @@ class _Failed:
 
 def _as_one(items: dict[str, Any]) -> tuple[Any, bool]:
     """The items of a step as one tree, and whether their names are a part of it."""
-    if len(items) == 1 and (key := next(iter(items))) in _files.WHOLE:
+    if len(items) == 1 and (key := next(iter(items))) in _orbax.WHOLE:
         return items[key], False
     return items, True

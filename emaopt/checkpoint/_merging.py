@@ -12,7 +12,7 @@ import numpy as np
 from emaopt._checks import check_dtype
 from emaopt._combining import add, weighted_sum
 from emaopt._names import own_values
-from emaopt.checkpoint import _files, _replacing, _selecting, _streaming, _trees
+from emaopt.checkpoint import _files, _orbax, _replacing, _selecting, _streaming, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selecting import Weights
 
@@ -58,7 +58,7 @@ def combined(
     ]
     arrays = _sums(function, names, opened, summed, coefficients, cast, progress, report)
     pending = {
-        n: _streaming.Pending(n, leaf.shape, cast(leaf.dtype))
+        n: _orbax.Pending(n, leaf.shape, cast(leaf.dtype))
         for n, leaf in zip(names, leaves, strict=True)
     }
     nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}

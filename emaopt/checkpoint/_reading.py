@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from emaopt.checkpoint import _arrays, _checksums, _files
+from emaopt.checkpoint import _arrays, _checksums, _files, _orbax
 from emaopt.checkpoint._files import Names
 
 MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
@@ -102,7 +102,7 @@ def _read(
 def _cuts(files: _files.Files, place: Names, plan: Any) -> bool:
     """Whether a Python integer is wanted in an array, which Orbax would cut it to."""
     saved = files.saved[place]
-    number = isinstance(saved, ocp.metadata.value.ScalarMetadata)
+    number = _orbax.is_number(saved)
     dtypes = [getattr(leaf, "dtype", None) or float for leaf in (saved, plan)]
     return number and all(jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes)
 
@@ -112,7 +112,6 @@ def _read_others(
 ) -> dict[Names, Any]:
     """Reads numbers, text, and whatever else Orbax knows."""
     values = {}
-    handler = ocp.PyTreeCheckpointHandler()
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in _files.names_of(tree)]
         if not any(name in wanted for name in names):
@@ -120,11 +119,8 @@ def _read_others(
         plan = jax.tree.unflatten(
             jax.tree.structure(tree), [wanted.get(n, ocp.PLACEHOLDER) for n in names]
         )
-        arguments = ocp.args.PyTreeRestore(
-            item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
-        )
         with _files.explained(function, directory):
-            restored = handler.restore(directory, args=arguments)
+            restored = _orbax.restored(directory, plan)
         leaves = _files.names_of(restored)
         values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
     return values

@@ -11,7 +11,7 @@ from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _files, _finished, _restoring, _standing, _trees
+from emaopt.checkpoint import _files, _finished, _orbax, _restoring, _standing, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -217,7 +217,7 @@ def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
     steps, unfinished = {}, []
     for path in sorted(directory.iterdir(), key=lambda path: path.name):
         step = step_of(path)
-        if (step is None and _finished.UNFINISHED not in path.name) or not path.is_dir():
+        if (step is None and _orbax.UNFINISHED not in path.name) or not path.is_dir():
             continue
         if not may_enter(path):
             raise PermissionError(

@@ -1,16 +1,10 @@
-"""Leaf by leaf from Orbax's files and into them, in bounded memory.
-
-Orbax saves whole trees. But what a leaf is written by is a `TypeHandler`, and Orbax
-takes other handlers for other types: the one for `Pending` takes arrays as they come, a
-few at a time. What is written are Orbax's files of NumPy arrays.
-"""
+"""Leaf by leaf from Orbax's files and into them, in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -19,6 +13,7 @@ from emaopt.checkpoint import (
     _arrays,
     _checksums,
     _files,
+    _orbax,
     _reading,
     _record,
 )
@@ -41,15 +36,6 @@ class Stored(NamedTuple):
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-class Pending:
-    """A leaf that is to be written."""
-
-    def __init__(self, names: Names, shape: tuple[int, ...], dtype: np.dtype):
-        self.names, self.shape, self.dtype = names, shape, dtype
-        self.size = int(np.prod(shape))
-        self.nbytes = self.size * dtype.itemsize
 
 
 def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[Stored]:
@@ -147,9 +133,8 @@ def write(
         sealed = _record.sealed({**record, "checksums": checksums})
         custom_metadata[_record.RECORD] = sealed
 
-    handler = _handler(Pending, _Writing(summed()))
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(_orbax.writer(summed())) as checkpointer:
             checkpointer.save(
                 path, args=ocp.args.PyTreeSave(tree), custom_metadata=custom_metadata
             )
@@ -157,30 +142,3 @@ def write(
         if not of_arrays and (plain := of_system(error, place)):
             raise plain from error
         raise
-
-
-def _handler(kind: type, by: Any) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of trees, with a type of ours; it warns if it knows no others."""
-    stock = jax.Array, ocp.type_handlers.ArrayHandler()
-    registry = ocp.type_handlers.create_type_handler_registry(stock, (kind, by))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-class _Writing(ocp.type_handlers.NumpyHandler):
-    """Writes a batch while the next one is made, and no more."""
-
-    def __init__(self, arrays: Iterator[dict[Names, np.ndarray]]):
-        super().__init__()
-        self._arrays = arrays
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
-        where = {value.names: i for i, value in enumerate(values)}
-        futures: Any = []
-        for batch in self._arrays:
-            for future in futures:
-                future.result()
-            rows = [where[names] for names in batch]
-            futures = await super().serialize(
-                list(batch.values()), [infos[i] for i in rows], [args[i] for i in rows]
-            )
-        return futures

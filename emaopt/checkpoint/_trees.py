@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from emaopt._names import joined, key_name, own_values, path_leaves
 from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swap import exchange
-from emaopt.checkpoint import _record
+from emaopt.checkpoint import _orbax, _record
 from emaopt.checkpoint._files import Names, names_of
 
 
@@ -150,7 +149,7 @@ def as_told(leaf: Any, told: Any) -> Any:
 
 def as_array(leaf: Any) -> Any:
     """A leaf of Orbax's metadata as what it describes."""
-    if isinstance(leaf, ocp.metadata.value.ScalarMetadata):
+    if _orbax.is_number(leaf):
         return np.zeros((), leaf.dtype).item()
     if not hasattr(leaf, "dtype"):
         return ""  # text has no metadata
