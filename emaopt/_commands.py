@@ -13,25 +13,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from emaopt._advice import said_in_shell
 from emaopt._interrupts import send_again
 from emaopt._terminal import say, stop, take_any_text, warn
 
 _PIPE = 13  # SIGPIPE, which not all systems have
 _GRACE = 5.0  # seconds in which what was begun is taken back, whatever else is sent
-_WORDS = {  # of the library -> of the command line
-    "pass force=True to replace it": "--force replaces it",
-    "Say with weights= which": "Say with --weights which",
-    "Say with at=": "Say with --at",
-    "Say with name= which.": "Say with --weights which.",
-    "say with at= if": "say with --at if",
-    "that lacks it: at=.": "that lacks it: --at.",
-    ", as at=": ", as --at ",
-    "Say with name= (of handler_registry, if a CheckpointManager saves) which one goes "
-    "under the parameters' names.": "Say with --weights NAME which one.",
-    "recorded={name: decay}, on the command line ": "",
-    "Give steps (on the command line, --steps)": "Give them with --steps",
-    "Load them with orbax.checkpoint.StandardCheckpointer.": "Leave out --weights.",
-}
 
 
 class Stopped(KeyboardInterrupt):
@@ -192,10 +179,8 @@ def failing(command: str) -> Iterator[None]:
 
 
 def _as_said_here(command: str, error: Exception, option: str = "") -> str:
-    """The message with the command in front, in the words of the command line."""
-    said = str(error)
-    for theirs, ours in _WORDS.items():
-        said = said.replace(theirs, ours)
+    """The message with the command in front, in the words of the shell."""
+    said = said_in_shell(error)
     first, colon, rest = said.partition(": ")
     said = rest if colon and first.isidentifier() else said
     return f"emaopt {command}: {option}{said}"

@@ -7,6 +7,7 @@ outside of the optimizer state that has the average's names and shapes.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from emaopt._advice import advised
 from emaopt._leaves import kind_of
 from emaopt._names import Names, is_below, joined, num_common, split
 from emaopt._nodes import (
@@ -39,15 +40,10 @@ class Place(NamedTuple):
     pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
 
 
-def located(
-    function: str, state: Any, name: Choice, params: Ways, *, together: bool = True
-) -> list[Place]:
-    """The averages of these names (or the only one), with the parameters of each.
-
-    Errors speak of several names if the function takes them `together`.
-    """
+def located(function: str, state: Any, name: Choice, params: Ways) -> list[Place]:
+    """The averages of these names (or the only one), with the parameters of each."""
     check_choices(function, name, params)
-    chosen = _chosen(function, state, name, together)
+    chosen = _chosen(function, state, name)
     refuse_crossed_swap(function, state, chosen.values())
     tree = Tree(state)
     given = _given(function, params, [*chosen], tree)
@@ -160,7 +156,7 @@ def has_namesake(state: Any, average: Names, way: Names) -> bool:
     )
 
 
-def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Names, Any]:
+def _chosen(function: str, state: Any, name: Choice) -> dict[Names, Any]:
     """The nodes of these names, one for each."""
     names: list[str | None] = [name] if name is None or isinstance(name, str) else [*name]
     if not names:
@@ -183,8 +179,7 @@ def _chosen(function: str, state: Any, name: Choice, together: bool) -> dict[Nam
                 f"{function}: several averages in this state{under}, at "
                 f"{', '.join(all_names)}. Say with name= (of handler_registry, if a "
                 "CheckpointManager saves) which one goes under the parameters' names."
-                + f" If they are of different parameters, all may: name={all_names}."
-                * together
+                f" If they are of different parameters, all may: name={all_names}."
             )
         if found.keys() <= chosen.keys():
             raise ValueError(f"{function}: name={name!r} names one average twice.")
@@ -277,22 +272,27 @@ def _only_tree(
         return outside[0]
     where = "/".join(average) or "the root"
     if outside:
-        raise ValueError(
-            f"{function}: the average at {where} could be of any of {_listed(outside)}. "
-            f"Say with {option}= which, as {option}={joined(outside[0])!r}."
-            + f" Of several averages: params={{{where!r}: {joined(outside[0])!r}}}."
-            * several
+        first = repr(joined(outside[0]))
+        raise advised(
+            ValueError,
+            f"{function}: the average at {where} could be of any of {_listed(outside)}.",
+            f"Say with {option}= which, as {option}={first}."
+            + f" Of several averages: params={{{where!r}: {first}}}." * several,
+            f"Say with --{option} which, as --{option} {first}.",
         )
-    slots = (
-        f" What has them is taken for the optimizer's own: {_listed(alike)}; say with "
-        f"{option}= if it is not, as {option}={joined(alike[0])!r}."
-        if alike
-        else ""
-    )
-    raise ValueError(
+    what = (
         f"{function}: the state holds the average at {where}, but no parameters with its "
         "names and shapes. Pass the parameters and the optimizer state together, as "
-        "{'params': params, 'opt_state': opt_state}." + slots
+        "{'params': params, 'opt_state': opt_state}."
+    )
+    if not alike:
+        raise ValueError(what)
+    first = repr(joined(alike[0]))
+    raise advised(
+        ValueError,
+        f"{what} What has them is taken for the optimizer's own: {_listed(alike)};",
+        f"say with {option}= if it is not, as {option}={first}.",
+        f"say with --{option} if it is not, as --{option} {first}.",
     )
 
 

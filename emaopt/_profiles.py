@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from emaopt._advice import advised
 from emaopt._betas import DecayLike, evaluate, log_kept_of
 from emaopt._checks import check_decay, check_number
 from emaopt._decays import (
@@ -261,9 +262,12 @@ def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndar
     if spec not in SHAPES:
         weights_of(spec, 1)  # whether it is a profile at all
     if steps is None:
-        raise BadProfile(
+        raise advised(
+            BadProfile,
             f"the profile {spec!r} needs the steps of the checkpoints: their names do "
-            "not all end in numbers. Give steps (on the command line, --steps)."
+            "not all end in numbers.",
+            "Give them as steps=.",
+            "Give them with --steps.",
         )
     if spec in SHAPES:
         if count == 1:

@@ -5,10 +5,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
+from emaopt._advice import advised
 from emaopt._interrupts import undisturbed
+
+E = TypeVar("E", bound=Exception)
 
 _PAUSE, _ABSENT = 0.05, 4  # seconds, and after how many of them a directory stays away
 _LONGEST = 20.0  # seconds that cleaning up may take
@@ -35,9 +38,17 @@ def exists(path: str | os.PathLike) -> bool:
 def refuse_existing(function: str, path: str | os.PathLike) -> None:
     """Raises if anything stands where a file is to be made."""
     if exists(path):
-        raise FileExistsError(
-            f"{function}: {path} exists; pass force=True to replace it."
-        )
+        raise exists_already(FileExistsError, function, path)
+
+
+def exists_already(kind: Callable[[str], E], function: str, path: Any) -> E:
+    """The error that something stands where something is to be made."""
+    return advised(
+        kind,
+        f"{function}: {path} already exists;",
+        "pass force=True to replace it.",
+        "--force replaces it.",
+    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._advice import advised
 from emaopt._checks import check_callable, check_flag, check_text
 from emaopt._paths import check_readable, check_writable
 from emaopt._writing import is_url, refuse_existing, writing
@@ -156,9 +157,12 @@ def _header(
             )
         name = separator.join(_files.shown(found.files, names, found.places[names]))
         if name == "__metadata__":
-            raise ValueError(
+            raise advised(
+                ValueError,
                 f"{function}: a parameter is called {name!r}, which in safetensors is no "
-                "array's name; rename it, or export a part that lacks it: at=."
+                "array's name; rename it, or export a part that lacks it,",
+                "with at=.",
+                "with --at.",
             )
         if name in header:
             raise ValueError(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from emaopt._advice import advised
 from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._places import Names
@@ -215,10 +216,13 @@ def _lost_marker(
     is_damaged = not any(CUSTOM in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
-        raise ValueError(
+        where = "where the parameters stand, and do without them."
+        raise advised(
+            ValueError,
             f"{function}: {files.path} lost its {STEP}, which says whether arrays of "
-            f"size 0 stand at {listed(odd)}. Take another step; or say with {option}= "
-            "where the parameters stand, and do without them."
+            f"size 0 stand at {listed(odd)}. Take another step;",
+            f"or say with {option}= {where}",
+            f"or say with --{option} {where}",
         )
     return _record.Marker(served, {}) if served else None
 

@@ -28,6 +28,7 @@ from emaopt._interrupts import undisturbed
 from emaopt._writing import (
     UNFINISHED,
     clear,
+    exists_already,
     is_url,
     making_parents,
     own_name,
@@ -71,9 +72,7 @@ def taking_place(
     replaced, and what an earlier run left beside it settled.
     """
     if path.exists() and not force:
-        raise ValueError(
-            f"{function}: {path} already exists; pass force=True to replace it."
-        )
+        raise exists_already(ValueError, function, path)
     if is_url(path):  # where nothing can be locked, and Orbax takes the place itself
         if not force:
             yield path

@@ -114,7 +114,9 @@ def averages(
     ignore_extra: bool,
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    prefix, averaged, there = _standing.averages_at("load_averaged", files, name, at)
+    prefix, averaged, there = _standing.averages_at(
+        "load_averaged", files, name, at, option="name"
+    )
     present = _files.all_leaves(files)
     if target is not None:
         # A model's other variables, which no average is of, may be left out.

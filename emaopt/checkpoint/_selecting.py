@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emaopt._advice import advised
 from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
@@ -45,7 +46,9 @@ def select(
         which = "average" if holds else None
     if which not in (None, "raw"):
         name = None if which == "average" else which
-        prefix, averaged, places = _standing.averages_at(function, files, name, at)
+        prefix, averaged, places = _standing.averages_at(
+            function, files, name, at, option="weights"
+        )
         kept = frozenset(places.keys() - averaged)
         found = weights_at(files, prefix, places, kept)
         if at:
@@ -91,11 +94,13 @@ def select_alike(
     found = [select(function, path, which, at) for path in paths]
     for one in found:
         if which is None and one.averages != found[0].averages:
-            raise ValueError(
+            raise advised(
+                ValueError,
                 f"{function}: {found[0].files.path} and {one.files.path} differ: under "
                 f"the parameters' names stand {found[0].said} in the one and {one.said} "
-                "in the other. Say with weights= which are meant: raw, average, or a "
-                "name."
+                "in the other.",
+                "Say with weights= which are meant: raw, average, or a name.",
+                "Say with --weights which are meant: raw, average, or a name.",
             )
     return found
 
@@ -123,9 +128,11 @@ def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
     ways = _standing.parameters(function, files)
     if len(ways) > 1:
-        raise ValueError(
-            f"{function}: {files.path} holds averages of {listed(ways)}. Say with at= "
-            "which are meant."
+        raise advised(
+            ValueError,
+            f"{function}: {files.path} holds averages of {listed(ways)}.",
+            "Say with at= which are meant.",
+            "Say with --at which are meant.",
         )
     if ways:
         return ways[0]
@@ -140,10 +147,12 @@ def refuse_optimizer_state(function: str, weights: Weights) -> None:
         (*parent, "mu") == n[: len(parent) + 1] for n in names for parent in counted
     ):
         tops = ", ".join(sorted({n[0] for n in names}))
-        raise ValueError(
+        raise advised(
+            ValueError,
             f"{function}: {weights.files.path} holds an optimizer's state, and no "
-            "average and no 'params' that tell which arrays are the parameters. Say with "
-            f"at= where they stand; at the top stand {tops}."
+            "average and no 'params' that tell which arrays are the parameters.",
+            f"Say with at= where they stand; at the top stand {tops}.",
+            f"Say with --at where they stand; at the top stand {tops}.",
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from emaopt._advice import advised
 from emaopt._names import Unknown, is_below, num_common, split
 from emaopt._nodes import (
     average_nodes,
@@ -14,7 +15,6 @@ from emaopt._nodes import (
     refuse_unknown_name,
     served_nodes,
 )
-from emaopt._places import located
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed
 from emaopt.checkpoint._locating import located_in
@@ -59,18 +59,23 @@ def way_to(function: str, files: _files.Files, at: str | None) -> Names:
 
 
 def averages_at(
-    function: str, files: _files.Files, name: str | None, at: str | None
+    function: str,
+    files: _files.Files,
+    name: str | None,
+    at: str | None,
+    *,
+    option: str,
 ) -> Averaged:
     """The averages of a name, or the only one, of what stands at a place.
 
-    What they leave out is taken raw.
+    What they leave out is taken raw. Errors name the option that gives the name.
     """
     way, present = way_to(function, files, at), _files.all_leaves(files)
     if name is None and files.marker is None and files.combination:
         prefix = way or tuple(files.combination["params"])
         places = {n[len(prefix) :]: n for n in present if is_below(n, prefix)}
         return Averaged(prefix, set(places), places)
-    chosen = _chosen(function, files, name, at, way)
+    chosen = _chosen(function, files, name, at, way, option)
     if own := [one for one in chosen if way and is_below(way, one.inside)]:
         (one,) = own  # the place that its state keeps it in
         there = one.params if one.served else one.inside
@@ -146,10 +151,12 @@ def refuse_averages(function: str, files: _files.Files, at: str, way: Names) -> 
     """Whether raw parameters stand in an average's place; raises if averages do."""
     for one in _everything(files):
         if is_below(way, one.inside) and not one.served:
-            raise ValueError(
+            raise advised(
+                ValueError,
                 f"{function}: at {at!r}, {files.path} holds the averages of "
-                f"{'/'.join(one.average)}, no raw parameters. Say with at= where the "
-                "parameters stand."
+                f"{'/'.join(one.average)}, no raw parameters.",
+                "Say with at= where the parameters stand.",
+                "Say with --at where the parameters stand.",
             )
     return any(one.served and is_below(way, one.inside) for one in _everything(files))
 
@@ -186,7 +193,12 @@ def _served(files: _files.Files) -> list[Average]:
 
 
 def _chosen(
-    function: str, files: _files.Files, name: str | None, at: str | None, way: Names
+    function: str,
+    files: _files.Files,
+    name: str | None,
+    at: str | None,
+    way: Names,
+    option: str,
 ) -> list[Average]:
     """The averages that are meant: one, or several that are served of one tree.
 
@@ -202,29 +214,35 @@ def _chosen(
     others = [n for n in nodes if n not in {s.average for s in ours}]
     if not served and not nodes:
         refuse_unknown_name(function, tree, name)
-        raise ValueError(
-            f"{function}: {files.path} holds no average: its parameters are raw. Load "
-            "them with orbax.checkpoint.StandardCheckpointer."
+        raise advised(
+            ValueError,
+            f"{function}: {files.path} holds no average: its parameters are raw.",
+            "Load them with orbax.checkpoint.StandardCheckpointer.",
+            "Leave out --weights.",
         )
     if not served and not others:
-        raise ValueError(
+        raise advised(
+            ValueError,
             f"{function}: {files.path} holds an average of no parameters: they are all "
-            "masked. Say with at= where they stand."
+            "masked.",
+            "Say with at= where they stand.",
+            "Say with --at where they stand.",
         )
     if way:
-        return _chosen_at(function, files, name, at, way, served, others)
+        return _chosen_at(function, files, name, at, way, served, others, option)
     if len({s.params for s in served}) > 1:
         there = ", ".join(
             f"{'/'.join(s.average)} of {'/'.join(s.params)}" for s in served
         )
-        raise ValueError(
-            f"{function}: {files.path} serves several averages: {there}. Say with name= "
-            "which."
-        )
+        what = f"{function}: {files.path} serves several averages: {there}."
+        raise _several(what, option)
     if served and (name is None or not others):
         return served
-    if len(nodes) > 1:  # raises, and says which there are
-        located(function, _logical(files), name, None, together=False)
+    if len(nodes) > 1:
+        under = f" under the name {name!r}" if name else ""
+        there = ", ".join(map("/".join, nodes))
+        what = f"{function}: several averages in {files.path}{under}: {there}."
+        raise _several(what, option)
     (names,) = others
     params = _located(function, files, names, ()).params
     return [Average(params, names, field_of(nodes[names]), False)]
@@ -238,6 +256,7 @@ def _chosen_at(
     way: Names,
     served: list[Average],
     others: list[Names],
+    option: str,
 ) -> list[Average]:
     """Those of what stands at a place."""
     found = ours = [s for s in served if _related(way, s)]
@@ -266,11 +285,18 @@ def _chosen_at(
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if _overlap(a, b)]
     if not all(a.served and b.served for a, b in pairs):
         which = ", ".join("/".join(one.average) for one in found)
-        raise ValueError(
+        raise _several(
             f"{function}: {files.path} holds several averages of what stands at {at!r}: "
-            f"{which}. Say with name= which."
+            f"{which}.",
+            option,
         )
     return found
+
+
+def _several(what: str, option: str) -> ValueError:
+    """The error that several averages can be meant."""
+    advice = f"Say with {option}= which."
+    return advised(ValueError, what, advice, "Say with --weights which.")
 
 
 def _related(way: Names, one: Average) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emaopt._advice import advised
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
@@ -226,10 +227,12 @@ def _known(
             if (spec := _selecting.decay_said(one.names)) is not None:
                 found["/".join(one.names)] = decay_of(spec), one
     if not found:
-        raise ValueError(
+        raise advised(
+            ValueError,
             f"{function}: {files.path} has no average whose name says its decay, such as "
-            f"'power:0.1' in an optax.named_chain; it has {_listed(averages)}. Say which "
-            "is what: recorded={name: decay}, on the command line --recorded NAME=DECAY."
+            f"'power:0.1' in an optax.named_chain; it has {_listed(averages)}.",
+            "Say which is what with recorded={name: decay}.",
+            "Say which is what with --recorded NAME=DECAY.",
         )
     return found
 

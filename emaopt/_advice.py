@@ -1,0 +1,25 @@
+"""Errors that say what to do: with an argument in Python, with an option in a shell."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
+
+
+def advised(kind: Callable[[str], E], what: str, advice: str, in_shell: str) -> E:
+    """An error whose message ends in advice.
+
+    Args:
+      kind: Makes it of its message.
+      what: What is wrong.
+      advice: What to do, in the words of a Python program: "Say with at= where."
+      in_shell: The same in those of the command line: "Say with --at where."
+    """
+    error = kind(f"{what} {advice}")
+    vars(error)["in_shell"] = f"{what} {in_shell}"
+    return error
+
+
+def said_in_shell(error: Exception) -> str:
+    """The message of an error, as somebody at the command line can follow it."""
+    return vars(error).get("in_shell", str(error))
