@@ -32,7 +32,7 @@ from emaopt._local_options import local_updates
 from emaopt._names import by_name
 from emaopt._reading import average_distance, get_average, get_center, worker_spread
 from emaopt._recursion import Averager
-from emaopt._restarting import change_mask, reset_average
+from emaopt._restart import change_mask, reset_average
 from emaopt._sharding import state_shardings
 from emaopt._states import (
     AverageState,

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from emaopt._collectives import after, of_all
-from emaopt._commits import decoded, encoded, make_commit
+from emaopt._collectives import of_all
+from emaopt._commits import make_commit
 from emaopt._local_checks import HEAVIEST, LIGHTEST
-from emaopt._rounding import applied
+from emaopt._reductions import REDUCTIONS, Center, Reduction
 from emaopt._workers import Mapped, Stacked
 
 
@@ -44,11 +42,6 @@ class Voices(NamedTuple):
 
     committing: Any  # bool; the others are left out
     weights: Any  # float, 0 of those that are absent; None: all alike
-
-
-class Center(NamedTuple):
-    leaves: list[Any]
-    outer_state: Any
 
 
 @dataclass(frozen=True)
@@ -117,8 +110,7 @@ class Exchange:
                 for k, row in rows.items()
             }
 
-        reduced = self._in_turns if self.reduce == "sequential" else self._at_once
-        center, pulled, sent, num_valid = reduced(
+        reduced = self._reduction(
             old,
             where(finite, local, {}),
             where(finite, commits, {}),
@@ -126,14 +118,15 @@ class Exchange:
             weights,
             subtree,
         )
-        pulled = where(finite, pulled, dict(enumerate(center.leaves)))
+        center, sent = reduced.center, reduced.sent
+        pulled = where(finite, reduced.pulled, dict(enumerate(center.leaves)))
         kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
         residual = where(counted, {k: commits[k] - sent[k] for k in kept}, kept)
         changed = [
             Leaf(pulled.get(k, leaf.pulled), residual.get(k, leaf.residual), new)
             for k, (leaf, new) in enumerate(zip(leaves, center.leaves, strict=True))
         ]
-        left_out = part.num_left_out + (num_present - num_valid)
+        left_out = part.num_left_out + (num_present - reduced.num_valid)
         left_out = jnp.maximum(left_out, part.num_left_out)  # a full counter stays full
         return Part(changed, center.outer_state, left_out)
 
@@ -157,6 +150,13 @@ class Exchange:
         return counted, weights, num_present.astype(jnp.int32)
 
     @property
+    def _reduction(self) -> Reduction:
+        kind = REDUCTIONS[self.reduce]
+        return kind(
+            self.workers, self.outer, self.dtype, self.moving_rate, self.reduce == "mean"
+        )
+
+    @property
     def keeps_pulled(self) -> bool:
         """Whether workers pull different values, so that the state has to keep them."""
         return self.reduce == "sequential" or self.moving_rate is not None
@@ -167,111 +167,3 @@ class Exchange:
         pulled = of_all(start, local)
         commit = make_commit(self.commit, pulled, local, accumulated, num_steps)
         return commit if leaf.residual is None else commit + leaf.residual
-
-    def _at_once(self, old, local, commits, counted, weights, subtree):
-        """One outer step against the commits of all workers together.
-
-        Returns (the new center, the rows that workers pull if they differ, the rows of
-        commits as they were sent, the number of valid commits).
-        """
-        pulled = {}
-        if self.moving_rate is not None:
-            # By the commit, not towards the old center: to read that beside the new one
-            # would cost a copy of it, even at steps without an exchange.
-            rate = self.moving_rate(self.workers.num_workers)
-            commits = {k: rate * row for k, row in commits.items()}
-            for k, row in local.items():
-                pulled[k] = row.astype(commits[k].dtype) + commits[k]
-        if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
-            sent, rows, valid, weights = self._gathered(commits, counted, weights)
-            sums = {k: jnp.sum(_times(row, weights), 0) for k, row in rows.items()}
-            num_valid = jnp.sum(valid, dtype=jnp.int32)
-        else:
-            parts = self.workers.num_workers  # of the dtype's range, for each its own
-            codes = {
-                k: encoded(_times(row, weights), self.dtype, (), parts)[0]
-                for k, row in commits.items()
-            }
-            *sums, flags = self.workers.total(
-                [*codes.values(), counted.astype(jnp.float32)]
-            )
-            sums = dict(zip(codes, sums, strict=True))
-            sent, sums = (
-                {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
-                for coded in (codes, sums)
-            )
-            if weights is not None:  # what was sent of the commit itself
-                shares = jnp.where(weights > 0, weights, 1)
-                sent = {k: _times(row, 1 / shares) for k, row in sent.items()}
-            num_valid = flags.astype(jnp.int32)
-        # The slots may be overwritten when this number is there: no commit is read then.
-        num_done = after(num_valid, list(sums.values()))
-        if self.reduce == "mean":
-            divisor = jnp.maximum(num_valid, 1)
-            sums = {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
-        center = self._moved(old, sums, subtree)
-        return self.workers.equal_as(center, old), pulled, sent, num_done
-
-    def _in_turns(self, old, local, commits, counted, weights, subtree):
-        """An outer step for each worker, in rank order; returns what `_at_once` does."""
-        elastic = self.moving_rate is not None
-        rate = self.moving_rate(self.workers.num_workers) if self.moving_rate else 0.0
-        handed = local if elastic else commits
-        sent, rows, valid, weights = self._gathered(handed, counted, weights)
-
-        def turn(center, of_worker):
-            rows, valid, weight = of_worker
-            if elastic:
-                rows = {k: rate * (center.leaves[k] - x) for k, x in rows.items()}
-            commits = {k: _times(row, weight) for k, row in rows.items()}
-            moved = jax.tree.map(
-                lambda new, old: jnp.where(valid, new, old),
-                self._moved(center, commits, subtree),
-                center,
-            )
-            return moved, rows if elastic else {k: moved.leaves[k] for k in rows}
-
-        start, xs = self.workers.varying((old, (rows, valid, weights)))
-        center, pulled = lax.scan(turn, start, xs)
-        own = dict(zip(pulled, self.workers.own(list(pulled.values())), strict=True))
-        if elastic:
-            own = {k: local[k].astype(row.dtype) + row for k, row in own.items()}
-        num_done = after(jnp.sum(valid, dtype=jnp.int32), list(rows.values()))
-        return self.workers.equal_as(center, old), own, sent, num_done
-
-    def _gathered(self, rows: dict, counted: Any, weights: Any) -> tuple:
-        """(rows as they were sent; those of all workers, which count, their weights)."""
-
-        def decode(codes):
-            return {
-                k: decoded(code, scale, row.dtype)
-                for (k, row), (code, scale) in zip(rows.items(), codes, strict=True)
-            }
-
-        axes = self.workers.axes
-        codes = [encoded(row, self.dtype, axes(row)) for row in rows.values()]
-        leaves, treedef = jax.tree.flatten(codes)
-        gathered = jax.tree.unflatten(treedef, self.workers.gather(leaves))
-        if weights is not None:
-            (weights,) = self.workers.gather([weights])
-        return decode(codes), decode(gathered), self.workers.valid(counted), weights
-
-    def _moved(self, old: Center, commits: dict, subtree: Any) -> Center:
-        """The center after a step of the outer optimizer against the commits."""
-        gradients = [commits.get(k, jnp.zeros_like(c)) for k, c in enumerate(old.leaves)]
-        params = subtree(old.leaves)
-        updates, outer_state = self.outer.update(
-            subtree(gradients), old.outer_state, params
-        )
-        moved = jax.tree.leaves(applied(params, updates))
-        return Center(
-            [x if k in commits else old.leaves[k] for k, x in enumerate(moved)],
-            outer_state,
-        )
-
-
-def _times(row: jax.Array, weights: Any) -> jax.Array:
-    """A row of each worker times its weight; None: as it is."""
-    if weights is None:
-        return row
-    return row * weights.reshape(weights.shape + (1,) * (row.ndim - weights.ndim))

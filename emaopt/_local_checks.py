@@ -22,8 +22,8 @@ from emaopt._checks import (
 )
 from emaopt._commits import check_commit
 from emaopt._jax_internals import traced
+from emaopt._reductions import REDUCTIONS
 
-REDUCTIONS = ("mean", "sum", "sequential")
 LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means
 
 
@@ -33,7 +33,7 @@ def check_engine(engine: Any) -> None:
     check_optimizer(function, "inner", engine.inner)
     check_optimizer(function, "outer", engine.outer)
     check_commit(function, engine.commit)
-    check_choice(function, "reduce", engine.reduce, REDUCTIONS)
+    check_choice(function, "reduce", engine.reduce, list(REDUCTIONS))
     if callable(period):
         check_callable(function, "period", period, 1)
     else:

@@ -4,7 +4,7 @@ import errno
 import os
 from typing import Any
 
-from emaopt._writing import is_url
+from emaopt._output import is_url
 
 # As the process is now: a program that started as another user may have given that up.
 _EFFECTIVE = os.access in os.supports_effective_ids

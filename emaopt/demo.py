@@ -31,7 +31,7 @@ from scipy import stats
 import emaopt
 from emaopt import checkpoint, digits
 from emaopt._interrupts import undisturbed
-from emaopt._writing import (
+from emaopt._output import (
     clear,
     making_parents,
     naming,

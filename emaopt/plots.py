@@ -22,8 +22,8 @@ from emaopt._checks import (
     check_vector,
 )
 from emaopt._names import Unknown
+from emaopt._output import writing
 from emaopt._paths import check_writable
-from emaopt._writing import writing
 
 __all__ = [
     "AVERAGED",

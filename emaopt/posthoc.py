@@ -40,7 +40,7 @@ from emaopt._checks import (
     check_sequence,
     check_vector,
 )
-from emaopt._combining import combine
+from emaopt._combination import combine
 from emaopt._decays import gamma_of_sigma_rel
 from emaopt._least_squares import nearest
 from emaopt._power_profiles import (

@@ -22,7 +22,7 @@ from models import Net, train_step
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _reading
+from emaopt.checkpoint import _read
 
 TX = optax.chain(optax.adam(1e-1), emaopt.average_params(0.9))
 
@@ -354,7 +354,7 @@ def test_restore_reads_one_part_of_one_array_after_another(
             lambda x: jax.device_put(x, on(written, x)) if jnp.ndim(x) == 2 else x, state
         ),
     )
-    monkeypatch.setattr(_reading, "MIN_IN_FLIGHT", 1)
+    monkeypatch.setattr(_read, "MIN_IN_FLIGHT", 1)
     target = jax.tree.map(
         lambda x: (
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(read, x))

@@ -15,7 +15,7 @@ from test_checkpoint import assert_same
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _checksums, _streaming
+from emaopt.checkpoint import _checksums, _stream
 
 TX = emaopt.averaged(optax.adam(1e-2), 0.9)
 KINDS = [
@@ -158,7 +158,7 @@ def test_every_leaf_is_checked(tmp_path):
 def test_every_array_of_an_average_is_checked_that_is_written_in_batches(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_streaming, "BATCH", 1)
+    monkeypatch.setattr(_stream, "BATCH", 1)
     params = {name: jnp.full(2, i, jnp.float32) for i, name in enumerate("abc")}
     checkpoint.save(tmp_path / "c", {"params": params, "opt_state": TX.init(params)})
     checkpoint.average([tmp_path / "c"], tmp_path / "out")

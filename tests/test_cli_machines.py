@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import emaopt
 from emaopt import __main__, _interrupts, checkpoint, cli
-from emaopt.checkpoint import _streaming
+from emaopt.checkpoint import _stream
 
 RED = "\x1b[31m"
 TX = optax.named_chain(("sgd", optax.sgd(1.0)), ("ema:0.5", emaopt.average_params(0.5)))
@@ -136,7 +136,7 @@ def test_a_signal_is_one_line_and_nothing_is_left(
             signal.raise_signal(signal.SIGTERM)  # another, while files are removed
 
     monkeypatch.setattr(cli, "progress_bar", lambda _: contextlib.nullcontext(halfway))
-    monkeypatch.setattr(_streaming, "BATCH", 8)
+    monkeypatch.setattr(_stream, "BATCH", 8)
     before = everything(tmp_path)
     with heard(number) as handler:
         result = command(*writers(run, out)[writer])

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _files, _reading, _streaming
+from emaopt.checkpoint import _files, _read, _stream
 
 TX = emaopt.averaged(optax.sgd(1.0), 0.5)
 
@@ -56,9 +56,9 @@ def path(tmp_path):
 @pytest.mark.parametrize("where", ["read", "_directories"])
 @pytest.mark.parametrize("checksums", [False, True])
 def test_a_reader_gets_one_whole_state(reader, where, checksums, path, monkeypatch):
-    module = _reading if where == "read" else _files
+    module = _read if where == "read" else _files
     if where == "read" and reader in (exported, averaged):
-        module = _streaming
+        module = _stream
 
     def save():
         checkpoint.save(path, state_of(2), force=True, checksums=checksums)
@@ -72,7 +72,7 @@ def test_a_reader_beside_a_writer_that_does_not_pause_says_so(path, monkeypatch)
     def save():
         checkpoint.save(path, state_of(2), force=True)
 
-    before(monkeypatch, _reading, "read", 100, save)
+    before(monkeypatch, _read, "read", 100, save)
     with pytest.raises(
         ValueError, match=r"load_averaged: .* replaced by a save"
     ) as raised:
@@ -84,7 +84,7 @@ def test_an_average_of_what_was_replaced_is_not_written(path, monkeypatch):
     def save():
         checkpoint.save(path, state_of(2), force=True)
 
-    before(monkeypatch, _streaming, "read", 100, save)
+    before(monkeypatch, _stream, "read", 100, save)
     with pytest.raises(ValueError, match=r"average: .* replaced by a save"):
         checkpoint.average([path], f"{path}.mean")
     assert [p.name for p in path.parent.iterdir()] == ["c"]

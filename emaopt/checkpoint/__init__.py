@@ -20,23 +20,23 @@ from emaopt._checks import (
     check_mapping,
     check_text,
 )
+from emaopt._output import naming
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
 from emaopt._swap import swap_state
-from emaopt._writing import naming
 from emaopt.checkpoint import (
     _checksums,
     _files,
     _record,
-    _replacing,
-    _restoring,
+    _replacement,
+    _restore,
     _trees,
 )
 from emaopt.checkpoint._average_names import average_names
 from emaopt.checkpoint._combinations import average, combine
-from emaopt.checkpoint._describing import Description, describe
-from emaopt.checkpoint._exporting import export_safetensors
-from emaopt.checkpoint._handlers import handler_registry
+from emaopt.checkpoint._description import Description, describe
+from emaopt.checkpoint._manager import handler_registry
+from emaopt.checkpoint._safetensors import export_safetensors
 from emaopt.checkpoint._synthesis import Synthesis, synthesize
 
 __all__ = [
@@ -132,9 +132,9 @@ def save(
             "record; take another key."
         )
     state, places = _trees.served("save", state, name, params, optional)
-    place = _replacing.followed(_files.absolute(path))
-    taking_place = _replacing.taking_place(
-        "save", place, force=force, report=_restoring.log_warning
+    place = _replacement.followed(_files.absolute(path))
+    taking_place = _replacement.taking_place(
+        "save", place, force=force, report=_restore.log_warning
     )
     with naming(place), taking_place as written:
         marker = {}
@@ -150,7 +150,7 @@ def save(
             checkpointer.wait_until_finished()  # raises what went wrong
 
 
-@_replacing.whole
+@_replacement.whole
 def restore(
     path: str | os.PathLike,
     target: Any,
@@ -159,7 +159,7 @@ def restore(
     rename: Mapping[str, str] | None = None,
     keep_missing: bool = False,
     ignore_extra: bool = False,
-    report: Callable[[str], Any] = _restoring.log_warning,
+    report: Callable[[str], Any] = _restore.log_warning,
 ) -> Any:
     """Restores a training state as it was when it was saved, bit for bit.
 
@@ -223,8 +223,8 @@ def restore(
     check_callable("restore", "report", report, 1)
     at = params if isinstance(params, str) else None
     files = _files.open_files("restore", path, at=at)
-    _replacing.take_up(_files.absolute(path))
-    return _restoring.restored(
+    _replacement.take_up(_files.absolute(path))
+    return _restore.restored(
         files,
         target,
         params=params,
@@ -235,7 +235,7 @@ def restore(
     )
 
 
-@_replacing.whole
+@_replacement.whole
 def load_averaged(
     path: str | os.PathLike,
     *,
@@ -287,7 +287,7 @@ def load_averaged(
     check_text("load_averaged", "at", at, optional=True)
     check_flag("load_averaged", "ignore_extra", ignore_extra)
     files = _files.open_files("load_averaged", path, at=at, option="at", lazy=True)
-    return _restoring.averages(files, target, sharding, dtype, name, at, ignore_extra)
+    return _restore.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 
 def metadata(

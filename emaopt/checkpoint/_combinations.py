@@ -16,11 +16,11 @@ from emaopt._checks import (
 )
 from emaopt._paths import check_readable, check_writable
 from emaopt._profiles import BadProfile, merge_weights
-from emaopt.checkpoint import _merging, _record, _replacing, _restoring, _selecting
-from emaopt.checkpoint._merging import Progress
+from emaopt.checkpoint import _merge, _record, _replacement, _restore, _selection
+from emaopt.checkpoint._merge import Progress
 
 
-@_replacing.whole
+@_replacement.whole
 def combine(
     paths: Sequence[str | os.PathLike],
     coefficients: Any,
@@ -32,7 +32,7 @@ def combine(
     force: bool = False,
     custom_metadata: dict[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restoring.log_warning,
+    report: Callable[[str], Any] = _restore.log_warning,
 ) -> None:
     """Writes Σ_i c_i θ_i of the weights in several checkpoints, as a checkpoint.
 
@@ -98,9 +98,9 @@ def combine(
             f"combine: give a coefficient for each checkpoint, got {len(paths)} of these "
             f"and coefficients of shape {coefficients.shape}."
         )
-    _merging.combined(
+    _merge.combined(
         "combine",
-        _selecting.select_alike("combine", paths, weights, at),
+        _selection.select_alike("combine", paths, weights, at),
         coefficients,
         out,
         dtype=dtype,
@@ -111,7 +111,7 @@ def combine(
     )
 
 
-@_replacing.whole
+@_replacement.whole
 def average(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike,
@@ -123,7 +123,7 @@ def average(
     dtype: Any = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restoring.log_warning,
+    report: Callable[[str], Any] = _restore.log_warning,
 ) -> dict[str, float]:
     """Averages checkpoints of a run, instead of a decay of its learning rate.
 
@@ -180,14 +180,14 @@ def average(
         for step in steps:
             check_integer("average", "each of steps", step, 0)
     check_text("average", "weights", weights, optional=True)
-    found, numbers = _selecting.in_order("average", paths, steps, report)
+    found, numbers = _selection.in_order("average", paths, steps, report)
     try:
         coefficients = merge_weights(profile, len(found), numbers)
     except BadProfile as error:
         raise BadProfile(f"average: {error}") from None
-    _merging.combined(
+    _merge.combined(
         "average",
-        _selecting.select_alike("average", found, weights, at),
+        _selection.select_alike("average", found, weights, at),
         coefficients,
         out,
         dtype=dtype,

@@ -19,11 +19,10 @@ from etils import epath
 from emaopt._advice import advised
 from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
-from emaopt._places import Names
-from emaopt._writing import is_url, url
-from emaopt.checkpoint import _arrays, _checksums, _finished, _record, _replacing
+from emaopt._output import is_url, url
+from emaopt._places import Names, Place, fitting, has_namesake, located_at
+from emaopt.checkpoint import _arrays, _checksums, _completion, _record, _replacement
 from emaopt.checkpoint._agreement import agreed, holes
-from emaopt.checkpoint._locating import located_in
 from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP, TREE, WHOLE
 
 _log_warning = logging.getLogger("emaopt").warning
@@ -78,20 +77,20 @@ def open_files(
     If its record is lost, `at` says where the parameters stand, by the caller's `option`.
     With `lazy`, arrays are not opened before something is asked of them.
     """
-    _replacing.opening(absolute(given))
-    path, found = absolute(given), _replacing.standing(absolute(given))
+    _replacement.opening(absolute(given))
+    path, found = absolute(given), _replacement.standing(absolute(given))
     if found is None:
         raise FileNotFoundError(
             f"{function}: there is no checkpoint at {path}. Give the directory that was "
             "saved; of a CheckpointManager, a step's."
         )
-    if found != _replacing.followed(path):
+    if found != _replacement.followed(path):
         _log_warning(
             f"{function}: a save over {path} was cut short; {found} is complete, and is "
             "read in its place."
         )
         path = found
-    _finished.refuse_unfinished(function, path)
+    _completion.refuse_unfinished(function, path)
     step = path / STEP
     custom = _step_metadata(function, step)
     directories = _directories(path, _record.checked(function, step, custom, _record.KEY))
@@ -127,7 +126,7 @@ def open_files(
         marker = _lost_marker(function, files, at, option)
     else:
         marker = _record.as_marker(record)
-        one_of_step = () in items and _finished.is_item(path)
+        one_of_step = () in items and _completion.is_item(path)
         if one_of_step and _speaks_of(marker, [(path.name,)]):
             return open_files(function, path.parent, at=at, option=option, lazy=lazy)
         if one_of_step and not _speaks_of(marker, saved):
@@ -212,7 +211,7 @@ def _lost_marker(
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
     # Orbax always writes it, with this entry.
-    found = [_finished.json_of(p / STEP) for p in (files.path, files.path.parent)]
+    found = [_completion.json_of(p / STEP) for p in (files.path, files.path.parent)]
     is_damaged = not any(CUSTOM in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
     if odd := [n for n in nothing if any(is_below(n, one.params) for one in served)]:
@@ -225,6 +224,33 @@ def _lost_marker(
             f"or say with --{option} {where}",
         )
     return _record.Marker(served, {}) if served else None
+
+
+def located_in(
+    function: str,
+    tree: Any,
+    average: Names,
+    *,
+    at: Names = (),
+    known: Iterable[Names] = (),
+    option: str,
+) -> Place:
+    """The parameters of an average in a checkpoint's tree.
+
+    They are what leads to `at` and fits, or the one of the `known` that does, or the only
+    ones that they can be. Those of another average are not taken where its twin's are
+    called as this average is. An error names the option by which the caller is told.
+    """
+    told = (at[:i] for i in range(len(at), 0, -1))
+    found = fitting(tree, average, told)[:1]
+    found = found or [
+        place
+        for place in fitting(tree, average, sorted(set(known)))
+        if not has_namesake(tree, average, place.params)
+    ]
+    if len(found) == 1:
+        return found[0]
+    return located_at(function, tree, average, option=option)
 
 
 def _refuse_bare(function: str, path: Any, directories: dict[Names, Any]) -> None:

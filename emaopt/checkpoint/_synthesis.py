@@ -14,14 +14,14 @@ from emaopt._profiles import BadProfile, decay_of, weights_of
 from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,
-    _merging,
-    _replacing,
-    _restoring,
-    _selecting,
-    _streaming,
+    _merge,
+    _replacement,
+    _restore,
+    _selection,
+    _stream,
 )
 from emaopt.checkpoint._combinations import check_merging
-from emaopt.checkpoint._merging import Progress
+from emaopt.checkpoint._merge import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
 _FAR = 0.1  # the residual from which on there is a warning
@@ -35,7 +35,7 @@ class Synthesis(NamedTuple):
     snapshots: list[tuple[str, str, int]]  # checkpoint, average, its number of updates
 
 
-@_replacing.whole
+@_replacement.whole
 def synthesize(
     directory: str | os.PathLike,
     out: str | os.PathLike,
@@ -50,7 +50,7 @@ def synthesize(
     dtype: Any = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restoring.log_warning,
+    report: Callable[[str], Any] = _restore.log_warning,
 ) -> Synthesis:
     """Synthesizes an average that was not recorded, from snapshots of those that were.
 
@@ -116,7 +116,7 @@ def synthesize(
     if rcond is not None:
         check_number(name, "rcond", rcond, 0)
     _target(name, target, 1)  # whether it is a profile at all
-    found, _ = _selecting.in_order(name, [directory], None, report)
+    found, _ = _selection.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, Any] = {}
     snapshots: dict[str, list[tuple[int, Any]]] = {}
@@ -167,8 +167,8 @@ def synthesize(
     order = sorted(range(len(sources)), key=lambda i: sources[i][2])
     chosen = {}
     for path, n, _ in sources:
-        chosen[path, n] = _selecting.select(name, path, n, at)
-    _merging.combined(
+        chosen[path, n] = _selection.select(name, path, n, at)
+    _merge.combined(
         name,
         [chosen[sources[i][:2]] for i in order],
         solution.coefficients[order],
@@ -201,9 +201,9 @@ def _decay(function: str, decay: Any) -> Any:
 
 def _known(
     function: str, files: _files.Files, decays: Mapping[str, Any]
-) -> dict[str, tuple[Any, _selecting.Average]]:
+) -> dict[str, tuple[Any, _selection.Average]]:
     """The averages of known decay in a checkpoint: name -> decay, where."""
-    averages = _selecting.averages_in(files)
+    averages = _selection.averages_in(files)
     if not averages:
         raise ValueError(
             f"{function}: {files.path} holds no average, and there is nothing to make "
@@ -224,7 +224,7 @@ def _known(
         found["/".join(fitting[0].names)] = decay, fitting[0]
     if not decays:
         for one in averages:
-            if (spec := _selecting.decay_said(one.names)) is not None:
+            if (spec := _selection.decay_said(one.names)) is not None:
                 found["/".join(one.names)] = decay_of(spec), one
     if not found:
         raise advised(
@@ -237,14 +237,14 @@ def _known(
     return found
 
 
-def _listed(averages: Sequence[_selecting.Average]) -> str:
+def _listed(averages: Sequence[_selection.Average]) -> str:
     return ", ".join(repr("/".join(a.names)) for a in averages)
 
 
-def updates(function: str, files: _files.Files, one: _selecting.Average) -> int:
+def updates(function: str, files: _files.Files, one: _selection.Average) -> int:
     """How many updates an average has had."""
-    leaves = _streaming.stored(function, files, [one.counter])
-    (counter,) = next(_streaming.prefetched([lambda: _streaming.read(function, leaves)]))
+    leaves = _stream.stored(function, files, [one.counter])
+    (counter,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
     return int(counter)
 
 

@@ -17,8 +17,7 @@ from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, center_nodes
 from emaopt._places import Place, Ways, located_at, shape_of, told_ways
 from emaopt.checkpoint._arrays import index_of
-from emaopt.checkpoint._files import Names, names_of
-from emaopt.checkpoint._locating import located_in
+from emaopt.checkpoint._files import Names, located_in, names_of
 
 # What the exchange that all of a new set of workers start from leaves at zero.
 _SINCE_EXCHANGE = ("since_exchange", "has_missed", "accumulated", "residual")

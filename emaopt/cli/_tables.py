@@ -6,8 +6,8 @@ from typing import Any
 from rich.markup import escape as without_markup
 from rich.table import Table
 
-from emaopt._terminal import in_letters, shown
 from emaopt._weights import WeightSummary
+from emaopt.cli._terminal import in_letters, shown
 
 _SUMMARY = ["mean age\n(steps)", "half-life\n(steps)", "effective\niterates"]
 _SUMMARY += ["weight\nof θ_0"]

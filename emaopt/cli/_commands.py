@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from emaopt._advice import said_in_shell
 from emaopt._interrupts import send_again
-from emaopt._terminal import say, stop, take_any_text, warn
+from emaopt.cli._terminal import say, stop, take_any_text, warn
 
 _PIPE = 13  # SIGPIPE, which not all systems have
 _GRACE = 5.0  # seconds in which what was begun is taken back, whatever else is sent

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _replacing
+from emaopt.checkpoint import _replacement
 
 TX = emaopt.averaged(optax.sgd(1.0), 0.5)
 
@@ -36,7 +36,7 @@ def values_in(directory):
 @pytest.fixture(autouse=True)
 def another_process():
     """Each test starts as a run does, which has restored nothing."""
-    _replacing._taken_up.clear()
+    _replacement._taken_up.clear()
 
 
 # What a kill leaves beside the path: {suffix: value}, and what is then found at it.
@@ -53,7 +53,7 @@ def killed(request, tmp_path):
     left, found = LEFT[request.param]
     for suffix, number in left.items():
         checkpoint.save(tmp_path / f"c{suffix}", state_of(number))
-    _replacing._taken_up.clear()
+    _replacement._taken_up.clear()
     return tmp_path / "c", found
 
 
@@ -136,7 +136,7 @@ def test_an_error_of_the_first_process_is_one_of_all(process, tmp_path, monkeypa
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
         with pytest.raises(OSError, match="was not completed"):
             path = checkpoint._files.absolute(tmp_path / "c")
-            _replacing._take_place("save", path, path.parent / "none", True)
+            _replacement._take_place("save", path, path.parent / "none", True)
     assert len(told) == process + 1
 
 
@@ -160,7 +160,7 @@ def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
     command = [sys.executable, "-c", SAVES_OVER, tmp_path / "c"]
     writers = [subprocess.Popen([*command, str(number)]) for number in (0, 1)]
     while any(writer.poll() is None for writer in writers):
-        with contextlib.suppress(FileNotFoundError, _replacing.Replaced):
+        with contextlib.suppress(FileNotFoundError, _replacement.Replaced):
             loaded = checkpoint.load_averaged(tmp_path / "c")
             assert len({float(x) for leaf in loaded.values() for x in leaf.ravel()}) == 1
     assert [writer.wait() for writer in writers] == [0, 0]
@@ -169,7 +169,7 @@ def test_of_two_writers_to_one_path_each_is_whole_and_the_last_stays(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    own, other = ("." + _replacing._mark(tmp_path / name) for name in ("c", "other"))
+    own, other = ("." + _replacement._mark(tmp_path / name) for name in ("c", "other"))
     dead, living, others = (
         f"{own}0.unfinished",
         f"{own}1.unfinished",
@@ -178,7 +178,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
     notes = f"{own}notes"
     for name in (dead, living, others, notes):
         (tmp_path / name / "part").mkdir(parents=True)
-    with _replacing._locked(tmp_path / living):
+    with _replacement._locked(tmp_path / living):
         checkpoint.save(tmp_path / "c", state_of(1), force=True)
     assert set(os.listdir(tmp_path)) == {living, others, notes, "c"}
 
@@ -186,14 +186,14 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
 def test_a_lock_that_somebody_keeps_is_not_waited_for_for_ever(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(_replacing, "_PATIENCE", 0.1)
-    with _replacing._locked(tmp_path):
+    monkeypatch.setattr(_replacement, "_PATIENCE", 0.1)
+    with _replacement._locked(tmp_path):
         checkpoint.save(tmp_path / "c", state_of(1), force=True)
     assert value(tmp_path / "c") == 1 and "not waited for any longer" in caplog.text
 
 
 def test_on_a_url_what_a_killed_save_left_is_written_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(_replacing, "is_url", lambda path: True)
+    monkeypatch.setattr(_replacement, "is_url", lambda path: True)
     checkpoint.save(tmp_path / "c", state_of(1), force=True)
     (tmp_path / "c.replacement" / "part").mkdir(parents=True)
     checkpoint.save(tmp_path / "c", state_of(2), force=True)
@@ -203,9 +203,9 @@ def test_on_a_url_what_a_killed_save_left_is_written_over(tmp_path, monkeypatch)
 def test_a_writer_holds_what_it_writes_in_and_leaves_nothing_if_it_fails(tmp_path):
     path = checkpoint._files.absolute(tmp_path / "c")
     with pytest.raises(RuntimeError, match="stop"):
-        with _replacing.taking_place("save", path, force=True, report=print) as written:
+        with _replacement.taking_place("save", path, force=True, report=print) as written:
             written.mkdir()
-            _replacing._remove_dead(path)  # as every writer does
+            _replacement._remove_dead(path)  # as every writer does
             assert written.exists()
             raise RuntimeError("stop")
     assert os.listdir(tmp_path) == []
@@ -229,8 +229,8 @@ def test_an_error_of_the_system_names_the_path_and_not_where_it_was_written(
 
 
 def test_without_locks_nothing_is_taken_for_a_killed_writers(tmp_path, monkeypatch):
-    monkeypatch.setattr(_replacing, "fcntl", None)
-    left = f".{_replacing._mark(tmp_path / 'c')}0.unfinished"
+    monkeypatch.setattr(_replacement, "fcntl", None)
+    left = f".{_replacement._mark(tmp_path / 'c')}0.unfinished"
     (tmp_path / left).mkdir()
     checkpoint.save(tmp_path / "c", state_of(1), force=True)
     assert set(os.listdir(tmp_path)) == {left, "c"}
@@ -238,11 +238,11 @@ def test_without_locks_nothing_is_taken_for_a_killed_writers(tmp_path, monkeypat
 
 def test_one_writer_at_a_time_acts(tmp_path):
     def alone():
-        with _replacing._locked(tmp_path, wait=False) as alone:
+        with _replacement._locked(tmp_path, wait=False) as alone:
             return alone
 
     path = checkpoint._files.absolute(tmp_path / "c")
-    assert alone() and not _replacing._in_turn(path, alone)
+    assert alone() and not _replacement._in_turn(path, alone)
 
 
 def test_what_is_not_finished_beside_the_path_makes_way(tmp_path):

@@ -12,7 +12,7 @@ from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _files, _finished, _orbax, _restoring, _standing, _trees
+from emaopt.checkpoint import _completion, _contents, _files, _orbax, _restore, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -46,7 +46,7 @@ def select(
         which = "average" if holds else None
     if which not in (None, "raw"):
         name = None if which == "average" else which
-        prefix, averaged, places = _standing.averages_at(
+        prefix, averaged, places = _contents.averages_at(
             function, files, name, at, option="weights"
         )
         kept = frozenset(places.keys() - averaged)
@@ -56,12 +56,12 @@ def select(
         return found
     if not present:
         raise ValueError(f"{function}: {files.path} holds no arrays.")
-    way = _standing.way_to(function, files, at)
+    way = _contents.way_to(function, files, at)
     prefix = way or _parameters(function, files)
     if which == "raw":
         files.refuse_without_raw(function, prefix)
     as_raw = which == "raw" and not (
-        way and _standing.refuse_averages(function, files, str(at), way)
+        way and _contents.refuse_averages(function, files, str(at), way)
     )
     logical = _files.logical_names(files) if as_raw else {n: n for n in present}
     places = {
@@ -70,7 +70,7 @@ def select(
         if n[: len(prefix)] == prefix
     }
     if not places:
-        _standing.way_to(function, files, "/".join(prefix))  # raises
+        _contents.way_to(function, files, "/".join(prefix))  # raises
     return weights_at(files, prefix, places, raw=which == "raw")
 
 
@@ -83,7 +83,7 @@ def weights_at(
     raw: bool = False,
 ) -> Weights:
     """Weights at these places, labelled as what stands there."""
-    said, averages = _standing.said_of(files, prefix, places.values(), raw=raw)
+    said, averages = _contents.said_of(files, prefix, places.values(), raw=raw)
     return Weights(files, prefix, places, kept, said, averages)
 
 
@@ -112,21 +112,21 @@ def what_stands(
     present = _files.all_leaves(files)
     if not present:
         raise ValueError(f"{function}: {files.path} holds no arrays.")
-    if way := _standing.way_to(function, files, at):
+    if way := _contents.way_to(function, files, at):
         ways = [way]
     else:
         try:
-            ways = _standing.parameters(function, files)
+            ways = _contents.parameters(function, files)
         except ValueError:  # not clear of which parameters an average is
             ways = [()]
         ways = ways or [_parameters(function, files)]
     places = [n for n in present if any(n[: len(way)] == way for way in ways)]
-    return ways, _standing.said_of(files, ways[0], places)[0]
+    return ways, _contents.said_of(files, ways[0], places)[0]
 
 
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
-    ways = _standing.parameters(function, files)
+    ways = _contents.parameters(function, files)
     if len(ways) > 1:
         raise advised(
             ValueError,
@@ -233,7 +233,7 @@ def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
                 f"{function}: {path} may not be entered. Let this user read it, or give "
                 "the steps that are wanted one by one."
             )
-        if _finished.unfinished(path):
+        if _completion.unfinished(path):
             unfinished.append(path.name)
         elif step is not None and (other := steps.setdefault(step, path)) != path:
             raise ValueError(
@@ -279,11 +279,11 @@ def containers(weights: Weights, values: dict[Names, Any]) -> Any:
 
     Arrays of size 0 become None, which Orbax can store.
     """
-    filled: Any = _restoring.fill_as_on_disk(weights.files, weights.prefix, values)
+    filled: Any = _restore.fill_as_on_disk(weights.files, weights.prefix, values)
     for i in reversed(range(len(weights.prefix))):
         parent = _files.whole_tree(weights.files)
         for name in weights.prefix[:i]:
-            parent = _restoring.child(parent, name)
+            parent = _restore.child(parent, name)
         first = isinstance(parent, (list, tuple)) and weights.prefix[i] == "0"
         filled = [filled] if first else {weights.prefix[i]: filled}
     return _trees.without_empty(filled)

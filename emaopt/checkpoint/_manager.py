@@ -23,8 +23,8 @@ from emaopt.checkpoint import (
     _files,
     _orbax,
     _record,
-    _replacing,
-    _restoring,
+    _replacement,
+    _restore,
     _trees,
 )
 from emaopt.checkpoint._files import Names
@@ -118,7 +118,7 @@ def handler_registry(
         params,
         optional,
         metrics_of,
-        report or _restoring.log_warning,
+        report or _restore.log_warning,
         checksums,
         rename,
     )
@@ -225,7 +225,7 @@ class _Swapping:
             custom_metadata={**(args.custom_metadata or {}), **marker},
         )
 
-    @_replacing.whole
+    @_replacement.whole
     def restore(
         self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
     ) -> Any:
@@ -249,15 +249,15 @@ class _Swapping:
         restore_args = getattr(args, "restore_args", restore_args)
         if target is None:
             if restore_args is None:
-                return _restoring.as_saved(files, scope)
-            target = _restoring.with_other_items(files)
+                return _restore.as_saved(files, scope)
+            target = _restore.with_other_items(files)
             target = target[directory.name] if scope else target
         if restore_args is not None:
             target = jax.tree.map(_trees.as_told, target, restore_args)
         state = target
         if not whole:
-            state = _restoring.with_other_items(files, directory.name, target)
-        state = _restoring.restored(
+            state = _restore.with_other_items(files, directory.name, target)
+        state = _restore.restored(
             files,
             state,
             ignore_extra=getattr(args, "partial_restore", False),

@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emaopt._interrupts import undisturbed
-from emaopt._writing import (
+from emaopt._output import (
     UNFINISHED,
     clear,
     exists_already,
@@ -33,7 +33,7 @@ from emaopt._writing import (
     making_parents,
     own_name,
 )
-from emaopt.checkpoint import _finished
+from emaopt.checkpoint import _completion
 
 try:
     import fcntl
@@ -180,7 +180,7 @@ def _aside(path: Any) -> Any:
 def _complete(path: Any) -> bool:
     marks = ("_CHECKPOINT_METADATA", "_METADATA")
     there = any((path / mark).exists() for mark in marks)
-    return there and _finished.unfinished(path) is None
+    return there and _completion.unfinished(path) is None
 
 
 def standing(path: Any) -> Any:

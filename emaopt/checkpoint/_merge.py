@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_dtype
-from emaopt._combining import add, weighted_sum
+from emaopt._combination import add, weighted_sum
 from emaopt._names import own_values
-from emaopt.checkpoint import _files, _orbax, _replacing, _selecting, _streaming, _trees
+from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
-from emaopt.checkpoint._selecting import Weights
+from emaopt.checkpoint._selection import Weights
 
 Progress = Callable[[int, int], Any]  # bytes done, bytes in all
 
@@ -36,10 +36,10 @@ def combined(
     The last one is the newest: what is not averaged is taken from it.
     """
     cast = caster(function, dtype)
-    _selecting.check_alike(function, weights)
+    _selection.check_alike(function, weights)
     newest = weights[-1]
-    _selecting.refuse_optimizer_state(function, newest)
-    place = _replacing.followed(_files.absolute(out))
+    _selection.refuse_optimizer_state(function, newest)
+    place = _replacement.followed(_files.absolute(out))
     for one in weights:
         refuse_own(function, place, one.files.path, "combined")
     empty = newest.files.marker.empty if newest.files.marker else {}
@@ -47,7 +47,7 @@ def combined(
     if not names:
         raise ValueError(f"{function}: {newest.files.path} holds no weights.")
     opened = {
-        i: _streaming.stored(function, one.files, [one.places[n] for n in names])
+        i: _stream.stored(function, one.files, [one.places[n] for n in names])
         for i, one in enumerate(weights)
         if coefficients[i] != 0 or one is newest
     }
@@ -62,7 +62,7 @@ def combined(
         for n, leaf in zip(names, leaves, strict=True)
     }
     nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}
-    tree = _selecting.containers(newest, pending | nothing)
+    tree = _selection.containers(newest, pending | nothing)
     known = newest.files.values
     own = [newest.prefix + n for n, there in newest.places.items() if there in known]
     said = {
@@ -73,15 +73,17 @@ def combined(
         **_trees.values(own, own_values(tree)),
         **record,
     }
-    with _replacing.taking_place(function, place, force=force, report=report) as written:
-        _streaming.write(written, tree, arrays, said, newest.prefix, place)
-        _replacing.refuse_replaced()
+    with _replacement.taking_place(
+        function, place, force=force, report=report
+    ) as written:
+        _stream.write(written, tree, arrays, said, newest.prefix, place)
+        _replacement.refuse_replaced()
 
 
 def _sums(
     function: str,
     names: Sequence[Names],
-    opened: dict[int, list[_streaming.Stored]],
+    opened: dict[int, list[_stream.Stored]],
     summed: Sequence[bool],
     coefficients: np.ndarray,
     cast: Callable[[np.dtype], np.dtype],
@@ -96,14 +98,14 @@ def _sums(
         """The leaves of a batch that are read from checkpoint i."""
         return [k for k in batch if (coefficients[i] if summed[k] else i == newest) != 0]
 
-    plan = [(i, wanted(i, b)) for b in _streaming.batches(leaves) for i in opened]
+    plan = [(i, wanted(i, b)) for b in _stream.batches(leaves) for i in opened]
     total = sum(leaves[k].nbytes for _, rows in plan for k in rows)
-    arrays = _streaming.prefetched(
-        functools.partial(_streaming.read, function, [opened[i][k] for k in rows])
+    arrays = _stream.prefetched(
+        functools.partial(_stream.read, function, [opened[i][k] for k in rows])
         for i, rows in plan
     )
     done = 0
-    for batch in _streaming.batches(leaves):
+    for batch in _stream.batches(leaves):
         sums = {k: weighted_sum(leaves[k].shape, leaves[k].dtype) for k in batch}
         values = {}
         for i in opened:

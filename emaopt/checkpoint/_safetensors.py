@@ -11,11 +11,11 @@ import numpy as np
 
 from emaopt._advice import advised
 from emaopt._checks import check_callable, check_flag, check_text
+from emaopt._output import is_url, refuse_existing, writing
 from emaopt._paths import check_readable, check_writable
-from emaopt._writing import is_url, refuse_existing, writing
-from emaopt.checkpoint import _files, _replacing, _selecting, _streaming
-from emaopt.checkpoint._merging import Progress, caster, refuse_own
-from emaopt.checkpoint._selecting import Weights
+from emaopt.checkpoint import _files, _replacement, _selection, _stream
+from emaopt.checkpoint._merge import Progress, caster, refuse_own
+from emaopt.checkpoint._selection import Weights
 
 _SAFETENSORS = {
     np.dtype(kind): name
@@ -40,7 +40,7 @@ _SAFETENSORS = {
 }
 
 
-@_replacing.whole
+@_replacement.whole
 def export_safetensors(
     path: str | os.PathLike,
     out: str | os.PathLike,
@@ -103,8 +103,8 @@ def export_safetensors(
     check_text(function, "separator", separator)
     check_flag(function, "force", force)
     check_callable(function, "progress", progress, 2)
-    found = _selecting.select(function, path, weights, at)
-    _selecting.refuse_optimizer_state(function, found)
+    found = _selection.select(function, path, weights, at)
+    _selection.refuse_optimizer_state(function, found)
     out = os.fspath(out)
     out = out if is_url(out) else os.path.abspath(out)
     source = found.files.path
@@ -118,7 +118,7 @@ def export_safetensors(
         refuse_existing(function, out)
     empty = found.files.marker.empty if found.files.marker else {}
     full = [n for n, there in found.places.items() if there not in empty]
-    leaves = _streaming.stored(function, found.files, [found.places[n] for n in full])
+    leaves = _stream.stored(function, found.files, [found.places[n] for n in full])
     kinds = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(full, leaves, strict=True)}
     for names in found.places.keys() - set(full):
         nothing = empty[found.places[names]]
@@ -126,9 +126,9 @@ def export_safetensors(
     header = _header(function, found, kinds, cast, separator)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    batches = list(_streaming.batches(leaves))
-    arrays = _streaming.prefetched(
-        functools.partial(_streaming.read, function, [leaves[k] for k in batch])
+    batches = list(_stream.batches(leaves))
+    arrays = _stream.prefetched(
+        functools.partial(_stream.read, function, [leaves[k] for k in batch])
         for batch in batches
     )
     done = 0
@@ -140,7 +140,7 @@ def export_safetensors(
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 done += leaves[k].nbytes
             progress(done, sum(leaf.nbytes for leaf in leaves))
-        _replacing.refuse_replaced()
+        _replacement.refuse_replaced()
     return found.said
 
 

@@ -7,7 +7,7 @@ from emaopt._checks import check_text
 from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._weights import MOST, WeightSummary, weight_summary
-from emaopt.checkpoint import _files, _replacing, _selecting, _synthesis
+from emaopt.checkpoint import _files, _replacement, _selection, _synthesis
 
 
 class Leaf(NamedTuple):
@@ -40,7 +40,7 @@ class Description(NamedTuple):
     nbytes_on_disk: int
 
 
-@_replacing.whole
+@_replacement.whole
 def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     """Describes a checkpoint: its arrays, its averages, and what is served.
 
@@ -72,7 +72,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     check_readable("describe", "path", path)
     check_text("describe", "at", at, optional=True)
     files = _files.open_files("describe", path, at=at, option="at")
-    ways, served = _selecting.what_stands("describe", files, at)
+    ways, served = _selection.what_stands("describe", files, at)
     leaves = []
     for names, leaf in _files.all_leaves(files).items():
         kind = str(getattr(leaf, "dtype", "text"))
@@ -80,10 +80,10 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
         name = "/".join(_files.shown(files, names))
         leaves.append(Leaf(name, kind, shape, size))
     averages = []
-    for one in _selecting.averages_in(files):
+    for one in _selection.averages_in(files):
         updates = _synthesis.updates("describe", files, one)
         summary = None
-        if (spec := _selecting.decay_said(one.names)) is not None:
+        if (spec := _selection.decay_said(one.names)) is not None:
             summary = _summary(decay_of(spec), updates, one.debias)
         name = "/".join(one.names)
         averages.append(AverageDescription(name, updates, one.served, summary))

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import orbax.checkpoint as ocp
 
-from emaopt._writing import of_system
+from emaopt._output import of_system
 from emaopt.checkpoint import (
     _arrays,
     _checksums,
     _files,
     _orbax,
-    _reading,
+    _read,
     _record,
 )
 from emaopt.checkpoint._files import Names
@@ -83,7 +83,7 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
         if leaf.names not in values
     }
     if numbers:
-        values |= _reading.read(function, files, numbers)
+        values |= _read.read(function, files, numbers)
     return [np.asarray(values[leaf.names], leaf.dtype) for leaf in leaves]
 
 

@@ -16,8 +16,7 @@ from emaopt._nodes import (
     served_nodes,
 )
 from emaopt.checkpoint import _files, _trees
-from emaopt.checkpoint._files import Names, listed
-from emaopt.checkpoint._locating import located_in
+from emaopt.checkpoint._files import Names, listed, located_in
 
 
 class Average(NamedTuple):

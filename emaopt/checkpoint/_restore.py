@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from emaopt._places import Ways, placed
 from emaopt._swap import exchange
-from emaopt.checkpoint import _arrays, _files, _reading, _standing, _trees
+from emaopt.checkpoint import _arrays, _contents, _files, _read, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
-from emaopt.checkpoint._matching import Rename, check_fit, match
+from emaopt.checkpoint._match import Rename, check_fit, match
 from emaopt.checkpoint._worker_rows import refit
 
 log_warning = logging.getLogger("emaopt").warning
@@ -69,7 +69,7 @@ def restored(
                 plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
                 wanted[name] = logical[place], _trees.as_plan(plan, fallback)
                 dealt.add(name)
-    read = _reading.read("restore", files, wanted)
+    read = _read.read("restore", files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
     for name in sources | seeds:
@@ -114,7 +114,7 @@ def averages(
     ignore_extra: bool,
 ) -> Any:
     """The averages, with the target's containers or those on disk."""
-    prefix, averaged, there = _standing.averages_at(
+    prefix, averaged, there = _contents.averages_at(
         "load_averaged", files, name, at, option="name"
     )
     present = _files.all_leaves(files)
@@ -128,7 +128,7 @@ def averages(
         _arrays.open_all(saved.values())
     wanted = _wanted(files.path, saved, target, sharding, dtype)
     plans = {n: (there[n], x) for n, x in wanted.items() if not _trees.is_empty(x)}
-    read = _reading.read("load_averaged", files, plans)
+    read = _read.read("load_averaged", files, plans)
     values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
         _trees.check_kinds("load_averaged", files.path, values, wanted)

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from emaopt import _options
-from emaopt._commands import Commands, failing
-from emaopt._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
-from emaopt._terminal import progress_bar, report, stop, warn
+from emaopt.cli import _options
+from emaopt.cli._commands import Commands, failing
+from emaopt.cli._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
+from emaopt.cli._terminal import progress_bar, report, stop, warn
 
 __all__ = ["app"]
 
@@ -114,10 +114,11 @@ def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
     *nbytes_on_disk*: the fields of emaopt.checkpoint.describe.
     """
     with failing("inspect"):
-        from emaopt import _printing, checkpoint
+        from emaopt import checkpoint
+        from emaopt.cli import _tables
 
         found = checkpoint.describe(path, at=at)
-    report(as_json, _printing.document(found), _printing.description(found))
+    report(as_json, _tables.document(found), _tables.description(found))
 
 
 @app.command()
@@ -173,7 +174,8 @@ def average(
     inspect shows it, and *written*.
     """
     with failing("average"), progress_bar("averaging") as progress:
-        from emaopt import _printing, checkpoint
+        from emaopt import checkpoint
+        from emaopt.cli import _tables
 
         checkpoint.average(
             paths,
@@ -188,7 +190,7 @@ def average(
             report=warn,
         )
         record = checkpoint.describe(out).record
-    report(as_json, {"record": record}, _printing.combination(record), out)
+    report(as_json, {"record": record}, _tables.combination(record), out)
 
 
 @app.command()
@@ -268,7 +270,8 @@ def synthesize(
         stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
     pairs = [one.rpartition("=") for one in recorded or []]
     with failing("synthesize"), progress_bar("synthesizing") as progress:
-        from emaopt import _printing, checkpoint
+        from emaopt import checkpoint
+        from emaopt.cli import _tables
 
         checkpoint.synthesize(
             directory,
@@ -285,7 +288,7 @@ def synthesize(
             report=warn,
         )
         record = checkpoint.describe(out).record
-    report(as_json, {"record": record}, _printing.combination(record), out)
+    report(as_json, {"record": record}, _tables.combination(record), out)
 
 
 @app.command()
@@ -328,7 +331,8 @@ def export(
     As JSON: *weights*, which they are in words, and *written*.
     """
     with failing("export"), progress_bar("exporting") as progress:
-        from emaopt import _printing, checkpoint
+        from emaopt import checkpoint
+        from emaopt.cli import _tables
 
         said = checkpoint.export_safetensors(
             path,
@@ -340,7 +344,7 @@ def export(
             force=force,
             progress=progress,
         )
-    sentence = f"Exported {_printing.escape(said)}."
+    sentence = f"Exported {_tables.escape(said)}."
     report(as_json, {"weights": said}, [sentence], safetensors)
 
 
@@ -382,15 +386,16 @@ def profile(
     *initial_weight*, *half_life*}}] and, with a plot, *written*.
     """
     with failing("profile"):
-        from emaopt import _printing, _profiles, _writing
+        from emaopt import _output, _profiles
+        from emaopt.cli import _tables
 
         if plot is not None and not force:
-            _writing.refuse_existing("profile", plot)
+            _output.refuse_existing("profile", plot)
         found = {spec: _profiles.summary_of(spec, steps) for spec in decays}
         if plot is not None:
             from emaopt import plots
 
             drawn = {spec: _profiles.curve_of(spec, steps) for spec in decays}
             plots.save(plots.weight_curves(plots.new_axes(), drawn), plot)
-    document = {"steps": steps, "averages": _printing.named(found)}
-    report(as_json, document, [_printing.summaries(found, steps)], plot)
+    document = {"steps": steps, "averages": _tables.named(found)}
+    report(as_json, document, [_tables.summaries(found, steps)], plot)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emaopt._writing import is_url
+from emaopt._output import is_url
 
 
 def path(value: Any) -> Any:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint, demo, plots
-from emaopt._writing import writing
+from emaopt._output import writing
 
 TX = emaopt.averaged(optax.sgd(1.0), 0.5)
 
