@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import jax
 import optax
 
-from emaopt._betas import DecayLike
 from emaopt._checks import (
     check_flag,
     check_integer,
@@ -17,6 +16,7 @@ from emaopt._recursion import Averager, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
+from emaopt._types import DecayLike
 
 
 class Options(TypedDict, total=False):

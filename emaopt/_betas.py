@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-DecayLike: TypeAlias = float | Callable[[Any], Any]
+from emaopt._types import DecayLike
 
 
 @dataclasses.dataclass(frozen=True)

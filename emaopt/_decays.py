@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from emaopt._betas import Decay, DecayLike, evaluate, one_minus
+from emaopt._betas import Decay, evaluate, one_minus
 from emaopt._checks import check_decay, check_number
+from emaopt._types import DecayLike
 
 
 def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from emaopt._advice import advised
-from emaopt._betas import DecayLike, evaluate, log_kept_of
+from emaopt._betas import evaluate, log_kept_of
 from emaopt._checks import check_decay, check_number
 from emaopt._decays import (
     half_life_decay,
@@ -17,6 +17,7 @@ from emaopt._decays import (
     warmup_decay,
 )
 from emaopt._sums import Profile, shared_out, sums_of
+from emaopt._types import DecayLike
 from emaopt._weights import (
     WeightSummary,
     check_num_steps,

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from emaopt._betas import Decay, DecayLike, one_minus
+from emaopt._betas import Decay, one_minus
 from emaopt._checks import (
     as_dtype,
     check_arrays,
@@ -35,6 +35,7 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
+from emaopt._types import DecayLike
 from emaopt._xla import unknown_one
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._betas import DecayLike, evaluate, log_kept_of
+from emaopt._betas import evaluate, log_kept_of
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._sums import Profile, sums_of
+from emaopt._types import DecayLike
 
 MOST = 1 << 25  # steps of which an array is made
 

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emaopt._betas import DecayLike
 from emaopt._checks import (
     check_flag,
     check_integer,
@@ -50,6 +49,7 @@ from emaopt._power_profiles import (
     sigma_rel_to_gamma,
 )
 from emaopt._profiles import annealing_weights
+from emaopt._types import DecayLike
 from emaopt._weights import checked_weights, shares_taken
 
 __all__ = [

@@ -728,7 +728,7 @@ def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
         out.write_text("of before")
     program = (
         "import os, signal, sys; from emaopt import cli, checkpoint\n"
-        "from emaopt.checkpoint import _streaming; _stream.BATCH = 8\n"
+        "from emaopt.checkpoint import _stream; _stream.BATCH = 8\n"
         "import contextlib\n"
         "def kill(done, total):\n"
         "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -35,7 +35,7 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
       TypeError: If an argument is of another kind.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax
       >>> params = {"w": jnp.zeros(2)}
       >>> get_slot_names(optax.adam(1e-3).init(params), params)
       ['mu', 'nu']
@@ -66,7 +66,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
       TypeError: If an argument is of another kind.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax
       >>> params = {"w": jnp.zeros(2)}
       >>> state = optax.sgd(1.0, momentum=0.9).init(params)
       >>> print(get_slot(state, params, "trace"))
@@ -100,7 +100,7 @@ def variables(opt_state: Any) -> dict[str, Any]:
       TypeError: If an argument is of another kind.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax
       >>> list(variables(optax.adam(1e-3).init({"w": jnp.zeros(2)})))
       ['0/count', '0/mu/w', '0/nu/w']
     """
