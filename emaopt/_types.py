@@ -12,18 +12,18 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-# Any containers that JAX knows: dicts, lists, NamedTuples, modules; a leaf by itself too.
+# Any containers that JAX knows: dicts, lists, NamedTuples, modules; or one leaf alone.
 PyTree: TypeAlias = Any
-# What stands at one leaf: an array, a number, a ShapeDtypeStruct, metadata of any of them.
+# What stands at one leaf: an array, a number, a ShapeDtypeStruct, or metadata of one.
 Leaf: TypeAlias = Any
 # () int32, or floating where the comment beside it says so.
 Scalar: TypeAlias = jax.Array
 
-# A function t -> β, or β itself.
-DecayLike: TypeAlias = float | Callable[[jax.Array], ArrayLike]
+# β itself, or a function t -> β. t is an array of JAX's, or of NumPy's for our own decays.
+DecayLike: TypeAlias = float | Callable[[Any], ArrayLike]
 # Booleans: a tree like the parameters or a prefix of it, or what makes one of them.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
-# Where an average is: axes of a mesh, a tree of these, or what makes one of the parameters.
+# Where an average is: mesh axes, a tree of these, or what makes one of the parameters.
 Placement: TypeAlias = (
     str
     | tuple[str, ...]
