@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emaopt._jax_internals import traced
 
@@ -79,3 +79,23 @@ def replicated_beside(leaves: list[Any]) -> Callable[[Any], jax.Array]:
                 everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
                 return lambda dtype: jnp.zeros((), dtype, device=everywhere)
     return lambda dtype: jnp.zeros((), dtype)
+
+
+def rows_beside(param: Any, leaf: Any) -> Any:
+    """A leaf with its rows where a parameter's are, as far as that is known.
+
+    Of what is traced in the Explicit mode of a mesh alone.
+    """
+    if not traced((param, leaf)):
+        there = getattr(param, "sharding", None)
+        if not isinstance(there, NamedSharding) or there.mesh.size == 1:
+            return leaf
+        rows = PartitionSpec(*there.spec[:1])
+        return jax.device_put(leaf, NamedSharding(there.mesh, rows))
+    here, there = jax.typeof(leaf).sharding, jax.typeof(param).sharding
+    if AxisType.Explicit not in there.mesh.axis_types or not leaf.ndim:
+        return leaf
+    rest = here.spec[1:] if here.mesh == there.mesh else ()
+    return jax.sharding.reshard(
+        leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
+    )

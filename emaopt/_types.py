@@ -19,7 +19,7 @@ Leaf: TypeAlias = Any
 # () int32, or floating where the comment beside it says so.
 Scalar: TypeAlias = jax.Array
 
-# β itself, or a function t -> β. t is an array of JAX's, or of NumPy's for our own decays.
+# β itself, or a function t -> β, of an array of JAX's; our own decays take NumPy's, too.
 DecayLike: TypeAlias = float | Callable[[Any], ArrayLike]
 # Booleans: a tree like the parameters or a prefix of it, or what makes one of them.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from emaopt._collectives import all_finite, in_turn, packed
 from emaopt._conditional import vary
 from emaopt._jax_internals import traced, varying
-from emaopt._leaves import is_masked, replicated_beside
+from emaopt._leaves import is_masked, replicated_beside, rows_beside
 from emaopt._xla import always, held_until
 
 
@@ -104,7 +104,7 @@ class Stacked(_Workers):
         first = next(iter(jax.tree.leaves(shardings)), None)
         if traced(params):
             return jax.tree.map(
-                functools.partial(_beside, jax.tree.leaves(params)[0]), init(params)
+                functools.partial(rows_beside, jax.tree.leaves(params)[0]), init(params)
             )
         if not isinstance(first, NamedSharding) or first.mesh.size == 1:
             return init(params)
@@ -149,7 +149,7 @@ class Stacked(_Workers):
         """A scalar zero for each worker, beside its parameters."""
         zeros = jnp.zeros(self.num_workers, dtype)
         leaves = jax.tree.leaves(params)
-        return _beside(leaves[0], zeros) if leaves else zeros
+        return rows_beside(leaves[0], zeros) if leaves else zeros
 
     def loaded(self, scalars):
         """A worker's own scalars as the update has them."""
@@ -296,7 +296,7 @@ class Mapped(_Workers):
 
     def _rows(self, leaf, params):
         rows = jnp.broadcast_to(leaf, (self._length(params), *jnp.shape(leaf)))
-        return _beside(jax.tree.leaves(params)[0], rows)
+        return rows_beside(jax.tree.leaves(params)[0], rows)
 
     def zero(self, params, dtype):
         zero = replicated_beside(jax.tree.leaves(params))(dtype)
@@ -375,24 +375,4 @@ def resized(params: Any, length: int) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((length, *jnp.shape(leaf)[1:]), leaf.dtype),
         params,
-    )
-
-
-def _beside(param: Any, leaf: Any) -> Any:
-    """A leaf with its rows where a parameter's are, as far as that is known.
-
-    Of what is traced in the Explicit mode of a mesh alone.
-    """
-    if not traced((param, leaf)):
-        there = getattr(param, "sharding", None)
-        if not isinstance(there, NamedSharding) or there.mesh.size == 1:
-            return leaf
-        rows = PartitionSpec(*there.spec[:1])
-        return jax.device_put(leaf, NamedSharding(there.mesh, rows))
-    here, there = jax.typeof(leaf).sharding, jax.typeof(param).sharding
-    if AxisType.Explicit not in there.mesh.axis_types or not leaf.ndim:
-        return leaf
-    rest = here.spec[1:] if here.mesh == there.mesh else ()
-    return jax.sharding.reshard(
-        leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))
     )

@@ -310,6 +310,7 @@ LAYERS = {
         "typer",
     },
     "cli._tables": {"_weights", "cli._terminal", "rich"},
+    "checkpoint._items": {"_names", "checkpoint._orbax"},
 }
 
 

@@ -21,9 +21,16 @@ from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._output import is_url, url
 from emaopt._places import Names, Place, fitting, has_namesake, located_at
-from emaopt.checkpoint import _arrays, _checksums, _completion, _record, _replacement
+from emaopt.checkpoint import (
+    _arrays,
+    _checksums,
+    _completion,
+    _items,
+    _record,
+    _replacement,
+)
 from emaopt.checkpoint._agreement import agreed, holes
-from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP, TREE, WHOLE
+from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP
 
 _log_warning = logging.getLogger("emaopt").warning
 
@@ -93,7 +100,9 @@ def open_files(
     _completion.refuse_unfinished(function, path)
     step = path / STEP
     custom = _step_metadata(function, step)
-    directories = _directories(path, _record.checked(function, step, custom, _record.KEY))
+    directories = _items.directories_of(
+        path, _record.checked(function, step, custom, _record.KEY)
+    )
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
         steps = sorted(int(p.name) for p in inside if p.name.isdigit())
@@ -105,7 +114,7 @@ def open_files(
             "take another step."
         )
         raise ValueError(f"{function}: {path} is not a complete Orbax checkpoint. {what}")
-    _refuse_bare(function, path, directories)
+    _items.refuse_bare(function, path, directories)
     items, saved = {}, {}
     lost: set[Names] = set()
     said: list[tuple[Names, Any, dict[str, Any]]] = [((), step, custom)]
@@ -251,57 +260,6 @@ def located_in(
     if len(found) == 1:
         return found[0]
     return located_at(function, tree, average, option=option)
-
-
-def _refuse_bare(function: str, path: Any, directories: dict[Names, Any]) -> None:
-    """Raises if an item has its arrays, but no metadata."""
-    if () in directories and directories[()] == path:
-        return
-    for p in path.iterdir():
-        if p in directories.values() or (p / STEP).exists():
-            continue
-        if (p / "manifest.ocdbt").exists():
-            raise ValueError(
-                f"{function}: {p} has arrays, but lacks its {ITEM}. It is damaged, "
-                "take another step."
-            )
-
-
-def is_checkpoint(path: Any) -> bool:
-    """Whether anything of a checkpoint's stands there, be it complete or not."""
-    return (path / STEP).exists() or bool(_directories(path, None))
-
-
-def _directories(path: Any, record: dict[str, Any] | None) -> dict[Names, Any]:
-    """The directories of the items, by their names; () for that of a whole tree.
-
-    A lone item is one if it has a name of Orbax's for that, but for a record of the step
-    that says what stands in the item.
-    """
-    if (path / ITEM).exists():
-        return {(): path}
-    if not path.is_dir():
-        return {}
-    found = {
-        p.name: p
-        for p in path.iterdir()
-        if (p / ITEM).exists() and not (p / STEP).exists()  # a checkpoint by itself
-    }
-    if len(found) == 1 and (name := next(iter(found))) in WHOLE:
-        if record is None or not _names_item(record, name, found[name]):
-            return {(): found[name]}
-    return {(name,): found[name] for name in sorted(found)}
-
-
-def _names_item(record: dict[str, Any], item: str, directory: Any) -> bool:
-    """Whether a record names an item, which is no key of the tree that is in it."""
-    if {way[0] for key in ("params", "average") if (way := record[key])} != {item}:
-        return False
-    try:
-        tree = json.loads((directory / ITEM).read_text())[TREE]
-        return all(leaf["key_metadata"][0]["key"] != item for leaf in tree.values())
-    except Exception:
-        return False  # damaged, as its reading says
 
 
 def _step_metadata(function: str, file: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ STEP, ITEM = "_CHECKPOINT_METADATA", "_METADATA"  # what it writes of each, as J
 BEGUN, COMMITTED = "init_timestamp_nsecs", "commit_timestamp_nsecs"  # in STEP
 CUSTOM = "custom_metadata"  # in STEP, and in ITEM of emaopt's
 TREE = "tree_metadata"  # in ITEM: the names of all leaves
+ARRAYS = "manifest.ocdbt"  # beside ITEM, where there are arrays
 WHOLE = ("default", "state", "pytree")  # what it calls the only item of a step
 
 

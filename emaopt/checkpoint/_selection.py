@@ -12,7 +12,15 @@ from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
-from emaopt.checkpoint import _completion, _contents, _files, _orbax, _restore, _trees
+from emaopt.checkpoint import (
+    _completion,
+    _contents,
+    _files,
+    _items,
+    _orbax,
+    _restore,
+    _trees,
+)
 from emaopt.checkpoint._files import Names, listed, names_of
 
 
@@ -197,7 +205,7 @@ def in_order(
     found = []
     for path in map(_files.absolute, paths):
         inside, unfinished = {}, []
-        if path.exists() and not _files.is_checkpoint(path):
+        if path.exists() and not _items.is_checkpoint(path):
             inside, unfinished = steps_in(function, path)
         for left in unfinished:
             report(f"{function}: {path / left} was not finished, and is left out.")

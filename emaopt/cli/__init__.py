@@ -143,15 +143,7 @@ def average(
             autocompletion=lambda: _options.PROFILES,
         ),
     ] = "uniform",
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            help="The step of each checkpoint, as in 100,200,300. Else the numbers in "
-            "which their names end.",
-            show_default=False,
-            callback=_options.steps,
-        ),
-    ] = None,
+    steps: _options.Steps = None,
     weights: Which = None,
     at: At = None,
     dtype: Dtype = None,

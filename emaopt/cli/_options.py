@@ -156,6 +156,17 @@ def steps(value: str | None) -> str | None:
     return value
 
 
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        help="The step of each checkpoint, as in 100,200,300. Else the numbers in which "
+        "their names end.",
+        show_default=False,
+        callback=steps,
+    ),
+]
+
+
 def recorded(values: list[str] | None) -> list[str] | None:
     """Refuses what is not NAME=DECAY."""
     from emaopt._profiles import decay_of
