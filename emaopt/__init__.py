@@ -13,7 +13,7 @@ Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, loo
 Modules:      checkpoint, batch_stats, posthoc, plots, tf1
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emaopt._asynchronous import AsyncTrace, simulate_async
 from emaopt._averaging import AveragedState, average_params, average_tree, averaged
@@ -98,9 +98,10 @@ if TYPE_CHECKING:
     from emaopt import tf1 as tf1
 
     __version__: str
-else:  # a type checker would allow any name for it
+else:
+    # Hidden from type checkers: for a module with __getattr__ they allow any name.
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         import importlib.metadata
 
         if name in _LATE:

@@ -3,10 +3,10 @@
 import os
 import signal
 import sys
-from typing import Any
 
 from emaopt._interrupts import send_again
 
+# The extra of pip that installs each package.
 _EXTRAS = {
     "flax": "demo",
     "matplotlib": "demo",
@@ -17,11 +17,10 @@ _EXTRAS = {
 }
 
 
-def _unraised(what: Any) -> None:
-    """Drops what TensorStore's threads still tell once Orbax has given up.
-
-    But no Ctrl-C.
-    """
+def _unraised(what: "sys.UnraisableHookArgs") -> None:
+    """Drops what TensorStore's threads report once Orbax has given up, but no Ctrl-C."""
+    # Python drops an exception that is raised in a callback, such as one of its garbage
+    # collector; a Ctrl-C that came there is sent again.
     if isinstance(what.exc_value, KeyboardInterrupt):
         send_again(signal.SIGINT)
     elif str(what.exc_value) != "Event loop is closed":
@@ -29,9 +28,11 @@ def _unraised(what: Any) -> None:
 
 
 def main() -> None:
-    """Runs the command line; if a package for it is missing, says how to install it."""
+    """Runs the command line; if a package is missing, says how to install it."""
+    # A closed stdin, stdout or stderr (">&-") leaves its number free. The next file that
+    # is opened, such as an output, would get it, and messages be printed into it.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # in place of a closed output, whose number no other file shall get
+        pass
     os.close(number)
     sys.unraisablehook = _unraised
     try:
@@ -40,8 +41,8 @@ def main() -> None:
         cli.app(prog_name="emaopt")
     except SystemExit as stopped:
         if isinstance(stopped.code, int) and stopped.code > 128:  # by a signal
-            # Threads of XLA's and TensorStore's may be at work, which Python's end is
-            # not safe with.
+            # Threads of XLA and TensorStore may still be at work, and Python's own end is
+            # not safe with them.
             os._exit(stopped.code)
         raise
     except KeyboardInterrupt:  # before a command has begun

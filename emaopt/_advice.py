@@ -10,10 +10,10 @@ def advised(kind: Callable[[str], E], what: str, advice: str, in_shell: str) -> 
     """An error whose message ends in advice.
 
     Args:
-      kind: Makes it of its message.
+      kind: The class of the error, or a function from its message to it.
       what: What is wrong.
       advice: What to do, in the words of a Python program: "Say with at= where."
-      in_shell: The same in those of the command line: "Say with --at where."
+      in_shell: The same in the words of the command line: "Say with --at where."
     """
     error = kind(f"{what} {advice}")
     vars(error)["in_shell"] = f"{what} {in_shell}"
@@ -21,5 +21,5 @@ def advised(kind: Callable[[str], E], what: str, advice: str, in_shell: str) -> 
 
 
 def said_in_shell(error: Exception) -> str:
-    """The message of an error, as somebody at the command line can follow it."""
+    """The message of an error, in words that fit the command line if it has them."""
     return vars(error).get("in_shell", str(error))

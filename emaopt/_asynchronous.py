@@ -1,13 +1,14 @@
 """Asynchronous workers around a parameter server, replayed on one device."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from emaopt._checks import (
     check_arrays,
@@ -20,48 +21,51 @@ from emaopt._checks import (
 from emaopt._commits import accumulate, check_commit, make_commit, start_center
 from emaopt._jax_internals import traced
 from emaopt._rounding import applied
+from emaopt._types import PyTree, Scalar
+
+Staleness: TypeAlias = Callable[[jax.Array], ArrayLike]  # τ -> factor on a commit
 
 
 class AsyncTrace(NamedTuple):
-    """What `simulate_async` returns; index 0 of a tree is before the first event."""
+    """Result of `simulate_async`; index 0 of a tree is before the first event."""
 
-    center: Any  # leaves [E+1, ...], float32 at least
-    local: Any  # leaves [E+1, W, ...] in the parameters' dtypes, or None
+    center: PyTree  # leaves [E+1, ...], float32 at least
+    local: PyTree  # leaves [E+1, W, ...] in the parameters' dtypes, or None
     pushed: jax.Array  # [E] bool, whether the event ended in a push
     staleness: jax.Array  # [E] int32, pushes by others since the worker's last pull
 
 
 class _Server(NamedTuple):
-    """What the workers share."""
+    """State that the workers share: the parameter server."""
 
-    center: Any  # like the parameters, float32 at least
-    outer_state: Any  # of the outer optimizer
-    num_pushes: jax.Array  # () int32, of all workers
+    center: PyTree  # like the parameters, float32 at least
+    outer_state: PyTree  # of the outer optimizer
+    num_pushes: Scalar  # () int32, of all workers
 
 
 class _Worker(NamedTuple):
-    """What a worker keeps for itself; in the scan, with a leading axis of W."""
+    """State of one worker; in the scan, of all workers with a leading axis of W."""
 
-    local: Any  # like the parameters
-    inner_state: Any  # of the inner optimizer, kept across pulls
-    pulled: Any  # the center at the last pull, or None where no commit needs it
-    accumulated: Any  # sum of the gradients since the last push, or None
-    num_steps: jax.Array  # () int32, never reset
-    seen_pushes: jax.Array  # () int32, the server's `num_pushes` at the last pull
+    local: PyTree  # like the parameters
+    inner_state: PyTree  # of the inner optimizer, kept across pulls
+    pulled: PyTree  # the center at the last pull, or None where no commit needs it
+    accumulated: PyTree  # sum of the gradients since the last push, or None
+    num_steps: Scalar  # () int32, never reset
+    seen_pushes: Scalar  # () int32, the server's `num_pushes` at the last pull
 
 
 def simulate_async(
     inner: optax.GradientTransformation,
     outer: optax.GradientTransformation | None,
-    params: Any,
-    grad_fn: Callable[[Any, jax.Array, jax.Array], Any],
-    schedule: Any,
+    params: PyTree,
+    grad_fn: Callable[[PyTree, jax.Array, jax.Array], PyTree],
+    schedule: ArrayLike | Sequence[int],
     *,
     period: int,
     commit: str = "delta",
     num_workers: int,
     moving_rate: float | None = None,
-    staleness: Callable[[jax.Array], Any] | None = None,
+    staleness: Staleness | None = None,
     keep_local: bool = True,
 ) -> AsyncTrace:
     """Replays asynchronous workers around a parameter server, one event at a time.
@@ -72,7 +76,8 @@ def simulate_async(
         g = grad_fn(local_w, w, e)
         local_w moves by `inner` with g;     n_w = n_w + 1
 
-    and if n_w is a multiple of `period`, the worker pushes a commit and pulls:
+    and if n_w is a multiple of `period`, the worker pushes a commit (a pseudo-gradient)
+    and pulls the center:
 
         commit "delta":          c = pulled_w - local_w
         commit "mean_delta":     c = (pulled_w - local_w) / period
@@ -80,9 +85,9 @@ def simulate_async(
         center moves by `outer` with staleness(τ) c as its gradient
         local_w = pulled_w = center
 
-    where pulled_w is the center that w pulled last and τ counts the pushes of the other
-    workers since then. Between its own pushes a worker sees nothing of the others. The
-    methods by name, with sgd = optax.sgd(1.0):
+    where pulled_w is the center that w pulled last and τ, its staleness, counts the
+    pushes of the other workers since then. Between its own pushes a worker sees nothing
+    of the others. The methods by name, with sgd = optax.sgd(1.0):
 
         DOWNPOUR, asynchronous local SGD   outer=sgd
         AGN, Hermans et al.                outer=sgd, commit="mean_delta"
@@ -90,17 +95,17 @@ def simulate_async(
         DynSGD                             outer=sgd, staleness=lambda tau: 1 / (1 + tau)
         EASGD                              outer=None, moving_rate=α
 
-    EASGD pulls nothing. At a push it takes d = local_w - center, with the center as it is
-    now, and moves both: local_w = local_w - α d and center = center + α d.
+    EASGD pulls nothing. At a push, with d = local_w - center for the center as it is now,
+    both move: local_w = local_w - α d and center = center + α d.
 
     What to watch: the order of the events is an input and the only clock; the same
     schedule gives the same run. The trace holds the center after each event and, with
-    `keep_local`, W times as much.
+    `keep_local`, the parameters of all workers: W times as much.
 
     Args:
       inner: The workers' optimizer. Each worker has slots of its own and keeps them
         across pulls.
-      outer: The center's optimizer, with one state that all pushes share. None with
+      outer: The center's optimizer, with one state for all pushes. None with
         `moving_rate`.
       params: Any tree of floating arrays.
       grad_fn: A function (params, worker, event) -> gradients like `params`. Worker and
@@ -114,7 +119,7 @@ def simulate_async(
       moving_rate: α in (0, 1] for EASGD. Default None: no EASGD.
       staleness: A function of τ (int32 scalar, traced) that returns the factor on the
         commit. Default None: no factor.
-      keep_local: Record the workers' parameters as well. Default True.
+      keep_local: Whether to record the workers' parameters as well. Default True.
 
     Returns:
       An `AsyncTrace(center, local, pushed, staleness)`. Index e of `center` and `local`
@@ -122,8 +127,8 @@ def simulate_async(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, if `moving_rate` comes
-        with an outer optimizer, another commit or `staleness`, or if `grad_fn` returns
-        another structure than that of the parameters.
+        with an outer optimizer, another commit or `staleness`, or if the gradients of
+        `grad_fn` have another structure than the parameters.
 
     Example:
       Two workers take turns, and each pushes after two steps of its own:
@@ -181,7 +186,7 @@ def simulate_async(
         seen_pushes=zero,
     )
 
-    def train(worker, index, event):
+    def train(worker: _Worker, index: jax.Array, event: jax.Array) -> _Worker:
         grads = grad_fn(worker.local, index, event)
         if jax.tree.structure(grads) != jax.tree.structure(params):
             raise ValueError(
@@ -202,8 +207,9 @@ def simulate_async(
             num_steps=worker.num_steps + 1,
         )
 
-    def make_commits(worker, tau):
-        def one(local, other):  # what was accumulated, or what was pulled
+    def make_commits(worker: _Worker, tau: jax.Array) -> PyTree:
+        # `other` is the sum of the gradients, or the center that was pulled.
+        def one(local: jax.Array, other: jax.Array) -> jax.Array:
             pulled, accumulated = (None, other) if summed else (other, None)
             value = make_commit(commit, pulled, local, accumulated, jnp.int32(period))
             return value * factor.astype(value.dtype)
@@ -212,7 +218,7 @@ def simulate_async(
         others = worker.accumulated if summed else worker.pulled
         return jax.tree.map(one, worker.local, others)
 
-    def exchange(server, worker):
+    def exchange(server: _Server, worker: _Worker) -> tuple[_Server, _Worker]:
         center, outer_state, num_pushes = server
         if rate is None:
             commits = make_commits(worker, num_pushes - worker.seen_pushes)
@@ -229,24 +235,28 @@ def simulate_async(
             local = jax.tree.map(
                 lambda p, d: (p.astype(d.dtype) - d).astype(p.dtype), worker.local, moves
             )
+        # The worker has seen its own push, which adds nothing to its staleness.
         return _Server(center, outer_state, num_pushes + 1), worker._replace(
             local=local,
             pulled=None if worker.pulled is None else center,
             seen_pushes=num_pushes + 1,
         )
 
-    def keep(server, worker):
-        # Slots that bypass the conditional would be computed twice, to be read and to be
-        # stored, and XLA would copy the slots of all workers at every event.
+    def keep(server: _Server, worker: _Worker) -> tuple[_Server, _Worker]:
+        # Without the barrier the slots bypass the conditional. XLA then computes them
+        # twice, to read and to store them, and copies those of all workers at each event.
         return lax.optimization_barrier((server, worker))
 
-    def step(carry, inputs):
+    def step(
+        carry: tuple[_Server, _Worker], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[_Server, _Worker], AsyncTrace]:
         server, workers = carry
         index, event = inputs
         worker = jax.tree.map(
             lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), workers
         )
         worker = train(worker, index, event)
+        # Before the exchange, which counts this push.
         tau = server.num_pushes - worker.seen_pushes
         pushed = worker.num_steps % period == 0
         server, worker = lax.cond(pushed, exchange, keep, server, worker)
@@ -271,8 +281,8 @@ def simulate_async(
     return trace._replace(center=center, local=local)
 
 
-def _factor(staleness: Callable[[jax.Array], Any], tau: jax.Array) -> jax.Array:
-    """The factor on a commit of this staleness; raises unless it is a real scalar."""
+def _factor(staleness: Staleness, tau: jax.Array) -> jax.Array:
+    """The factor on a commit of staleness τ; raises unless it is a real scalar."""
     factor = jnp.asarray(staleness(tau))
     if factor.shape or not jnp.isrealobj(factor):
         raise ValueError(
@@ -282,8 +292,8 @@ def _factor(staleness: Callable[[jax.Array], Any], tau: jax.Array) -> jax.Array:
     return factor
 
 
-def _check_functions(grad_fn: Any, staleness: Any) -> None:
-    """Raises unless both are functions, or `staleness` is None."""
+def _check_functions(grad_fn: object, staleness: object) -> None:
+    """Raises unless both are functions; `staleness` may be None."""
     check_callable("simulate_async", "grad_fn", grad_fn, 3)
     if staleness is not None and not callable(staleness):
         raise TypeError(
@@ -293,8 +303,8 @@ def _check_functions(grad_fn: Any, staleness: Any) -> None:
     check_callable("simulate_async", "staleness", staleness, 1, optional=True)
 
 
-def _check_elastic(moving_rate: Any, **others: Any) -> None:
-    """Raises unless this is EASGD, with nothing that belongs to the other methods."""
+def _check_elastic(moving_rate: object, **others: object) -> None:
+    """Raises unless α is in (0, 1] and the arguments of other methods are default."""
     check_number("simulate_async", "moving_rate", moving_rate, 0, 1, above=True)
     for name, default in {"outer": None, "commit": "delta", "staleness": None}.items():
         if others[name] != default:
@@ -304,7 +314,7 @@ def _check_elastic(moving_rate: Any, **others: Any) -> None:
             )
 
 
-def _check_params(params: Any) -> Any:
+def _check_params(params: PyTree) -> PyTree:
     """The parameters as arrays; raises unless all are floating or complex."""
     check_arrays("simulate_async", "params", params)
     params = jax.tree.map(jnp.asarray, params)
@@ -317,8 +327,8 @@ def _check_params(params: Any) -> Any:
     return params
 
 
-def _check_schedule(schedule: Any, num_workers: int) -> jax.Array:
-    """The schedule as int32 [E]; raises unless each number is a worker's."""
+def _check_schedule(schedule: PyTree, num_workers: int) -> jax.Array:
+    """The schedule as int32 [E]; raises unless each number is that of a worker."""
     workers = schedule if traced(schedule) else np.asarray(schedule)
     empty = workers.shape == (0,)  # NumPy makes [] floating
     if workers.ndim != 1 or not (empty or jnp.issubdtype(workers.dtype, jnp.integer)):

@@ -1,9 +1,10 @@
 """How an average is kept: of any tree, last in a chain, or around an optimizer."""
 
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._checks import (
     check_flag,
@@ -16,7 +17,8 @@ from emaopt._recursion import Averager, make_averager
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
-from emaopt._types import DecayLike
+from emaopt._states import AverageState, SwappedState
+from emaopt._types import DecayLike, Mask, Placement, PyTree
 
 
 class Options(TypedDict, total=False):
@@ -24,21 +26,21 @@ class Options(TypedDict, total=False):
 
     every: int
     start: int
-    mask: Any
-    accumulator_dtype: Any
+    mask: Mask
+    accumulator_dtype: DTypeLike | None
     debias: bool
     zero_init: bool
     skip_nonfinite: bool
     stochastic_rounding: bool
-    sharding: Any
+    sharding: Placement
     memory_kind: str | None
 
 
 class AveragedState(NamedTuple):
     """State of `averaged`."""
 
-    inner_state: Any  # of the wrapped optimizer
-    averaging: Any  # AverageState
+    inner_state: PyTree  # of the wrapped optimizer
+    averaging: AverageState | SwappedState  # the latter while the average is in use
 
 
 def average_params(
@@ -46,34 +48,36 @@ def average_params(
     *,
     every: int = 1,
     start: int = 0,
-    mask: Any = None,
-    accumulator_dtype: Any = None,
+    mask: Mask = None,
+    accumulator_dtype: DTypeLike | None = None,
     debias: bool = False,
     zero_init: bool = False,
     skip_nonfinite: bool = False,
     stochastic_rounding: bool = False,
-    sharding: Any = "like_params",
+    sharding: Placement = "like_params",
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters; the updates pass through with their values unchanged.
 
     Let θ_s be the parameters after the s-th update, s = 1, 2, 3, ..., exactly as
-    `optax.apply_updates` returns them. The average starts as a copy of θ_0 and
+    `optax.apply_updates` returns them. The average (an EMA, or a Polyak average with
+    `uniform_decay`) starts as a copy of θ_0 and
 
         a_s = a_{s-1} + (1 - β_t) (θ_s - a_{s-1}),     t = s - start,
 
     so that it always is a weighted sum of iterates: `decay_weights` returns the weights.
-    Every operation is rounded by itself, in float32 at least, under jit as in NumPy. For
-    a number 1 - β is taken in float64, for a decay of this package from its formula
-    (warmup_decay: in float32, as TensorFlow does), for any other function in β's dtype.
+    Every operation is rounded by itself, in float32 at least, under jit as in NumPy.
+    1 - β is computed in float64 for a number, from the formula for a decay of this
+    package (warmup_decay: in float32, as TensorFlow does), and in β's dtype for any other
+    function.
 
     What to watch: θ_s is read as `params + updates`, so this belongs last in an
     `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
-    It is exact where `optax.apply_updates` is compiled with the update, in one jit. On
-    its own, XLA may fuse the update's last product with the sum (FMA): θ_s is then off by
-    up to a unit in the last place of the parameter and one of its update. Inside of a
-    conditional (`lax.cond`, and the wrappers that use one) the updates are rounded
-    before both sums; elsewhere they are the very ones that came in.
+    θ_s is exact where `optax.apply_updates` is compiled with the update, in one jit. If
+    the update is compiled alone, XLA may fuse its last product with the sum (FMA): θ_s is
+    then off by up to a unit in the last place of the parameter and one of its update.
+    Inside of a conditional (`lax.cond`, and wrappers that use one) the updates are
+    rounded before both sums; elsewhere the updates are returned as the same objects.
     Wrappers that call the chain decide when the average moves:
       optax.MultiSteps: inside, once per emitted step (though MultiSteps computes it, and
         discards it, at every mini-step); outside, at every mini-step.
@@ -82,23 +86,23 @@ def average_params(
       optax.contrib.schedule_free: inside, the average is of its base iterates z, which
         nobody serves; outside, of y. `schedule_free_eval_params` is an average already.
       optax.lookahead: inside, of the fast weights before they synchronise.
-      optax.contrib.mechanize: inside, of iterates that nobody has: it scales what its
-        inner optimizer did in all. Outside, of the parameters.
+      optax.contrib.mechanize: inside, of iterates that are never the parameters, since
+        it scales the sum of all steps of its inner optimizer; outside, of the parameters.
       optax.flatten, optax.contrib.split_real_and_imaginary: inside, of parameters in
-        another form, which cannot be read. Outside, of the parameters.
-      optax.inject_hyperparams: of `average_params`, it takes any function for a schedule
-        of its own count, which is 0 at the first update where t is 1: every decay would
+        another form, which `get_average` cannot read; outside, of the parameters.
+      optax.inject_hyperparams: around `average_params`, it takes any function for a
+        schedule of its own count, which is 0 at the first update, where t is 1: decays
         come a step late, `start` is not subtracted, and a mask is called with the count.
-        Give static_args=("decay", "every", "start", "mask", "sharding"), less "decay" if
-        that is a number to be changed in mid-run, then with
+        Give static_args=("decay", "every", "start", "mask", "sharding"). To change a
+        number `decay` in mid-run, leave "decay" out of them and give
         hyperparam_dtype=jnp.float32. Or inject the optimizer alone, and chain.
 
     Args:
       decay: β in [0, 1], or a function of t (int32 scalar, may be traced) such as
         `warmup_decay(0.999)`. `tx.update(..., num_updates=n)` replaces t by the whole
-        number n. A function out of [0, 1] is refused where its value is known (at t = 1
-        when built, and outside of jit); traced, the nearest of 0 and 1 is taken, as 0 is
-        of a traced n below it.
+        number n. A β out of [0, 1] is refused where its value is known (at t = 1 when
+        built, and outside of jit). A traced β is clipped to [0, 1], a traced n to 0 and
+        above.
       every: Move the average on every k-th step only (when (s - start) % k == 0), by the
         product of the decays since the last move: the window keeps its length in steps.
         The steps between cost no pass over the parameters. Default 1.
@@ -107,9 +111,9 @@ def average_params(
         from a global step. Default 0.
       mask: A tree of booleans like the parameters or a prefix of it, or a function from
         the parameters to one (`by_name`). False leaves are not averaged and cost
-        nothing. A model that can be called, with booleans for leaves, is a tree, as for
-        `optax.masked`. Must say the same at every update as at init: `change_mask` is
-        there to change it in mid-run. Default: all are averaged.
+        nothing. A callable model with booleans for leaves is a tree, as for
+        `optax.masked`. Every update must get the same mask as init; `change_mask` changes
+        it in mid-run. Default: all leaves are averaged.
       accumulator_dtype: Real dtype of the average. Default: the parameter's own, and
         float32 for narrower ones; complex parameters take the complex dtype of that
         width. In bfloat16 a decay above 0.996 rounds every step away; a constant one is
@@ -119,27 +123,30 @@ def average_params(
       zero_init: Start from zeros in place of a copy, as
         tfm.optimization.ExponentialMovingAverage does. Default False.
       skip_nonfinite: Leave the average as it is when an averaged leaf holds a NaN or inf,
-        and count it in the state's `num_skipped`. By default it propagates. Not for
-        sharded parameters inside of shard_map, where each device sees its own part only.
+        and count the update in the state's `num_skipped`. By default a NaN propagates.
+        Not for sharded parameters inside of shard_map, where each device sees its own
+        part only.
       stochastic_rounding: For accumulator_dtype=jnp.bfloat16: round up or down at random,
         so that an average in 2 bytes follows any decay without bias. Its noise is about
-        sqrt(|θ - a| ulp / 2), whatever the decay. The bits depend on the element's index
-        (inside of shard_map, in the device's part) and the update's number alone: alike
-        on all replicas and after a restart. Default False.
-      sharding: Where the average is, along mesh axes over which the parameters are
-        replicated: an axis or a tuple of axes, so that each device holds 1/N of the
-        average and updates it without communication (ZeRO), split in the first dimension
-        that N divides. A PartitionSpec names such axes, which the parameter lacks, in the
-        dimensions to split; a NamedSharding brings its mesh along, else it is that of
-        `jax.set_mesh`. For some of the leaves: a tree of these like the parameters or a
-        prefix of it (a tuple of names is no tree), or a function from the parameters to
-        one. Leaves that do not divide, or lack the dimension, stay as the parameters,
-        which is the default, "like_params". Inside of `jax.shard_map` over the axes, the
-        average has the shape of the device's part, and is read outside; the parameters
-        must be equal along the axes, which is checked with check_vma alone.
+        sqrt(|θ - a| ulp / 2), whatever the decay. The bits depend only on the element's
+        index (inside of shard_map, in the device's part) and the update's number: they
+        are the same on all replicas and after a restart. Default False.
+      sharding: How the average is split (ZeRO), along mesh axes over which the parameters
+        are replicated. An axis or a tuple of axes: each device holds 1/N of the average
+        and updates it without communication; the first dimension that N divides is split.
+        A PartitionSpec names axes that the parameter does not use, in the dimensions to
+        split; a NamedSharding also gives the mesh, which otherwise is that of
+        `jax.set_mesh`. To treat leaves differently, give a tree of these like the
+        parameters or a prefix of it (a tuple of names is no tree), or a function from the
+        parameters to one. Leaves that N does not divide, or that lack the dimension, are
+        sharded like their parameters, as all are by default, "like_params". Inside of
+        `jax.shard_map` over the axes, the average has the shape of the device's part, and
+        must be read outside; the parameters must be equal along the axes, which only
+        check_vma checks.
       memory_kind: "pinned_host" keeps the average in the host's memory and brings it to
-        the device for each update, a few arrays at a time; best with `every`, which XLA
-        cannot compile for GPUs then. Needs jax 0.10. Default: the parameters' memory.
+        the device for each update, a few arrays at a time. Best with `every`, but XLA
+        cannot compile the two together for GPUs. Needs jax 0.10. Default: the parameters'
+        memory.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are
@@ -148,7 +155,7 @@ def average_params(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask is another one than at `init`, or the state is
+        `params` is missing, the mask differs from that at `init`, or the state is
         swapped.
 
     Example:
@@ -178,10 +185,17 @@ def average_params(
         memory_kind=memory_kind,
     )
 
-    def init(params):
+    def init(params: PyTree) -> PyTree:
         return averager.init(params)
 
-    def update(updates, state, params=None, *, num_updates=None, **extra_args):
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        num_updates: ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, PyTree]:
         del extra_args
         if params is None:
             raise ValueError(
@@ -189,6 +203,7 @@ def average_params(
                 "them: call tx.update(grads, state, params)."
             )
         try:
+            # This sum must have the bits of the one that the caller makes.
             updates = settled(updates)
             seen = optax.apply_updates(params, updates)
         except (TypeError, ValueError) as error:
@@ -207,7 +222,7 @@ def average_tree(decay: DecayLike, **options: Unpack[Options]) -> Averager:
     """Averages any pytree: statistics, target networks, metrics.
 
     The same recursion and options as `average_params`, for values that no optimizer
-    returns: they are given to `update` themselves, not as updates to parameters.
+    returns: `update` takes the values themselves, not updates to parameters.
 
     Args:
       decay: β in [0, 1] or a function t -> β.
@@ -221,8 +236,8 @@ def average_tree(decay: DecayLike, **options: Unpack[Options]) -> Averager:
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if the
-        tree has another structure than at `init`, the mask another value, or the state
-        is swapped.
+        structure of the tree or the mask differs from that at `init`, or the state is
+        swapped.
 
     Example:
       >>> averager = average_tree(0.5)
@@ -245,8 +260,9 @@ def averaged(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it averages the parameters that it makes.
 
-    The same as `optax.chain(optimizer, average_params(decay))`, where nothing can come
-    between the optimizer and its average, with two options more.
+    The same average (EMA, Polyak average) as that of
+    `optax.chain(optimizer, average_params(decay))`, but nothing can come between the
+    optimizer and its average, and there are two options more.
 
     Args:
       optimizer: Any Optax transformation. Extra arguments of `update` are passed to it.
@@ -265,7 +281,7 @@ def averaged(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask is another one than at `init`, or the state is
+        `params` is missing, the mask differs from that at `init`, or the state is
         swapped.
 
     Example:
@@ -287,10 +303,17 @@ def averaged(
     averager = make_averager("averaged", decay, **options)
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params):
+    def init(params: PyTree) -> PyTree:
         return AveragedState(inner.init(params), averager.init(params))
 
-    def update(updates, state, params=None, *, num_updates=None, **extra_args):
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        num_updates: ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(
                 "averaged averages the parameters, but update was called without them: "
@@ -309,6 +332,8 @@ def averaged(
             )
             seen = params
             if sequential:
+                # Overwriting returns a choice of two updates, which the caller's sum
+                # takes rounded, unless XLA hoists the choice. So they are rounded here.
                 updates = settled(updates, selected=overwrite_every is not None)
                 seen = optax.apply_updates(params, updates)
         except (TypeError, ValueError, AttributeError) as error:
@@ -327,6 +352,7 @@ def _check_overwriting(period: int, options: Options) -> None:
     """Raises unless the parameters can be set to the average every so many steps."""
     every, sharding = options.get("every", 1), options.get("sharding", LIKE_PARAMS)
     check_integer("averaged", "overwrite_every", period, 1)
+    # As make_averager does later: the remainder below needs a whole number above 0.
     check_integer("averaged", "every", every, 1)
     if period % every:
         raise ValueError(
@@ -341,7 +367,7 @@ def _check_overwriting(period: int, options: Options) -> None:
         )
 
 
-def _lead_to(average: Any, params: Any, updates: Any, due: Any) -> Any:
+def _lead_to(average: PyTree, params: PyTree, updates: PyTree, due: jax.Array) -> PyTree:
     """Updates that set the parameters to the average where `due`, the given ones else."""
     leaves, treedef = jax.tree.flatten(params)
     leads = [

@@ -1,9 +1,10 @@
-"""What a decay is: β as a function of t, which may know 1 - β and Π β better itself."""
+"""Decays: β as a function of t, which may also know 1 - β and log Π β exactly."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +13,43 @@ from jax.typing import ArrayLike
 
 from emaopt._types import DecayLike
 
+Array: TypeAlias = jax.Array | np.ndarray
+# (the array functions of NumPy or JAX, floating t) -> β or 1 - β
+Formula: TypeAlias = Callable[[ModuleType, Array], Array]
+# (i, T) -> log Π β over the steps i < t <= T
+LogKept: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-    """A decay that also knows 1 - β, which β itself cannot carry in float32.
+    """A decay that also knows 1 - β, which a β in float32 loses.
 
-    Near 1, float32 steps by 6e-8: of a uniform average over 1e6 iterates, 1 - β = 1e-6
-    would be read back with an error of several percent.
+    Near 1, float32 has steps of 6e-8: 1 - β = 1e-6, as of a uniform average over 1e6
+    iterates, would be off by several percent if computed from β.
 
-    log_kept: (i, T) -> log Π β over the steps i < t <= T, where that has a closed form;
+    log_kept: (i, T) -> log Π β over the steps i < t <= T, or None without a closed form;
     i, in [0, T], is float64 and need not be whole. breaks: the t at which it has a kink.
     """
 
     description: str
-    beta: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
-    complement: Callable[[Any, Any], Any] = dataclasses.field(repr=False)
-    log_kept: Callable[[np.ndarray, int], np.ndarray] | None = None
+    beta: Formula = dataclasses.field(repr=False)
+    complement: Formula = dataclasses.field(repr=False)
+    log_kept: LogKept | None = None
     breaks: tuple[float, ...] = ()
 
-    def __call__(self, t: ArrayLike) -> Any:
+    def __call__(self, t: ArrayLike) -> Array:
         return self.beta(*_namespace(self, t))
 
-    def one_minus(self, t: ArrayLike) -> Any:
+    def one_minus(self, t: ArrayLike) -> Array:
         return self.complement(*_namespace(self, t))
 
     def __repr__(self) -> str:
         return self.description
 
 
-def _namespace(decay: Any, t: ArrayLike) -> tuple[Any, Any]:
+def _namespace(decay: Decay, t: ArrayLike) -> tuple[ModuleType, Array]:
     """The array functions to compute with, and t as a floating-point array."""
+    # Profiles are computed in float64 on the host; JAX without x64 has float32 only.
     if isinstance(t, np.ndarray) and t.dtype.kind in "iuf":
         return np, t.astype(np.float64)
     try:
@@ -50,12 +58,12 @@ def _namespace(decay: Any, t: ArrayLike) -> tuple[Any, Any]:
         raise TypeError(f"{decay}: t must be a number, got {t!r}.") from None
 
 
-def one_minus(decay: DecayLike, t: ArrayLike) -> Any:
+def one_minus(decay: DecayLike, t: ArrayLike) -> Array | float:
     """Returns 1 - β at t, as exactly as the decay knows it.
 
-    A Python number is subtracted in Python (float32 holds 1 - 0.9999 only to 1.7e-4),
-    a decay of this module is asked, and what any other function returns is used as it
-    comes.
+    A Python number is subtracted in Python (float32 holds 1 - 0.9999 only to 1.7e-4). A
+    `Decay` computes 1 - β itself. The β of any other function is subtracted from 1 at
+    the precision that it has.
     """
     if isinstance(decay, Decay):
         return decay.one_minus(t)
@@ -65,18 +73,20 @@ def one_minus(decay: DecayLike, t: ArrayLike) -> Any:
 
 
 def evaluate(decay: DecayLike, t: np.ndarray) -> np.ndarray:
-    """1 - β at every t, float64; decays of other makers at the precision they have."""
+    """1 - β at every t, float64; of a user's function at the precision that it has."""
+    # A user's function gets what the average gives it: a scalar int32 of JAX's.
     if callable(decay) and not isinstance(decay, Decay):
         steps = jnp.asarray(t, jnp.int32)
         return np.asarray(jax.vmap(lambda i: one_minus(decay, i))(steps), np.float64)
     return np.broadcast_to(np.asarray(one_minus(decay, t), np.float64), t.shape)
 
 
-def log_kept_of(decay: DecayLike) -> Callable[[np.ndarray, int], np.ndarray] | None:
-    """`Decay.log_kept` of a decay, a constant one too; None if it has no closed form."""
+def log_kept_of(decay: DecayLike) -> LogKept | None:
+    """`Decay.log_kept` of a decay or a constant; None if there is no closed form."""
     if callable(decay):
         return decay.log_kept if isinstance(decay, Decay) else None
     if isinstance(decay, jax.Array):
         return None
     log_beta = math.log(decay) if decay > 0 else -math.inf
+    # `where` computes both choices, and 0 · log β is NaN at β = 0: no factor is ever 0.
     return lambda i, last: np.where(i < last, np.maximum(last - i, 1e-9) * log_beta, 0.0)

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,13 @@ import numpy as np
 import optax
 
 from emaopt._jax_internals import traced
+from emaopt._types import Leaf, PyTree, Scalar
 
 MAX_COUNT = 2**31 - 1  # counters are int32
-_ROUNDING = 1e-6  # by which a β of float32 may pass its bounds
+_ROUNDING = 1e-6  # a β in float32 may pass its bounds by as much
 
 
-def check_decay(function: str, decay: Any) -> None:
+def check_decay(function: str, decay: object) -> None:
     """Raises unless `decay` is a number in [0, 1] or a function of t."""
     if callable(decay):
         _check_function(function, decay)
@@ -41,12 +42,13 @@ def check_decay(function: str, decay: Any) -> None:
     check_number(function, "decay", float(decay), 0, 1)
 
 
-def _check_function(function: str, decay: Any) -> None:
+def _check_function(function: str, decay: Callable[..., Leaf]) -> None:
     """Raises unless a decay function returns a floating scalar, at t = 1 in [0, 1]."""
     try:
         beta = jax.eval_shape(decay, jax.ShapeDtypeStruct((), np.int32))
     except jax.errors.JAXTypeError:
-        beta = None  # written in Python's control flow: right outside of jit
+        # Python's control flow on t fails in a trace only; outside of jit it is right.
+        beta = None
     except TypeError as error:
         raise TypeError(
             f"{function}: decay must be a function of one argument, t, that returns β; "
@@ -58,17 +60,21 @@ def _check_function(function: str, decay: Any) -> None:
             f"{function}: decay must return a floating scalar, {decay!r} returns {kind} "
             f"of shape {getattr(beta, 'shape', '')}."
         )
-    if not hasattr(decay, "one_minus"):  # this package's own keep to their range
-        with jax.ensure_compile_time_eval():  # also where a program is traced around it
+    # Decays of this package keep to their range. Others are tried at t = 1, with a value
+    # even if the transformation is built inside of a trace.
+    if not hasattr(decay, "one_minus"):
+        with jax.ensure_compile_time_eval():
             check_beta(function, decay, decay(jnp.int32(1)), " at t = 1")
 
 
-def _is_floating_scalar(beta: Any) -> bool:
+def _is_floating_scalar(beta: Leaf) -> bool:
     return getattr(beta, "shape", None) == () and np.issubdtype(beta.dtype, np.inexact)
 
 
-def check_beta(function: str, decay: Any, beta: Any, where: str = "") -> None:
-    """Raises if a β that is known now is out of [0, 1], by more than its rounding."""
+def check_beta(
+    function: str, decay: object, beta: Scalar | float, where: str = ""
+) -> None:
+    """Raises if the value of β is known and out of [0, 1] by more than its rounding."""
     if traced(beta):
         return
     if not -_ROUNDING <= float(beta) <= 1 + _ROUNDING:
@@ -81,7 +87,7 @@ def check_beta(function: str, decay: Any, beta: Any, where: str = "") -> None:
 def check_number(
     function: str,
     argument: str,
-    value: Any,
+    value: object,
     low: float,
     high: float = math.inf,
     *,
@@ -90,6 +96,7 @@ def check_number(
     """Raises unless low <= value <= high (low < value with `above`)."""
     if isinstance(value, bool) or not isinstance(value, (float, int, np.number)):
         raise TypeError(f"{function}: {argument} must be a number, got {value!r}.")
+    # Negated, so that a NaN, which no comparison holds for, is refused.
     if not (low < value if above else low <= value) or not value <= high:
         bounds = f"{'greater than' if above else 'at least'} {low}"
         if high < math.inf:
@@ -97,7 +104,7 @@ def check_number(
         raise ValueError(f"{function}: {argument} must be {bounds}, got {value!r}.")
 
 
-def check_integer(function: str, argument: str, value: Any, low: int) -> None:
+def check_integer(function: str, argument: str, value: object, low: int) -> None:
     """Raises unless `value` is a whole number, at least `low`, that int32 holds."""
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -106,14 +113,15 @@ def check_integer(function: str, argument: str, value: Any, low: int) -> None:
         )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{function}: {argument} must be a whole number, got {value!r}.")
+    # Twice: the message names the upper bound only where that is what was passed.
     check_number(function, argument, value, low)
     check_number(function, argument, value, low, MAX_COUNT)
 
 
-def checked_count(function: str, argument: str, count: Any) -> Any:
-    """The count: an int where it is known, or an error; a traced one within its range.
+def checked_count(function: str, argument: str, count: Leaf) -> Scalar | int:
+    """The count: an int if its value is known, or an error; a traced one is clipped.
 
-    A traced count cannot be refused. Below 0 it would make a β out of [0, 1].
+    A traced count cannot be refused. Below 0 it would give a β out of [0, 1].
     """
     array = isinstance(count, (jax.Array, np.ndarray))
     whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
@@ -126,13 +134,14 @@ def checked_count(function: str, argument: str, count: Any) -> Any:
         )
     if traced(count):
         traced_count: jax.Array = jnp.asarray(count)
+        # The bound must fit the count's own dtype, which may be as narrow as int8.
         most = min(MAX_COUNT, jnp.iinfo(traced_count.dtype).max)
         return jnp.clip(traced_count, 0, most).astype(jnp.int32)
     check_integer(function, argument, int(count), 0)
     return int(count)
 
 
-def check_optimizer(function: str, argument: str, optimizer: Any) -> None:
+def check_optimizer(function: str, argument: str, optimizer: object) -> None:
     """Raises unless `optimizer` is an Optax transformation."""
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
@@ -142,22 +151,24 @@ def check_optimizer(function: str, argument: str, optimizer: Any) -> None:
         )
 
 
-def check_flag(function: str, argument: str, value: Any) -> None:
+def check_flag(function: str, argument: str, value: object) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{function}: {argument} must be True or False, got {value!r}.")
 
 
 def check_text(
-    function: str, argument: str, value: Any, *, optional: bool = False
+    function: str, argument: str, value: object, *, optional: bool = False
 ) -> None:
-    """Raises unless `value` is a string; or None, where that is a choice too."""
+    """Raises unless `value` is a string; or None, if `optional`."""
     if not (isinstance(value, str) or (optional and value is None)):
         what = "a string or None" if optional else "a string"
         raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
 
 
-def check_choice(function: str, argument: str, value: Any, choices: Sequence) -> None:
+def check_choice(
+    function: str, argument: str, value: object, choices: Sequence[str | None]
+) -> None:
     """Raises unless `value` is one of the strings, or None if that is among them."""
     if not isinstance(value, (str, type(None))) or value not in choices:
         *some, last = map(repr, choices)
@@ -169,14 +180,14 @@ def check_choice(function: str, argument: str, value: Any, choices: Sequence) ->
 def check_callable(
     function: str,
     argument: str,
-    value: Any,
+    value: object,
     takes: int | None = None,
     *,
     optional: bool = False,
 ) -> None:
-    """Raises unless `value` is a function that takes so many arguments, or None.
+    """Raises unless `value` is a function of that many arguments; or None, if `optional`.
 
-    Not every function tells how many it takes; what one says by itself is left to it.
+    Some functions, such as built-in ones, do not tell how many they take, and pass.
     """
     if optional and value is None:
         return
@@ -199,9 +210,10 @@ def check_callable(
             ) from None
 
 
-def check_axis_name(function: str, argument: str, value: Any) -> None:
+def check_axis_name(function: str, argument: str, value: object) -> None:
     """Raises unless `value` can be a mapped axis, or a tuple of several."""
     names = value if isinstance(value, tuple) and value else (value,)
+    # JAX takes any hashable object for an axis name. These are mistakes.
     never = (bool, float, complex, np.generic, bytes, tuple)
     for name in names:
         hashable = isinstance(name, Hashable) and not callable(name)
@@ -212,8 +224,8 @@ def check_axis_name(function: str, argument: str, value: Any) -> None:
             )
 
 
-def check_state(function: str, argument: str, state: Any) -> None:
-    """Raises if `state` is no optimizer's state: an array, say, or what is no tree."""
+def check_state(function: str, argument: str, state: PyTree) -> None:
+    """Raises if `state` is no optimizer's state, but None or a single leaf."""
     if state is None or jax.tree_util.all_leaves([state]):
         raise TypeError(
             f"{function}: {argument} must be an optimizer's state, got {state!r}."
@@ -229,7 +241,7 @@ def check_mapping(
     optional: bool = False,
     of_text: bool = False,
 ) -> None:
-    """Raises unless `value` is a dict or another mapping; or None, where it may be."""
+    """Raises unless `value` is a dict or another mapping; or None, if `optional`."""
     if optional and value is None:
         return
     fits = isinstance(value, Mapping)
@@ -240,7 +252,7 @@ def check_mapping(
         raise TypeError(f"{function}: {argument} must be {what}, got {value!r}.")
 
 
-def check_json(function: str, argument: str, value: Any) -> None:
+def check_json(function: str, argument: str, value: object) -> None:
     """Raises unless `value` is a dict that JSON can hold, or None."""
     check_mapping(function, argument, value, optional=True)
     try:
@@ -249,8 +261,8 @@ def check_json(function: str, argument: str, value: Any) -> None:
         raise TypeError(f"{function}: {argument} must fit into JSON: {error}.") from None
 
 
-def check_dtype(function: str, argument: str, value: Any) -> Any:
-    """The floating dtype that `value` is, or None; an error if it is another thing."""
+def check_dtype(function: str, argument: str, value: object) -> np.dtype | None:
+    """The floating dtype that `value` says, or None for None; else an error."""
     if value is None:
         return None
     dtype = as_dtype(function, argument, value)
@@ -259,18 +271,19 @@ def check_dtype(function: str, argument: str, value: Any) -> Any:
     return dtype
 
 
-def as_dtype(function: str, argument: str, value: Any) -> np.dtype:
-    """The dtype that `value` is, or an error."""
-    # NumPy makes one of much else: of None, of the type int, of lists of pairs.
+def as_dtype(function: str, argument: str, value: object) -> np.dtype:
+    """The dtype that `value` says, or an error."""
+    # NumPy makes dtypes of None and of lists of pairs, too, and parses strings: a bad one
+    # may be a SyntaxError.
     try:
         if isinstance(value, (str, type, np.dtype)):
             return jnp.dtype(value)
     except (TypeError, ValueError, SyntaxError):
-        pass  # said below
+        pass  # raised below
     raise TypeError(f"{function}: {argument} must be a dtype, got {value!r}.")
 
 
-def check_vector(function: str, argument: str, value: Any) -> np.ndarray:
+def check_vector(function: str, argument: str, value: object) -> np.ndarray:
     """The finite numbers [n] that `value` holds, n at least 1, or an error."""
     return check_real(function, argument, value, "a vector of numbers", (1,))
 
@@ -278,16 +291,17 @@ def check_vector(function: str, argument: str, value: Any) -> np.ndarray:
 def check_real(
     function: str,
     argument: str,
-    value: Any,
+    value: object,
     what: str,
     ndims: Collection[int] = (),
     *,
     finite: bool = True,
 ) -> np.ndarray:
-    """Real numbers as float64, of one of the ranks; an error says `what` is due."""
+    """Real numbers as float64, of one of the ranks, or an error that asks for `what`."""
     found: Any = None
     try:
         found = np.asarray(value)
+        # To NumPy, bfloat16 and most kinds of float8 are "V".
         fits = found.dtype.kind in "iuf" or jnp.issubdtype(found.dtype, jnp.floating)
         fits = fits and found.size > 0 and (not ndims or found.ndim in ndims)
         found = found.astype(np.float64) if fits else found
@@ -300,8 +314,8 @@ def check_real(
     return found
 
 
-def check_iterable(function: str, argument: str, value: Any, of: str) -> None:
-    """Raises unless `value` holds several of what it is to be `of`: no text, no dict."""
+def check_iterable(function: str, argument: str, value: object, of: str) -> None:
+    """Raises unless `value` can be iterated over, and is no text, dict or scalar."""
     one = isinstance(value, (str, bytes, Mapping)) or getattr(value, "ndim", 1) == 0
     if one or isinstance(value, type) or not hasattr(value, "__iter__"):
         raise TypeError(
@@ -309,8 +323,8 @@ def check_iterable(function: str, argument: str, value: Any, of: str) -> None:
         )
 
 
-def check_sequence(function: str, argument: str, value: Any, of: str) -> None:
-    """The same, of what has a length and is there as often as it is asked for."""
+def check_sequence(function: str, argument: str, value: object, of: str) -> None:
+    """Raises unless `value` is iterable, has a length and can be read more than once."""
     check_iterable(function, argument, value, of)
     if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         raise TypeError(
@@ -319,11 +333,12 @@ def check_sequence(function: str, argument: str, value: Any, of: str) -> None:
 
 
 def check_arrays(
-    function: str, argument: str, tree: Any, *, others: bool = False
+    function: str, argument: str, tree: PyTree, *, others: bool = False
 ) -> None:
-    """Raises unless all leaves are arrays or numbers of JAX's; or `others` than NumPy's.
+    """Raises unless all leaves are arrays or numbers that JAX can compute with.
 
-    Parameters may hold what is no array, such as the functions in an Equinox model.
+    With `others`, leaves that are no arrays pass: parameters may hold them, such as the
+    functions in an Equinox model.
     """
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, int) and not _fits(leaf):
@@ -331,6 +346,7 @@ def check_arrays(
         if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)):
             continue
         if isinstance(leaf, (np.ndarray, np.generic)):
+            # Objects, bytes, text and times: JAX has no arrays of these.
             if leaf.dtype.kind not in "OSUMm":
                 continue
         elif others or (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
@@ -339,13 +355,13 @@ def check_arrays(
 
 
 def _fits(number: int) -> bool:
-    """Whether JAX, as a rule of 32 bits, can make an array of an integer."""
+    """Whether an integer fits into JAX's widest, int32 unless jax_enable_x64 is on."""
     bounds = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
     return int(bounds.min) <= number <= int(bounds.max)
 
 
-def unlike(tree: Any, other: Any) -> str | None:
-    """In which way a tree of arrays is not like another, in words; None if it is."""
+def unlike(tree: PyTree, other: PyTree) -> str | None:
+    """How a tree of arrays differs from another, in words; None if it does not."""
     have, want = jax.tree.structure(tree), jax.tree.structure(other)
     if have != want:
         return f"{have}, not {want}"
@@ -362,10 +378,12 @@ def unlike(tree: Any, other: Any) -> str | None:
     return None
 
 
-def refuse_unlike(function: str, params: Any, error: Exception, **trees: Any) -> None:
-    """Raises if one of the trees, in which something went wrong, is not like `params`.
+def refuse_unlike(
+    function: str, params: PyTree, error: Exception, **trees: PyTree
+) -> None:
+    """Raises if one of the trees is not like `params`, which may have caused the error.
 
-    Asked afterwards, for it takes as long as a small update.
+    Called after the error only: comparing the trees takes as long as a small update.
     """
     for argument, tree in trees.items():
         if (what := unlike(tree, params)) is not None:

@@ -1,30 +1,33 @@
 """Collectives in few pieces and in an order, and values held back until others are there.
 
-What XLA would combine, keep at once or put in another order, at the cost of memory.
+Left alone, XLA combines collectives, keeps all their operands at once, or reorders them,
+which costs memory.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from emaopt._jax_internals import traced, varying
 from emaopt._xla import held_until_there
 
-# Leaves up to this size share a collective: it then costs less than copying them.
+# Leaves up to this size share a collective: copying them costs less than one for each.
 _SMALL = 2**20  # bytes
 
 
-def packed(collective: Callable, leaves: list) -> list:
+def packed(
+    collective: Callable[[jax.Array], jax.Array], leaves: list[jax.Array]
+) -> list[jax.Array]:
     """One collective for the small leaves of each dtype, and one for each large leaf.
 
     One flat vector is faster than a collective for each leaf, but it is a copy.
     """
-    packs: dict[Any, list[int]] = {}
+    packs: dict[np.dtype | int, list[int]] = {}
     for i, leaf in enumerate(leaves):
         packs.setdefault(leaf.dtype if _is_small(leaf) else i, []).append(i)
 
@@ -39,6 +42,7 @@ def packed(collective: Callable, leaves: list) -> list:
         if len(pack) == 1:
             done[pack[0]] = result
             continue
+        # A gathered result has a leading axis of workers, so it is cut at its last axis.
         start = 0
         for i in pack:
             end = start + math.prod(leaves[i].shape)
@@ -48,14 +52,18 @@ def packed(collective: Callable, leaves: list) -> list:
     return done
 
 
-def in_turn(reduction: Callable, operands: list) -> list:
+def in_turn(
+    reduction: Callable[[jax.Array], jax.Array], operands: list[jax.Array]
+) -> list[jax.Array]:
     """The results of a reduction; on CPU the large ones one after the other.
 
-    There XLA combines all collectives that do not wait for each other, and keeps the
+    On CPU XLA combines all collectives that do not wait for each other, and keeps the
     operands and results of all of them at once: fresh pages at every exchange, which cost
-    more than the sums. An `optimization_barrier` is gone before it combines.
+    more than the sums. An `optimization_barrier` is gone before XLA combines them.
     """
     results = list(operands)
+    # Small operands wait for nothing, so XLA still combines them. They go first: a large
+    # operand waits for the result before it, which has to be the previous large one's.
     before = []
     for i in _small_first(operands):
         operand = operands[i] if _is_small(operands[i]) else after(operands[i], before)
@@ -64,7 +72,8 @@ def in_turn(reduction: Callable, operands: list) -> list:
     return results
 
 
-def _small_first(leaves: list) -> list[int]:
+def _small_first(leaves: list[jax.Array]) -> list[int]:
+    """The positions of the leaves, small ones first; the order is kept otherwise."""
     return sorted(range(len(leaves)), key=lambda i: not _is_small(leaves[i]))
 
 
@@ -72,11 +81,12 @@ def _is_small(leaf: jax.Array) -> bool:
     return leaf.size * leaf.dtype.itemsize <= _SMALL
 
 
-def after(leaf: jax.Array, results: list) -> jax.Array:
-    """The leaf, to be read when results of `total` or `gather` are there; on CPU.
+def after(leaf: jax.Array, results: list[jax.Array]) -> jax.Array:
+    """The leaf, to be read on CPU only when results of `total` or `gather` are there.
 
-    They come in turn, so the last one is waited for. Without effect where its elements
-    cannot be read: along a sharded axis of an Explicit mesh, or on each worker its own.
+    They come in turn, so the leaf waits for the last one. It does not wait where an
+    element of that result cannot be read: along a sharded axis of an Explicit mesh, or
+    where the result differs between workers and the leaf does not.
     """
     for i in _small_first(results)[-1:] if traced(leaf) else []:
         whole = results[i].size and not any(jax.typeof(results[i]).sharding.spec)
@@ -88,17 +98,16 @@ def after(leaf: jax.Array, results: list) -> jax.Array:
 
 
 def of_all(value: jax.Array, rows: jax.Array) -> jax.Array:
-    """A value that is that of all workers, in a shape that broadcasts against `rows`.
-
-    Explicit: some users let JAX refuse what broadcasts by itself.
-    """
+    """A value that all workers share, in a shape that broadcasts against their rows."""
+    # The axes are explicit, for users who set jax_numpy_rank_promotion to "raise".
     return jnp.expand_dims(value, tuple(range(jnp.ndim(rows) - jnp.ndim(value))))
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)  # one call outside of jit
-def all_finite(rows: list, axes: tuple[int, ...]) -> jax.Array:
+def all_finite(rows: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     """Whether all elements along the axes are finite, in all arrays of one shape."""
-    # x - x is 0, or NaN where x is not finite. No sum: XLA on CPU would write elements of
-    # the array's own width for one. And the smallest integer it finds faster than `all`.
+    # x - x is 0, or NaN where x is not finite. The arrays are not added up: XLA on CPU
+    # would write elements of their own width for that, where a flag has one byte. It also
+    # finds the smallest int8 in a seventh of the time of `all`.
     zero = functools.reduce(jnp.logical_and, [row - row == 0 for row in rows])
     return jnp.min(zero.astype(jnp.int8), axis=axes, initial=1) == 1

@@ -1,26 +1,26 @@
 """Linear combinations of trees of weights, on the host."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_arrays, check_iterable, check_vector
+from emaopt._types import Leaf, PyTree, Vector
 
 _BLOCK = 1 << 15  # elements at a time
 
 
-def combine(trees: Iterable[Any], coefficients: Any) -> Any:
+def combine(trees: Iterable[PyTree], coefficients: Vector) -> PyTree:
     """Returns Σ_i c_i tree_i, summed in float64 on the host.
 
-    Of trees in memory; `checkpoint.combine` is of files, leaf by leaf.
+    The trees are in memory; `checkpoint.combine` sums checkpoints, leaf by leaf.
 
     Args:
-      trees: Trees of arrays, alike; an iterator will do, one is held at a time.
-      coefficients: float [n]. A tree whose coefficient is 0 is not looked at, so that its
-        NaN do not matter.
+      trees: Trees of arrays, alike; of an iterator, one tree is held at a time.
+      coefficients: float [n]. The values of a tree whose coefficient is 0 are not read,
+        so that its NaN do not matter.
 
     Returns:
       A tree of NumPy arrays in the leaves' dtypes. Leaves that are not floating (step
@@ -57,7 +57,10 @@ def combine(trees: Iterable[Any], coefficients: Any) -> Any:
     return jax.tree.unflatten(like[0], done)
 
 
-def _pairs(trees: Iterable[Any], coefficients: np.ndarray) -> Iterator[tuple[Any, float]]:
+def _pairs(
+    trees: Iterable[PyTree], coefficients: np.ndarray
+) -> Iterator[tuple[PyTree, float]]:
+    """Each tree with its coefficient; raises if there are more or fewer trees."""
     count = 0
     for tree in trees:
         if count == coefficients.size:
@@ -68,23 +71,25 @@ def _pairs(trees: Iterable[Any], coefficients: np.ndarray) -> Iterator[tuple[Any
         raise ValueError(f"combine: {count} trees for {coefficients.size} coefficients.")
 
 
-def _dtype(leaf: Any) -> Any:
+def _dtype(leaf: Leaf) -> np.dtype:
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def weighted_sum(shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """Zeros to `add` leaves to, flat in double precision; None if they have no sums."""
+def weighted_sum(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+    """Zeros to `add` leaves to, flat, float64 or complex128; None if not inexact."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return None
     wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
     return np.zeros(int(np.prod(shape)), wide)
 
 
-def add(total: np.ndarray | None, leaf: Any, coefficient: float) -> None:
+def add(total: np.ndarray | None, leaf: Leaf, coefficient: float) -> None:
     """Adds a leaf times its coefficient in place, with a buffer of one block."""
+    # 0 · NaN is NaN: a leaf that weighs 0 must not be added at all.
     if total is None or coefficient == 0:
         return
     flat = np.asarray(leaf).reshape(-1)
+    # In one go, the cast to double precision would make a copy of the whole leaf.
     for i in range(0, flat.size, _BLOCK):
         part = slice(i, i + _BLOCK)
         total[part] += coefficient * flat[part].astype(total.dtype)

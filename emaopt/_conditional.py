@@ -1,7 +1,7 @@
-"""What is done at some steps only, without a cost at the others."""
+"""Work that is done at some steps only, and costs nothing at the others."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,28 @@ from jax import lax
 
 from emaopt._jax_internals import run, traced, varying
 from emaopt._tracing import program_of
+from emaopt._types import Leaf, PyTree, Scalar
+
+T = TypeVar("T")
 
 
-def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
+def once_if(
+    due: Scalar | bool, f: Callable[[T, PyTree], T], changing: T, fixed: PyTree
+) -> T:
     """Returns f(changing, fixed) where `due`, else `changing`.
 
-    A conditional; on GPUs a loop of at most one turn. There XLA copies what passes a
-    conditional, at every step (without xla_gpu_copy_insertion_use_region_analysis), or
-    makes a select of it, but leaves what passes a loop alone. Its derivatives are the
-    conditional's: a loop has none backwards. Outside of any trace it is Python's if.
+    It is a conditional, and on GPUs a loop of at most one turn. On GPUs XLA copies the
+    operands of a conditional at every step (without
+    xla_gpu_copy_insertion_use_region_analysis), or turns it into a select; the operands
+    of a loop it leaves alone. The derivatives are the conditional's, because a loop has
+    none in reverse mode. Outside of any trace it is Python's if.
     """
     if not traced((due, changing, fixed)):
         return f(changing, fixed) if due else changing
-    # Traced once, however often it is used below.
+    # f is traced here, once, although its program is used several times below.
     program, structure, consts = program_of(f, changing, fixed)
+    # Values that f closes over are operands as well: tracers in a closure would outlive
+    # the trace, which jax_check_tracer_leaks reports.
     fixed = fixed, consts
 
     def once_more(changing, fixed):
@@ -38,6 +46,7 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     def loop(due, changing, fixed):
         def turn(carry):
             due, changing = carry
+            # `due` is off after the first turn, which ends the loop.
             return jnp.zeros_like(due), act(changing, fixed)
 
         start = (jnp.asarray(due), skip(changing, fixed))
@@ -56,11 +65,13 @@ def once_if(due: Any, f: Callable, changing: Any, fixed: Any) -> Any:
     return once(due, changing, fixed)
 
 
-def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
+def _same_types(
+    branches: list[Callable[..., PyTree]], *operands: PyTree
+) -> list[Callable[..., PyTree]]:
     """The branches of a conditional, cast to vary over the same mapped axes.
 
     `shard_map` with check_vma tells values that are equal on all devices from those that
-    vary, and wants all branches to return the same.
+    vary, and refuses a conditional whose branches disagree in that.
     """
     outs = [jax.tree.leaves(jax.eval_shape(b, *operands)) for b in branches]
     axes = [
@@ -77,6 +88,8 @@ def _same_types(branches: list[Callable], *operands: Any) -> list[Callable]:
     return [cast(branch) for branch in branches]
 
 
-def vary(leaf: Any, axes: frozenset) -> Any:
+def vary(leaf: Leaf, axes: frozenset) -> Leaf:
+    """The leaf, marked as varying over the axes."""
+    # pcast refuses an axis over which the leaf varies already.
     missing = tuple(sorted(axes - varying(leaf)))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -1,27 +1,33 @@
 """β as a function of t.
 
 An average keeps β_t of its old value at step t and takes 1 - β_t of the newest
-iterate. Everything that is called a kind of average (exponential, uniform, tail,
-polynomial, power function) is a choice of β_t.
+iterate. All kinds of average (exponential, uniform, tail, polynomial, power function)
+are choices of β_t.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from emaopt._betas import Decay, evaluate, one_minus
+from emaopt._betas import Array, Decay, evaluate, one_minus
 from emaopt._checks import check_decay, check_number
 from emaopt._types import DecayLike
 
+# t -> β, as an array of NumPy's if t is one, else as one of JAX's.
+DecayFunction: TypeAlias = Callable[[ArrayLike], Array]
 
-def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
+# In the formulas below, xp is numpy or jax.numpy, and t a floating array of its kind.
+
+
+def warmup_decay(max_decay: float = 0.9999) -> DecayFunction:
     """Rises as TensorFlow's `num_updates` rule: β(t) = min(max_decay, (1+t)/(10+t)).
 
-    The window grows with the run: about the newest tenth of the iterates weighs
-    anything until `max_decay` is reached, at t = (10 max_decay - 1)/(1 - max_decay).
+    The window grows with the run: nearly all of the weight is on the newest tenth of the
+    iterates until β reaches `max_decay`, at t = (10 max_decay - 1)/(1 - max_decay).
     β is computed in float32 as TensorFlow does, also under x64.
 
     Args:
@@ -44,17 +50,19 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
     """
     check_number("warmup_decay", "max_decay", max_decay, 0, 1)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         t = t.astype(np.float32)
         return xp.minimum(t.dtype.type(max_decay), (1 + t) / (10 + t))
 
-    # (1+t)/(10+t) up to the step where it reaches the largest β, as float32 has it. Past
-    # 0.99999, 1 - β is a few units of float32's last place: not what the formula says.
+    # β is (1+t)/(10+t) up to the step `reached`, and from there the largest β, rounded to
+    # float32. Above 0.99999, 1 - β is a few units in the last place of float32: too far
+    # from the formula for a closed form.
     largest = float(np.float32(max_decay))
     reached = (10 * largest - 1) / (1 - largest) if largest < 1 else math.inf
     reached = math.floor(reached) if reached < math.inf else reached
 
-    def log_kept(i, last):
+    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
+        # Π (1+t)/(10+t) telescopes: nine factors (i+k)/(rising+k) are left.
         rising = min(last, max(reached, 0))
         i_rising = np.minimum(i, rising)
         found = np.zeros_like(i)
@@ -75,8 +83,8 @@ def warmup_decay(max_decay: float = 0.9999) -> Callable[[ArrayLike], Any]:
     )
 
 
-def uniform_decay() -> Callable[[ArrayLike], Any]:
-    """Weighs all iterates alike: β(t) = (t-1)/t.
+def uniform_decay() -> DecayFunction:
+    """Gives all iterates the same weight: β(t) = (t-1)/t.
 
     This is the Polyak-Ruppert average; with `start`, the tail average of stochastic
     weight averaging; with `every`, the mean of every k-th iterate.
@@ -95,24 +103,25 @@ def uniform_decay() -> Callable[[ArrayLike], Any]:
       generalization, https://arxiv.org/abs/1803.05407
     """
 
-    def complement(xp, t):
+    # From t itself, not as 1 - β: for t = 1e6, float32 would lose several percent of it.
+    def complement(xp: ModuleType, t: Array) -> Array:
         return 1 / xp.maximum(t, 1)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         t = xp.maximum(t, 1)
         return (t - 1) / t
 
-    def log_kept(i, last):
+    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
         return np.log(i / last)
 
     return Decay("uniform_decay()", beta, complement, log_kept)
 
 
-def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
-    """Weighs iterate i about as i^eta: the newest one weighs 1 - β(t) = (1+η)/(t+η).
+def polynomial_decay(eta: float) -> DecayFunction:
+    """Weighs iterate i about as i^η: the newest one gets 1 - β(t) = (1+η)/(t+η).
 
-    η = 0 is the uniform average; η = 3 is a common choice. The window stays the same
-    fraction of the run, whatever its length.
+    η = 0 is the uniform average; η = 3 is a common choice. The window is the same
+    fraction of a run of any length.
 
     Args:
       eta: η, at least 0.
@@ -134,19 +143,20 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
     """
     check_number("polynomial_decay", "eta", eta, 0)
 
-    def complement(xp, t):
+    def complement(xp: ModuleType, t: Array) -> Array:
         return (1 + eta) / (xp.maximum(t, 1) + eta)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         t = xp.maximum(t, 1)
         return (t - 1) / (t + eta)
 
-    # Π (t-1)/(t+η) = r(i) / r(T), r(i) = Γ(i+1+η) / Γ(i), by Stirling's series from 16
-    # on. Of log r(i), what grows as i log i cancels and is never formed.
-    def stirling(z):
+    # Π (t-1)/(t+η) = r(i) / r(T) with r(i) = Γ(i+1+η) / Γ(i). Γ(x+1) = x Γ(x) takes both
+    # arguments past 16, where Stirling's series errs by 2e-12. In log r(i) the terms that
+    # grow as i log i cancel and are never formed.
+    def stirling(z: np.ndarray) -> np.ndarray:
         return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
 
-    def log_ratio(i):
+    def log_ratio(i: np.ndarray | int) -> np.ndarray:
         y = np.asarray(i, np.float64)
         below = sum(np.log1p((1 + eta) / (y + k)) for k in range(16))
         y = y + 16
@@ -154,7 +164,7 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
         found = (y - 0.5) * np.log1p((1 + eta) / y) + (1 + eta) * (np.log(z) - 1)
         return found + stirling(z) - stirling(y) - below
 
-    def log_kept(i, last):
+    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
         return log_ratio(i) - log_ratio(last)
 
     return Decay(f"polynomial_decay({eta})", beta, complement, log_kept)
@@ -162,7 +172,7 @@ def polynomial_decay(eta: float) -> Callable[[ArrayLike], Any]:
 
 def power_decay(
     *, sigma_rel: float | None = None, gamma: float | None = None
-) -> Callable[[ArrayLike], Any]:
+) -> DecayFunction:
     """Weighs iterate i as i^γ: β(t) = (1 - 1/t)^(γ+1), the power-function average.
 
     σ_rel is the standard deviation of the weights' positions as a fraction of the run:
@@ -201,24 +211,25 @@ def power_decay(
         description = f"power_decay(gamma={gamma})"
     exponent = gamma + 1
 
-    def log_beta(xp, t):
+    def log_beta(xp: ModuleType, t: Array) -> Array:
+        # `where` below computes both choices, and log1p(-1/t) is -inf or NaN for t <= 1.
         t = xp.maximum(t, 2)
         return exponent * xp.log1p(-1 / t)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         return xp.where(t > 1, xp.exp(log_beta(xp, t)), 0.0)
 
-    def complement(xp, t):
+    def complement(xp: ModuleType, t: Array) -> Array:
         return xp.where(t > 1, -xp.expm1(log_beta(xp, t)), 1.0)
 
-    def log_kept(i, last):
+    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
         return exponent * np.log(i / last)
 
     return Decay(description, beta, complement, log_kept)
 
 
 def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
-    """Solves σ_rel² = (γ+1)/((γ+2)²(γ+3)) for the γ > 0 that the field uses.
+    """Solves σ_rel² = (γ+1)/((γ+2)²(γ+3)) for the root γ > 0, the one in common use.
 
     The right-hand side rises from 0 at γ = -1 to a maximum near γ = -0.38 and falls
     from there, so a σ_rel below 1/√12 (γ = 0, the uniform average) has one root > 0.
@@ -241,7 +252,7 @@ def inverse_gamma_decay(
     *,
     min_decay: float = 0.0,
     max_decay: float = 0.9999,
-) -> Callable[[ArrayLike], Any]:
+) -> DecayFunction:
     """Rises as β(t) = 1 - (1 + t/inv_gamma)^-power, clipped to [min_decay, max_decay].
 
     Args:
@@ -268,11 +279,11 @@ def inverse_gamma_decay(
     check_number(name, "min_decay", min_decay, 0, 1)
     check_number(name, "max_decay", max_decay, min_decay, 1)
 
-    def complement(xp, t):
+    def complement(xp: ModuleType, t: Array) -> Array:
         newest = xp.exp(-power * xp.log1p(t / inv_gamma))
         return xp.clip(newest, 1 - max_decay, 1 - min_decay)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         return xp.clip(1 - complement(xp, t), min_decay, max_decay)
 
     return Decay(
@@ -282,17 +293,15 @@ def inverse_gamma_decay(
     )
 
 
-def half_life_decay(
-    half_life: float, *, ramp: float | None = None
-) -> Callable[[ArrayLike], Any]:
+def half_life_decay(half_life: float, *, ramp: float | None = None) -> DecayFunction:
     """Halves an iterate's weight every `half_life` steps: β(t) = 0.5^(1/h).
 
-    h is `half_life`, or with `ramp` the smaller of it and ramp·t, so that early in the
-    run the window is a fixed fraction of what there is.
+    h is `half_life`. With `ramp` it is the smaller of `half_life` and ramp·t, so that
+    early in the run the window is a fixed fraction of the steps so far.
 
     Args:
       half_life: In steps, greater than 0. From a half-life in examples: examples divided
-        by the batch size. math.inf with a ramp: a fixed fraction of the run to the end.
+        by the batch size. With a ramp, math.inf keeps the fraction fixed to the end.
       ramp: The half-life as a fraction of the steps so far, greater than 0; 0.05 is
         common. None for none.
 
@@ -311,10 +320,11 @@ def half_life_decay(
     if ramp is not None:
         check_number("half_life_decay", "ramp", ramp, 0, above=True)
 
-    def exponent(xp, t):
+    def exponent(xp: ModuleType, t: Array) -> Array:
         if ramp is None:
             return xp.full_like(t, -math.log(2) / half_life)
-        # At t = 0 the half-life is 0: a copy. The floor keeps the division finite.
+        # At t = 0 the half-life is 0 and β is 0. The least half-life keeps the division
+        # finite; exp(-1000) is 0 in float64, too.
         tiny = xp.finfo(t.dtype).tiny
         return xp.maximum(-math.log(2) / xp.clip(ramp * t, tiny, half_life), -1e3)
 
@@ -326,7 +336,7 @@ def half_life_decay(
     )
 
 
-def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], Any]:
+def scale_decay(decay: DecayLike, batch_factor: float) -> DecayFunction:
     """Adapts a decay to a batch κ times larger: β(t)^κ, the EMA scaling rule.
 
     A run with κ times the batch takes κ times fewer steps; β^κ keeps the window the same
@@ -354,7 +364,10 @@ def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], 
     check_decay("scale_decay", decay)
     check_number("scale_decay", "batch_factor", batch_factor, 0, above=True)
 
-    def log_beta(xp, t):
+    # β^κ = exp(κ log1p(-(1 - β))), from the decay's own 1 - β. Where β is 0 the exponent
+    # would be -inf: these steps are told apart and get β^κ = 0 directly.
+    def log_beta(xp: ModuleType, t: Any) -> tuple[Array, Array]:
+        # The decay is given whole steps, as in an average, not t as floating point.
         steps = t.astype(np.int32)
         newest = evaluate(decay, steps) if xp is np else one_minus(decay, steps)
         newest = xp.asarray(newest, dtype=t.dtype)
@@ -362,11 +375,11 @@ def scale_decay(decay: DecayLike, batch_factor: float) -> Callable[[ArrayLike], 
         safe = xp.where(copies, 0.0, newest)
         return copies, batch_factor * xp.log1p(-safe) + xp.zeros_like(t)
 
-    def beta(xp, t):
+    def beta(xp: ModuleType, t: Array) -> Array:
         copies, exponent = log_beta(xp, t)
         return xp.where(copies, 0.0, xp.exp(exponent))
 
-    def complement(xp, t):
+    def complement(xp: ModuleType, t: Array) -> Array:
         copies, exponent = log_beta(xp, t)
         return xp.where(copies, 1.0, -xp.expm1(exponent))
 

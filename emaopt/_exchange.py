@@ -2,54 +2,57 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from emaopt._collectives import of_all
 from emaopt._commits import make_commit
 from emaopt._local_checks import HEAVIEST, LIGHTEST
-from emaopt._reductions import REDUCTIONS, Center, Reduction
+from emaopt._reductions import REDUCTIONS, Center, Reduction, Rows
+from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 
 
 class Leaf(NamedTuple):
-    """What an exchange changes of one leaf."""
+    """The values of one leaf that an exchange changes."""
 
-    pulled: Any  # the center as each worker pulled it, None where they all pull the same
-    residual: Any  # what the last commits lost in the dtype of the exchange, or None
-    center: Any
+    pulled: jax.Array | None  # each worker's pulled center; None: all pull the same
+    residual: jax.Array | None  # what the last commits lost in the exchange's dtype
+    center: jax.Array
 
 
 class Part(NamedTuple):
-    """What an exchange changes, of one fragment of the tree."""
+    """The values of one fragment of the tree that an exchange changes."""
 
     leaves: list[Leaf]  # in flattening order
-    outer_state: Any
-    num_left_out: Any  # () int32
+    outer_state: PyTree
+    num_left_out: Scalar  # () int32
 
 
 class Fixed(NamedTuple):
-    """What an exchange only reads of one leaf: a row for each worker."""
+    """The values of one leaf that an exchange only reads: a row for each worker."""
 
-    local: Any  # the parameters after the step; None: the leaf is no part of it
-    accumulated: Any  # Σ gradients, or None
+    local: jax.Array | None  # the parameters after the step; None: not exchanged
+    accumulated: jax.Array | None  # Σ gradients
 
 
 class Voices(NamedTuple):
-    """Which workers' commits count, and what; shaped as the workers' flags are."""
+    """Which workers' commits count, and how much; shaped as the workers' flags are."""
 
-    committing: Any  # bool; the others are left out
-    weights: Any  # float, 0 of those that are absent; None: all alike
+    committing: jax.Array  # bool; the others are left out
+    weights: jax.Array | None  # float, 0 for absent workers; None: all count alike
 
 
 @dataclass(frozen=True)
 class Exchange:
     """Applies the workers' commits to the center and lets the workers pull it.
 
-    The arguments are those of `local_updates`. Where something is said to be of a leaf's
-    rows, it is what each worker has of the leaf; dicts are by position in the fragment.
+    The arguments are those of `local_updates`. Rows are the workers' parts of a leaf;
+    the keys of dicts are positions in the fragment.
     """
 
     workers: Stacked | Mapped
@@ -57,50 +60,53 @@ class Exchange:
     commit: str
     reduce: str
     moving_rate: Callable[[int], float] | None  # of the number of workers
-    dtype: Any
+    dtype: DTypeLike | None
 
     def __call__(
         self,
         part: Part,
-        read: Callable[[Any], list[Fixed]],
-        num_steps: Any,
+        read: Callable[[jax.Array], list[Fixed]],
+        num_steps: Scalar,
         voices: Voices,
-        subtree: Callable[[list], Any],
+        subtree: Callable[[list[jax.Array]], PyTree],
     ) -> Part:
         """Returns the part after the exchange.
 
-        Commits are made twice: to check them, and from the same values, held back until
-        all are checked, to send them. So they are made leaf by leaf, when they are sent,
-        and never kept all at once.
+        Commits are computed twice from the same values: first to check them and then,
+        held back until all are checked, to send them. So each leaf's commits are computed
+        when they are sent, and the commits of all leaves are never in memory at once.
 
         Args:
-          part: Before it.
-          read: Makes what the exchange reads of each of its leaves, when flags of the
-            workers are there, whatever they say.
+          part: The values before the exchange.
+          read: Returns what the exchange reads of each leaf, held back until its
+            argument, flags of the workers, is computed.
           num_steps: () int32, local steps since the last exchange.
-          voices: Of the workers.
+          voices: Which workers' commits count, and how much.
           subtree: Makes of a list like the leaves a tree with the parameters' names.
         """
         leaves = part.leaves
         old = Center([leaf.center for leaf in leaves], part.outer_state)
 
-        def commits_of(fixed):
+        def commits_of(fixed: list[Fixed]) -> Rows:
             return {
                 k: self._commit(leaves[k], f.local, f.accumulated, num_steps)
                 for k, f in enumerate(fixed)
                 if f.local is not None
             }
 
+        # First pass: a worker with a commit that is not finite is left out.
         checked = commits_of(read(voices.committing))
         rows = [[row] for row in checked.values()]
         finite = self.workers.finite(rows, voices.committing)
+        # Second pass: `finite` depends on all commits, so each is computed anew.
         fixed = read(finite)
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
         local = {k: fixed[k].local for k in commits}
         counted, weights, num_present = self._weighed(finite, voices.weights)
 
-        def where(flags, rows, otherwise):
+        # Rows are selected and not multiplied by the flags, because 0 · NaN is NaN.
+        def where(flags: jax.Array, rows: PyTree, otherwise: PyTree) -> Rows:
             return {
                 k: jnp.where(
                     self.workers.spread(flags, row),
@@ -120,6 +126,7 @@ class Exchange:
         )
         center, sent = reduced.center, reduced.sent
         pulled = where(finite, reduced.pulled, dict(enumerate(center.leaves)))
+        # A worker whose commit did not count has lost nothing new: its residual stays.
         kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
         residual = where(counted, {k: commits[k] - sent[k] for k in kept}, kept)
         changed = [
@@ -130,21 +137,26 @@ class Exchange:
         left_out = jnp.maximum(left_out, part.num_left_out)  # a full counter stays full
         return Part(changed, center.outer_state, left_out)
 
-    def _weighed(self, finite: Any, weights: Any) -> tuple[Any, Any, Any]:
-        """(which workers count, what each counts, how many are present).
+    def _weighed(
+        self, finite: jax.Array, weights: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, Scalar | int]:
+        """(which workers count, the weight of each, how many are present).
 
-        The weights of those that count have a mean of 1; None: all alike.
+        The weights of the workers that count have a mean of 1; None: all count alike.
         """
         if weights is None:
             return finite, None, self.workers.num_workers
+        # Traced weights cannot be refused; NaN compares as false, so it is absent.
         present = (weights > 0) & (weights < jnp.inf)
         counted = finite & present
         weights = jnp.where(counted, jnp.clip(weights, LIGHTEST, HEAVIEST), 0)
+        # Of one dtype, so that the three sums share one collective.
         flags = [weights, counted.astype(jnp.float32), present.astype(jnp.float32)]
         total, num_counted, num_present = self.workers.total(flags)
         mean = total / jnp.maximum(num_counted, 1)
         weights = weights / jnp.where(mean > 0, mean, 1)
-        # A share is divided by, to learn what was sent.
+        # The reduction divides by a share to learn what was sent, so it must not be 0,
+        # as 1e-30 / 1e30 is in float32.
         shares = jnp.maximum(weights, jnp.finfo(jnp.float32).tiny)
         weights = jnp.where(counted, shares, 0)
         return counted, weights, num_present.astype(jnp.int32)
@@ -158,11 +170,18 @@ class Exchange:
 
     @property
     def keeps_pulled(self) -> bool:
-        """Whether workers pull different values, so that the state has to keep them."""
+        """Whether workers pull different values, which the state then has to keep."""
         return self.reduce == "sequential" or self.moving_rate is not None
 
-    def _commit(self, leaf: Leaf, local: Any, accumulated: Any, num_steps: Any) -> Any:
+    def _commit(
+        self,
+        leaf: Leaf,
+        local: jax.Array,
+        accumulated: jax.Array | None,
+        num_steps: Scalar,
+    ) -> jax.Array:
         elastic = self.moving_rate is not None
+        # An elastic worker is drawn to the center as it is now, not as it was pulled.
         start = leaf.center if elastic or leaf.pulled is None else leaf.pulled
         pulled = of_all(start, local)
         commit = make_commit(self.commit, pulled, local, accumulated, num_steps)

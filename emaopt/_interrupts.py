@@ -1,4 +1,4 @@
-"""Signals that end a process: kept until what is begun is done, and none lost."""
+"""Signals that end a process: kept back until a few lines are done, then raised."""
 
 import contextlib
 import os
@@ -11,11 +11,12 @@ _SOON = 0.02  # seconds
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Keeps signals that would raise an exception until a few renames are done."""
+    """Keeps back signals that would raise an exception, until the block is done."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # where none are handled
+        yield  # Python handles signals in the main thread alone
         return
     came = []
+    # Only a handler in Python raises an exception; without one, signals act as before.
     before = {
         number: signal.signal(number, lambda number, frame: came.append(number))
         for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -24,6 +25,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
+        # The handlers are put back first: the signal is raised again for its own.
         for number, handler in before.items():
             signal.signal(number, handler)
         if came:
@@ -31,10 +33,11 @@ def undisturbed() -> Iterator[None]:
 
 
 def send_again(number: int) -> None:
-    """Sends this process a signal soon, whose exception Python has dropped.
+    """Sends this process a signal once more, if Python has dropped its exception.
 
-    As it does in a callback of its garbage collector.
+    Python does so when a signal comes in a callback of its garbage collector.
     """
+    # A little later: by then Python has left the callback.
     again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()

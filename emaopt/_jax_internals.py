@@ -1,39 +1,45 @@
-"""What is asked of JAX beside its documented functions: here, and nowhere else.
+"""Everything that emaopt uses of JAX beyond its documented functions.
 
-Any release of JAX may change it without a word. Seen alike in jax 0.8.2 to 0.12;
-tests/test_internals.py fails where a release differs, and says in what.
+Any release of JAX may change these without notice. They behave the same in jax 0.8.2 to
+0.12; tests/test_internals.py fails where a release differs, and names the function.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.core
 
+from emaopt._types import Leaf, PyTree
 
-def traced(tree: Any) -> bool:
-    """Whether anything in a tree is a tracer: it has no value yet."""
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+    from typing_extensions import TypeIs
+
+
+def traced(tree: PyTree) -> bool:
+    """Whether anything in a tree is a tracer, which has no value yet."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def run(
-    program: Any, operands: Sequence[Any], constants: Sequence[Any] = ()
-) -> list[Any]:
+    program: "Jaxpr", operands: Sequence[Leaf], constants: Sequence[Leaf] = ()
+) -> list[jax.Array]:
     """The results of a jaxpr."""
-    # Documented in "Writing custom JAXpr interpreters", and named as private in no
-    # release; but jax.core has lost most of its names by now.
+    # Documented in "Writing custom JAXpr interpreters", and no release calls it private.
+    # But jax.core has lost most of its other names by now.
     return jax.core.eval_jaxpr(program, constants, *operands)
 
 
-def part_of(program: Any, equations: Sequence[Any]) -> Any:
-    """Some equations of a jaxpr as one of its own.
+def part_of(program: "Jaxpr", equations: "Sequence[JaxprEqn]") -> "Jaxpr":
+    """Some equations of a jaxpr as a jaxpr of their own.
 
-    Its operands are the variables that they read and do not define; its results are all
-    that they define.
+    Its operands are the variables that the equations read and do not define; its results
+    are all variables that they define.
     """
     results = [v for e in equations for v in e.outvars if not _is_dropped(v)]
     defined = set(results)
-    # A dict keeps their order, which a set would not.
+    # A dict keeps the order in which they are read; a set would not.
     read = {v: None for e in equations for v in e.invars if not is_literal(v)}
     operands = [v for v in read if v not in defined]
     return program.replace(
@@ -41,7 +47,7 @@ def part_of(program: Any, equations: Sequence[Any]) -> Any:
     )
 
 
-def depends_on_operands(program: Any) -> list[bool]:
+def depends_on_operands(program: "Jaxpr") -> list[bool]:
     """Which results of a jaxpr depend on its operands; the others are constants."""
     reached = set(program.invars)
     for equation in program.eqns:
@@ -50,32 +56,32 @@ def depends_on_operands(program: Any) -> list[bool]:
     return [not is_literal(v) and v in reached for v in program.outvars]
 
 
-def is_literal(variable: Any) -> bool:
-    """Whether a jaxpr has a constant, in `val`, where a variable could stand.
+def is_literal(variable: "Var | Literal") -> "TypeIs[Literal]":
+    """Whether a constant, in `val`, stands in a jaxpr where a variable could stand.
 
-    Such a constant has no hash in some releases: it is asked for before any look-up.
+    In some releases a literal has no hash: ask this before any look-up in a dict or set.
     """
     return hasattr(variable, "val")
 
 
-def _is_dropped(variable: Any) -> bool:
-    """Whether it stands for a result that nobody reads; as a result it is refused."""
+def _is_dropped(variable: "Var") -> bool:
+    """Whether nobody reads a result of an equation; as a jaxpr's result it is refused."""
     return type(variable).__name__ == "DropVar"
 
 
-def varying(leaf: Any) -> frozenset:
-    """The mapped axes over which a value varies, as far as `shard_map` tracks it."""
+def varying(leaf: Leaf) -> frozenset:
+    """The mapped axes over which a value varies, as far as `shard_map` tracks them."""
     aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     kind = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
     axes = getattr(aval, "vma", None) if kind is None else kind.varying
     return frozenset(axes or ())
 
 
-def inside_conditional(leaf: Any, *, mapped: bool = False) -> bool:
+def inside_conditional(leaf: Leaf, *, mapped: bool = False) -> bool:
     """Whether a value is being computed in a branch of a conditional.
 
-    With `mapped`, of one that stands inside of the innermost `shard_map`, `pmap` or
-    `vmap`, where each device may take another branch.
+    With `mapped`, only a conditional inside the innermost `shard_map`, `pmap` or `vmap`
+    counts, where each device may take another branch.
     """
     for frame, purpose in _traces(leaf):
         if purpose in ("cond", "switch"):
@@ -85,8 +91,10 @@ def inside_conditional(leaf: Any, *, mapped: bool = False) -> bool:
     return False
 
 
-def _traces(leaf: Any) -> Iterator[tuple[Any, str | None]]:
-    """The traces around a value, innermost first, and what each is traced for."""
+def _traces(leaf: Leaf) -> Iterator[tuple[object, str | None]]:
+    """The frames of the traces around a value, innermost first, with their purposes."""
+    # Every name here is private to JAX. Where one is gone, getattr gives None: no
+    # conditional is seen then, and the tests of this function fail.
     trace = getattr(leaf, "_trace", None)
     while trace is not None:
         frame = getattr(trace, "frame", None)  # of a jaxpr; a batched one has none

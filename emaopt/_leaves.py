@@ -1,16 +1,18 @@
-"""What a leaf of a tree is: whether it has an average, in which dtype, beside what."""
+"""Leaves of a tree: which can be averaged, in which dtype, on which devices."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from emaopt._jax_internals import traced
+from emaopt._types import Leaf, PyTree
 
+# A dtype of JAX's that is none of these is that of PRNG keys.
 _KINDS = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
 
 
@@ -19,7 +21,7 @@ def is_array(leaf: object) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
 
 
-def is_averaged(leaf: Any) -> bool:
+def is_averaged(leaf: Leaf) -> bool:
     """Whether a leaf can be averaged: a floating or complex array or number."""
     return is_array(leaf) and jnp.issubdtype(dtype_of(leaf), jnp.inexact)
 
@@ -29,13 +31,13 @@ def is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def dtype_of(leaf: Any) -> np.dtype:
+def dtype_of(leaf: Leaf) -> np.dtype:
     """The dtype of an array, or the one that JAX gives to a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
 
 
 def kind_of(leaf: object) -> str | None:
-    """What kind of numbers a leaf holds; None for what holds none."""
+    """What kind of numbers a leaf holds; None if it holds none."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and isinstance(leaf, (bool, int, float, complex)):
         dtype = jnp.result_type(type(leaf))
@@ -50,15 +52,18 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 
 
 def for_each_leaf(
-    what: str, entries: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[Any]:
+    what: str,
+    entries: PyTree,
+    tree: PyTree,
+    is_leaf: Callable[[PyTree], bool] | None = None,
+) -> list[Leaf]:
     """The entry for each leaf of a tree, from a tree like it or a prefix of it.
 
     Args:
-      what: Opens the error of entries that are neither: "f: mask must be like ...".
-      entries: The tree, or the prefix.
-      tree: Whose leaves they are for.
-      is_leaf: Tells an entry that is a container itself.
+      what: Opens the error if entries are neither: "f: mask must be like ...".
+      entries: A tree like `tree`, or a prefix of it.
+      tree: The tree whose leaves need an entry each.
+      is_leaf: Whether a container is an entry by itself.
     """
     try:
         spread = jax.tree.broadcast(entries, tree, is_leaf=is_leaf)
@@ -67,11 +72,11 @@ def for_each_leaf(
     return jax.tree.leaves(spread, is_leaf=is_leaf)
 
 
-def replicated_beside(leaves: list[Any]) -> Callable[[Any], jax.Array]:
-    """Makes scalar zeros on the devices of the leaves.
+def replicated_beside(leaves: list[Leaf]) -> Callable[[DTypeLike], jax.Array]:
+    """Returns a function that makes scalar zeros on the devices of the leaves.
 
-    Left on the default device, they would come back from the first step replicated over
-    the parameters' mesh, and the second step would be compiled anew.
+    Zeros on the default device would come back from the first step replicated over the
+    parameters' mesh, and the second step would be compiled anew.
     """
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not traced(leaf):
@@ -81,10 +86,10 @@ def replicated_beside(leaves: list[Any]) -> Callable[[Any], jax.Array]:
     return lambda dtype: jnp.zeros((), dtype)
 
 
-def rows_beside(param: Any, leaf: Any) -> Any:
-    """A leaf with its rows where a parameter's are, as far as that is known.
+def rows_beside(param: Leaf, leaf: Leaf) -> Leaf:
+    """A leaf with its rows on the devices that have the same rows of a parameter.
 
-    Of what is traced in the Explicit mode of a mesh alone.
+    Under jit, the parameter's devices are known only for the Explicit axes of a mesh.
     """
     if not traced((param, leaf)):
         there = getattr(param, "sharding", None)
@@ -95,6 +100,7 @@ def rows_beside(param: Any, leaf: Any) -> Any:
     here, there = jax.typeof(leaf).sharding, jax.typeof(param).sharding
     if AxisType.Explicit not in there.mesh.axis_types or not leaf.ndim:
         return leaf
+    # Only on the same mesh has the leaf other axes to keep.
     rest = here.spec[1:] if here.mesh == there.mesh else ()
     return jax.sharding.reshard(
         leaf, there.update(spec=PartitionSpec(there.spec[0], *rest))

@@ -1,12 +1,14 @@
-"""What local updates take: options that can go together, and weights."""
+"""Checks of local updates: options that can go together, weights, periods and rates."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._checks import (
     as_dtype,
@@ -23,68 +25,95 @@ from emaopt._checks import (
 from emaopt._commits import check_commit
 from emaopt._jax_internals import traced
 from emaopt._reductions import REDUCTIONS
+from emaopt._types import AxisName, PyTree
 
+Period: TypeAlias = int | Callable[[jax.Array], ArrayLike]
 LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means
 
 
-def check_engine(engine: Any) -> None:
-    """Raises unless the options of an `Engine` can go together."""
-    function, period = engine.function, engine.period
-    check_optimizer(function, "inner", engine.inner)
-    check_optimizer(function, "outer", engine.outer)
-    check_commit(function, engine.commit)
-    check_choice(function, "reduce", engine.reduce, list(REDUCTIONS))
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `local_updates`; an error unless they can go together."""
+
+    function: str  # named in errors
+    inner: optax.GradientTransformation
+    outer: optax.GradientTransformation
+    period: Period
+    num_workers: int | None = None
+    axis_name: AxisName = None
+    commit: str = "delta"
+    reduce: str = "mean"
+    moving_rate: float | Callable[[int], float] | None = None
+    warmup_steps: int = 0
+    exchange_dtype: DTypeLike | None = None
+    error_feedback: bool = False
+    num_fragments: int = 1
+    per_worker: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        object.__setattr__(self, "per_worker", tuple(self.per_worker))
+
+
+def _check_settings(settings: Settings) -> None:
+    """Raises unless each option is valid and all can go together."""
+    function, period = settings.function, settings.period
+    check_optimizer(function, "inner", settings.inner)
+    check_optimizer(function, "outer", settings.outer)
+    check_commit(function, settings.commit)
+    check_choice(function, "reduce", settings.reduce, list(REDUCTIONS))
     if callable(period):
         check_callable(function, "period", period, 1)
     else:
         check_integer(function, "period", period, 1)
-    check_integer(function, "warmup_steps", engine.warmup_steps, 0)
-    check_integer(function, "num_fragments", engine.num_fragments, 1)
-    check_flag(function, "error_feedback", engine.error_feedback)
-    if engine.axis_name is not None:
-        check_axis_name(function, "axis_name", engine.axis_name)
-    if engine.num_workers is not None and engine.axis_name is not None:
+    check_integer(function, "warmup_steps", settings.warmup_steps, 0)
+    check_integer(function, "num_fragments", settings.num_fragments, 1)
+    check_flag(function, "error_feedback", settings.error_feedback)
+    if settings.axis_name is not None:
+        check_axis_name(function, "axis_name", settings.axis_name)
+    if settings.num_workers is not None and settings.axis_name is not None:
         raise ValueError(
             f"{function}: give num_workers= for parameters with an axis of workers "
             "or axis_name= inside shard_map, pmap or vmap, not both; got num_workers="
-            f"{engine.num_workers!r}, axis_name={engine.axis_name!r}."
+            f"{settings.num_workers!r}, axis_name={settings.axis_name!r}."
         )
-    if engine.num_workers is not None:
-        check_integer(function, "num_workers", engine.num_workers, 1)
-    if engine.moving_rate is not None:
-        if callable(engine.moving_rate):
-            check_callable(function, "moving_rate", engine.moving_rate, 1)
+    if settings.num_workers is not None:
+        check_integer(function, "num_workers", settings.num_workers, 1)
+    if settings.moving_rate is not None:
+        if callable(settings.moving_rate):
+            check_callable(function, "moving_rate", settings.moving_rate, 1)
         else:
-            check_number(function, "moving_rate", engine.moving_rate, 0, 1, above=True)
-        if engine.commit != "delta":
+            check_number(function, "moving_rate", settings.moving_rate, 0, 1, above=True)
+        if settings.commit != "delta":
             raise ValueError(
-                f"{function}: moving_rate is for commit='delta', got {engine.commit!r}."
+                f"{function}: moving_rate is for commit='delta', got {settings.commit!r}."
             )
-    check_sequence(function, "per_worker", engine.per_worker, "names")
-    for name in engine.per_worker:
+    check_sequence(function, "per_worker", settings.per_worker, "names")
+    for name in settings.per_worker:
         check_text(function, "each of per_worker", name)
         if name in ("exchange", "weights"):
             raise ValueError(
                 f"{function}: per_worker is for what the inner optimizer gets, which "
                 f"{name} is not."
             )
-    _check_exchange_dtype(engine)
-    if callable(period) and engine.num_fragments > 1:
+    _check_exchange_dtype(settings)
+    if callable(period) and settings.num_fragments > 1:
         raise ValueError(
-            f"{function}: with num_fragments={engine.num_fragments} the fragments take "
+            f"{function}: with num_fragments={settings.num_fragments} the fragments take "
             "turns, so period must be a whole number, not a function."
         )
-    if not callable(period) and engine.num_fragments > period:
+    if not callable(period) and settings.num_fragments > period:
         raise ValueError(
-            f"{function}: num_fragments={engine.num_fragments} fragments cannot take "
+            f"{function}: num_fragments={settings.num_fragments} fragments cannot take "
             f"turns in period={period} steps; several would share a step."
         )
 
 
-def _check_exchange_dtype(engine: Any) -> None:
-    function, dtype = engine.function, engine.exchange_dtype
+def _check_exchange_dtype(settings: Settings) -> None:
+    """Raises unless commits can travel in the dtype with the other options."""
+    function, dtype = settings.function, settings.exchange_dtype
     if dtype is None:
-        if engine.error_feedback:
+        if settings.error_feedback:
             raise ValueError(
                 f"{function}: error_feedback is for an exchange_dtype; without one, "
                 "commits lose nothing."
@@ -92,7 +121,7 @@ def _check_exchange_dtype(engine: Any) -> None:
         return
     dtype = as_dtype(function, "exchange_dtype", dtype)
     narrow = False
-    if jnp.issubdtype(dtype, jnp.floating):  # also those of 4 and 6 bits, or without sign
+    if jnp.issubdtype(dtype, jnp.floating):  # not those of 4 or 6 bits, or without sign
         info = jnp.finfo(dtype)
         narrow = info.bits in (8, 16) and float(info.min) < 0
     if not narrow and dtype not in (jnp.int8, jnp.int16):
@@ -100,8 +129,8 @@ def _check_exchange_dtype(engine: Any) -> None:
             f"{function}: exchange_dtype must be bfloat16, float16, a float8, int8 or "
             f"int16, got {dtype}."
         )
-    if engine.moving_rate is not None and (
-        engine.error_feedback or engine.reduce == "sequential"
+    if settings.moving_rate is not None and (
+        settings.error_feedback or settings.reduce == "sequential"
     ):
         raise ValueError(
             f"{function}: with moving_rate, exchange_dtype goes neither with "
@@ -110,7 +139,9 @@ def _check_exchange_dtype(engine: Any) -> None:
         )
 
 
-def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
+def as_weights(
+    function: str, weights: object, num_workers: int | None
+) -> jax.Array | None:
     """The weights of `update` as float32: one for each worker, or the worker's own."""
     if weights is None:
         return None
@@ -120,8 +151,10 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
         raise TypeError(f"{function}: weights must be {of}, got {weights!r}.")
     if array.shape not in shapes:
         raise ValueError(f"{function}: weights must be {of}, got shape {array.shape}.")
+    # Traced weights have no values to check: the exchange takes bad ones for 0.
     if not traced(array):
-        with jax.ensure_compile_time_eval():  # a constant is one under jit as well
+        # Under jit the comparison of constants would be traced, and have no truth value.
+        with jax.ensure_compile_time_eval():
             fits = ((array == 0) | ((array >= LIGHTEST) & (array <= HEAVIEST))).all()
         if not fits:
             raise ValueError(
@@ -132,8 +165,8 @@ def as_weights(function: str, weights: Any, num_workers: int | None) -> Any:
     return array.reshape(() if num_workers is None else -1)
 
 
-def as_period(function: str, period: Any) -> Any:
-    """What a function for the period returned: a real scalar."""
+def as_period(function: str, period: object) -> jax.Array | np.ndarray:
+    """The result of a function for the period; raises unless it is a real scalar."""
     array = _of_reals(period)
     if array is None or array.shape:
         raise TypeError(
@@ -142,10 +175,11 @@ def as_period(function: str, period: Any) -> Any:
     return array
 
 
-def _of_reals(value: Any) -> Any:
-    """An array, traced or in its own dtype; None if it is not of real numbers."""
+def _of_reals(value: PyTree) -> jax.Array | np.ndarray | None:
+    """The value as an array in its own dtype; None if it is not of real numbers."""
     on_device = traced(value) or isinstance(value, jax.Array)
-    try:  # JAX would wrap integers of 64 bits
+    # NumPy keeps integers of 64 bits, which JAX would wrap to 32.
+    try:
         array = jnp.asarray(value) if on_device else np.asarray(value)
     except (TypeError, ValueError):
         return None
@@ -153,13 +187,16 @@ def _of_reals(value: Any) -> Any:
     return array if real else None
 
 
-def as_rate(function: str, moving_rate: Any) -> Callable[[int], float] | None:
-    """A function of the number of workers, whose results are checked."""
+def as_rate(
+    function: str, moving_rate: float | Callable[[int], float] | None
+) -> Callable[[int], float] | None:
+    """α as a function of the number of workers, which checks its result."""
     if moving_rate is None:
         return None
 
+    # In the mapped form the number of workers is known inside of the map only.
     def rate(num_workers: int) -> float:
-        value: Any = moving_rate(num_workers) if callable(moving_rate) else moving_rate
+        value = moving_rate(num_workers) if callable(moving_rate) else moving_rate
         check_number(function, "moving_rate", value, 0, 1, above=True)
         return float(value)
 
@@ -169,10 +206,12 @@ def as_rate(function: str, moving_rate: Any) -> Callable[[int], float] | None:
 def keeping_structure(
     function: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer; raises if its state after an update has other leaves."""
+    """The inner optimizer; raises if an update changes the structure of its state."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
         steps, after = inner.update(updates, state, params, **extra_args)
         have, want = map(jax.tree.structure, (after, state))
         if have != want:

@@ -1,7 +1,7 @@
-"""What a training loop with local updates needs besides the optimizer."""
+"""Functions for a training loop with local updates, beside the optimizer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,13 @@ from emaopt._local_updates import fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired, refuse_one_worker
 from emaopt._states import LocalUpdatesState
+from emaopt._types import AxisName, PyTree
 from emaopt._workers import Mapped, Stacked, resized
 
+ValueAndGrad: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-def stack_workers(params: Any, num_workers: int) -> Any:
+
+def stack_workers(params: PyTree, num_workers: int) -> PyTree:
     """Gives every worker a copy of the parameters, on a leading axis.
 
     Args:
@@ -54,26 +57,26 @@ def stack_workers(params: Any, num_workers: int) -> Any:
 
 
 def state_specs(
-    optimizer: optax.GradientTransformation, params: Any, axis_name: Any
-) -> Any:
-    """Returns how an optimizer's state is spread over the workers.
+    optimizer: optax.GradientTransformation, params: PyTree, axis_name: AxisName
+) -> PyTree:
+    """Returns how an optimizer's state is sharded over the workers.
 
-    For `in_specs` and `out_specs` of `jax.shard_map`, or as `NamedSharding` for the
-    `out_shardings` of a jitted `init`:
+    The specs are for `in_specs` and `out_specs` of `jax.shard_map` or, as
+    `NamedSharding`, for the `out_shardings` of a jitted `init`:
 
         specs = emaopt.state_specs(tx, params, "workers")
         step = jax.shard_map(step, in_specs=(P("workers"), specs, P("workers")), ...)
 
     Args:
       optimizer: A transformation with local updates in it.
-      params: The workers' parameters as `init` gets them, outside of `shard_map`: leaves
-        [W, ...]; arrays or shapes.
+      params: The workers' parameters outside of `shard_map`, as `init` gets them there:
+        leaves [W, ...], arrays or `jax.ShapeDtypeStruct`s.
       axis_name: The mesh axis or axes over the workers.
 
     Returns:
-      A tree of `PartitionSpec` like the state: what each worker has on its own along
-      `axis_name`, its scalars too, the rest replicated. In the mapped form each worker
-      has a center of its own, equal to all others.
+      A tree of `PartitionSpec` like the state: each worker's own slots and scalars are
+      split along `axis_name`, the rest is replicated. In the mapped form each worker has
+      a copy of the center, equal to all others.
 
     Raises:
       ValueError: If there is no center in the state, or several.
@@ -108,6 +111,8 @@ def state_specs(
         jax.tree.leaves(params),
         strict=True,
     )
+    # In the stacked form the center lacks the axis of workers; in the mapped form, where
+    # `init` runs on every worker, it has it.
     stacked = any(hasattr(c, "ndim") and c.ndim < len(jnp.shape(p)) for c, p in pairs)
 
     rows, everywhere = PartitionSpec(axis_name), PartitionSpec()
@@ -116,17 +121,17 @@ def state_specs(
         own = {"inner_state", "accumulated", "pulled", "residual"}
         own |= {"num_missed", "has_missed"}
 
-        def specs(node):
-            if not is_center_node(node):
+        def specs(node: PyTree) -> PyTree:
+            if not is_center_node(node):  # a leaf of a transformation around the engine
                 return rows if jnp.shape(node)[:1] == (workers,) else everywhere
 
-            def of(field, part):
+            def of(field: str, part: PyTree) -> PyTree:
                 return jax.tree.map(lambda _: rows if field in own else everywhere, part)
 
             return LocalUpdatesState(*map(of, *zip(*node._asdict().items(), strict=True)))
 
         return jax.tree.map(specs, state, is_leaf=is_center_node)
-    # What a worker has on its own is longer with more workers.
+    # A leaf that each worker has for itself is longer with one more worker.
     more = jax.eval_shape(optimizer.init, resized(params, workers + 1))
     return jax.tree.map(
         lambda x, y: everywhere if x.shape == y.shape else rows, state, more
@@ -135,30 +140,30 @@ def state_specs(
 
 def local_round(
     optimizer: optax.GradientTransformation,
-    value_and_grad: Callable[[Any, Any], tuple[Any, Any]],
-    params: Any,
-    opt_state: Any,
-    batches: Any,
-) -> tuple[Any, Any, Any]:
-    """Takes local steps in one scan, and one exchange after the last.
+    value_and_grad: ValueAndGrad,
+    params: PyTree,
+    opt_state: PyTree,
+    batches: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Takes local steps in one scan, and exchanges once, at the last step.
 
-    The same as so many updates, whatever the optimizer's period, without a conditional:
-    the exchange is a part of the last step. Afterwards the parameters are exactly what
-    the workers pulled, not up to rounding.
+    This is one round. It equals as many calls of `update`, whatever the optimizer's
+    period, and compiles to no conditional. Afterwards the parameters are exactly what the
+    workers pulled, not only up to rounding.
 
     Args:
       optimizer: A transformation with local updates in it.
       value_and_grad: (params, batch) -> (value, gradients), as `jax.value_and_grad` makes
-        it; in the stacked form that of all workers, `jax.vmap(jax.value_and_grad(loss))`.
+        it; in the stacked form for all workers, `jax.vmap(jax.value_and_grad(loss))`.
       params: The workers' parameters.
       opt_state: The optimizer's state.
       batches: A tree of leaves [steps, ...]: a batch for each local step.
 
     Returns:
-      (params, opt_state, values), the values of all steps [steps, ...].
+      (params, opt_state, values), with the values of all steps, [steps, ...].
 
     Raises:
-      ValueError: If there is no step, or not one center in the state.
+      ValueError: If there is no step, or if the state has no center or several.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -185,12 +190,15 @@ def local_round(
     paired("local_round", state.center, params, stacked=True)
     update = optax.with_extra_args_support(optimizer).update
 
-    def step(carry, batch, exchange=False):
+    def step(
+        carry: tuple[PyTree, PyTree], batch: PyTree, exchange: bool = False
+    ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         params, opt_state = carry
         value, grads = value_and_grad(params, batch)
         updates, opt_state = update(grads, opt_state, params, exchange=exchange)
         return (optax.apply_updates(params, updates), opt_state), value
 
+    # The last step stands outside of the scan: its exchange needs no conditional then.
     first = jax.tree.map(lambda leaf: leaf[:-1], batches)
     last = jax.tree.map(lambda leaf: leaf[-1], batches)
     carry, values = lax.scan(step, (params, opt_state), first)
@@ -200,26 +208,30 @@ def local_round(
 
 
 def synchronize(
-    opt_state: Any, params: Any, *, axis_name: Any = None, name: str | None = None
-) -> tuple[Any, Any]:
+    opt_state: PyTree,
+    params: PyTree,
+    *,
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> tuple[PyTree, PyTree]:
     """Ends local updates: brings the workers together, exactly.
 
-    What the workers did since the last exchange goes to the center as their mean, an
-    outer step of optax.sgd(1.0), and all workers get the center, bit for bit. If there
-    was no step since, the center stays as it is. To end with a step of the optimizer's
-    own outer optimizer, pass `exchange=True` to the last update before.
+    The center moves by the mean of the workers' deltas since the last exchange, an outer
+    step of optax.sgd(1.0), and all workers get the center, bit for bit. Without a step
+    since then, the center stays as it is. To end with a step of the optimizer's own outer
+    optimizer, pass `exchange=True` to the last update before.
 
     Args:
-      opt_state: A state of local updates, however deep.
+      opt_state: A state of local updates, at any depth.
       params: The workers' parameters.
       axis_name: The mapped axis, in the mapped form.
-      name: Which center, if there are several.
+      name: The name of the center, if there are several.
 
     Returns:
       (params, opt_state).
 
     Raises:
-      ValueError: If there is no center or several, or the parameters are others.
+      ValueError: If there is no center or several, or if the parameters do not fit it.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -242,7 +254,8 @@ def synchronize(
     pulled = [None] * len(leaves)
     if state.pulled is not None:
         pulled = treedef.flatten_up_to(state.pulled)
-    workers: Any = Mapped(axis_name)
+    # Parameters with one axis more than the center are those of the stacked form.
+    workers: Mapped | Stacked = Mapped(axis_name)
     for leaf, row in zip(center, leaves, strict=True):
         if is_averaged(leaf) and leaf.ndim < jnp.ndim(row):
             workers = Stacked(len(row))
@@ -268,10 +281,11 @@ def synchronize(
         part = Part(changing, outer_state, num_left_out)
         voices = Voices(~workers.loaded(missed), None)
 
-        def read(ready, rows=rows):
+        def read(ready: jax.Array, rows: list[Fixed] = rows) -> list[Fixed]:
             return workers.held(ready, rows)
 
         after = exchange(part, read, steps, voices, list)
+        # Without a step since the exchange nothing changes, not even by a rounding.
         num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
         for i, leaf in zip(fragment, after.leaves, strict=True):
             center[i] = jnp.where(steps > 0, leaf.center, center[i])
@@ -294,18 +308,18 @@ def synchronize(
     return params, replace(opt_state, state, new)
 
 
-def _pulled(state: LocalUpdatesState, params: Any) -> Any:
-    """The parameters, set to what the workers pulled."""
+def _pulled(state: LocalUpdatesState, params: PyTree) -> PyTree:
+    """The parameters, set to the values that the workers pulled."""
     target = state.center if state.pulled is None else state.pulled
 
-    def of(p, t):
-        if not is_averaged(p) or not is_array(t):  # no part of the center, as masked
+    def of(p: PyTree, t: PyTree) -> PyTree:
+        if not is_averaged(p) or not is_array(t):  # a masked leaf is not in the center
             return p
         return _own(t, jnp.broadcast_to(t, p.shape).astype(p.dtype))
 
     return jax.tree.map(of, params, target)
 
 
-def _own(old: Any, new: Any) -> Any:
-    """The new array, or a copy if it is the old one: both may be donated."""
+def _own(old: jax.Array, new: jax.Array) -> jax.Array:
+    """The new array, or a copy if it is the old one, because both may be donated."""
     return jnp.array(new, copy=True) if new is old else new

@@ -1,6 +1,6 @@
-"""The local-update methods by name: each is the engine with a commit and an outer step.
+"""Local-update methods by name: each is the engine with a commit and an outer optimizer.
 
-method            commit          reduce   outer step
+method            commit          reduce   outer optimizer
 local_sgd         delta           mean     sgd(1)
 diloco            delta           mean     sgd(0.7, momentum=0.9, nesterov=True)
 block_momentum    delta           mean     block momentum
@@ -10,7 +10,7 @@ agn, "paper"      mean_delta      mean     sgd(1)
 easgd             moving_rate     sum      sgd(1)
 """
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import optax
@@ -24,13 +24,14 @@ from emaopt._checks import (
 )
 from emaopt._local_options import Options, Period, takes_options, transformation
 from emaopt._local_updates import Engine
+from emaopt._types import PyTree
 
 
 @takes_options
 def local_sgd(
     inner: optax.GradientTransformation, *, period: Period, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages the workers' parameters every `period` steps.
+    """Averages the workers' parameters every `period` steps (local SGD).
 
     Args:
       inner: The optimizer of the local steps.
@@ -67,13 +68,13 @@ def diloco(
 ) -> optax.GradientTransformationExtraArgs:
     """DiLoCo: hundreds of local steps, then a step of an outer optimizer.
 
-    What to watch: the default outer optimizer is tuned for long runs. With some tens of
-    exchanges a smaller outer learning rate does better: notebooks/3-local-updates.ipynb.
+    What to watch: the default outer optimizer is tuned for long runs. With a few dozen
+    exchanges, a smaller outer learning rate does better: notebooks/3-local-updates.ipynb.
     A schedule in `outer` counts exchanges.
 
     Args:
       inner: The optimizer of the local steps; AdamW in the paper.
-      outer: The optimizer of the center; None, the default, is that of the paper,
+      outer: The optimizer of the center. Default None: the paper's,
         optax.sgd(0.7, momentum=0.9, nesterov=True).
       period, **options: As in `local_updates`. With `num_fragments` it is streaming
         DiLoCo, without its overlap of communication with computation.
@@ -112,23 +113,23 @@ def agn(
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulated gradient normalization: commits divided by the number of local steps.
 
-    "tf", as tf.contrib.opt.AGNOptimizer: a worker commits the mean of its gradients,
-    taken along its own path, and the same optimizer, with slots of its own, applies that
-    to the center. "paper", as its author wrote it: a worker commits the mean of its
-    updates, which is added to the center. For plain SGD they agree.
+    Variant "tf" is tf.contrib.opt.AGNOptimizer: a worker commits the mean of the
+    gradients along its own path, and the same optimizer, with slots for the center,
+    applies it. Variant "paper" follows the paper: a worker commits the mean of its
+    updates, which is added to the center. For plain SGD the variants agree.
 
-    What to watch: in "tf" the center's optimizer counts exchanges, so a schedule in it
-    runs `communication_period` times slower there; give `center_optimizer` one in
-    exchanges. And Adam takes no notice of the scale of its gradient: with it at the
-    center, the division by the number of steps changes next to nothing.
+    What to watch: in "tf" the center's optimizer counts exchanges, so its schedules run
+    `communication_period` times slower than in local steps; give `center_optimizer` a
+    schedule in exchanges. Adam ignores the scale of its gradient: with Adam at the
+    center, the division by the number of steps changes almost nothing.
 
     Args:
       optimizer: The optimizer of the local steps and, in "tf", of the center.
-      communication_period: Local steps between exchanges, λ; `period` elsewhere.
+      communication_period: Local steps between exchanges, λ; elsewhere called `period`.
       variant: "tf" or "paper".
-      center_optimizer: Another optimizer for the center; default `optimizer` in "tf",
+      center_optimizer: The optimizer of the center. Default None: `optimizer` in "tf",
         optax.sgd(1.0) in "paper".
-      reduce: "mean" over workers; "sum", as the commits of asynchronous workers add up;
+      reduce: "mean" over workers; "sum", as commits of asynchronous workers add up;
         or "sequential", a parameter server whose workers push in rank order.
       **options: As in `local_updates`.
 
@@ -180,7 +181,7 @@ def easgd(
     reduce: str = "sum",
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """Elastic averaging: an elastic force between each worker and the center.
+    """Elastic averaging SGD: an elastic force between each worker and the center.
 
     Every `period` steps, with d_w = θ_w - c:
 
@@ -189,9 +190,9 @@ def easgd(
     Args:
       inner: The optimizer of the local steps; with momentum it is EAMSGD.
       period, **options: As in `local_updates`.
-      moving_rate: α in (0, 1]; default 0.9 / (period · num_workers), as in
+      moving_rate: α in (0, 1]. Default 0.9 / (period · num_workers), as in
         tf.contrib.opt.ElasticAverageOptimizer.
-      reduce: "sum", all at once; "sequential", one worker after the other.
+      reduce: "sum": all workers at once; "sequential": one worker after the other.
 
     Returns:
       A transformation with a `LocalUpdatesState`.
@@ -212,7 +213,7 @@ def easgd(
       Zhang, Choromanska and LeCun, 2015, Deep learning with elastic averaging SGD,
       https://arxiv.org/abs/1412.6651
     """
-    rate: Any = moving_rate
+    rate = moving_rate
     if rate is None:
         if callable(period):
             raise ValueError(
@@ -221,7 +222,8 @@ def easgd(
             )
         check_integer("easgd", "period", period, 1)
 
-        def default(num_workers):
+        # In the mapped form the number of workers is known inside of the map only.
+        def default(num_workers: int) -> float:
             return 0.9 / (period * num_workers)
 
         rate = default
@@ -253,14 +255,15 @@ def block_momentum(
 
         Δ := η Δ + ζ G       c := c + Δ;  with Nesterov's momentum c := c + ζ G + η Δ
 
-    With that, the center is where workers start from, ahead of the filtered model by η Δ.
+    With Nesterov's momentum the center is the workers' start, ahead of the filtered model
+    by η Δ.
 
     Args:
       inner: The optimizer of the local steps.
       period, **options: As in `local_updates`.
       block_momentum: η in [0, 1); default 1 - 1 / num_workers.
       block_learning_rate: ζ > 0.
-      nesterov: Whether workers start from where the momentum will take the center.
+      nesterov: Whether workers start where the momentum will take the center.
 
     Returns:
       A transformation with a `LocalUpdatesState`.
@@ -289,7 +292,9 @@ def block_momentum(
     check_number(function, "block_learning_rate", block_learning_rate, 0, above=True)
     check_flag(function, "nesterov", nesterov)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, PyTree]:
         del params
         eta = block_momentum
         if eta is None:
@@ -298,6 +303,7 @@ def block_momentum(
         moves, state = optax.trace(float(eta), nesterov).update(scaled, state)
         return jax.tree.map(lambda x: -x, moves), state
 
+    # The state of optax.trace does not depend on η, so any decay will do for `init`.
     outer = optax.GradientTransformation(optax.trace(0.0).init, update)
     engine = Engine(function, inner, outer, period, **options)
     return optax.GradientTransformationExtraArgs(engine.init, engine.update)
@@ -309,14 +315,14 @@ def lookahead(
     period: Period = 5,
     slow_step_size: float = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lookahead: k steps forward, then a part of the way back, with one worker.
+    """Lookahead: k steps forward, then part of the way back, with one worker.
 
     Every `period` steps: c := c + α (θ - c), θ := c. The parameters keep their shapes and
     names, unlike in `optax.lookahead`; the slow weights are in the state (`get_center`).
 
     Args:
       inner: The optimizer of the fast weights.
-      period: Fast steps for one slow step, k.
+      period: k, the fast steps for each slow step.
       slow_step_size: α in (0, 1].
 
     Returns:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +18,28 @@ from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._jax_internals import inside_conditional, traced
 from emaopt._leaves import is_array, is_averaged, replicated_beside
 from emaopt._local_checks import (
+    Settings,
     as_period,
     as_rate,
     as_weights,
-    check_engine,
     keeping_structure,
 )
 from emaopt._rounding import applied, lead
 from emaopt._states import CENTER, LocalUpdatesState, check_own_state
-from emaopt._tracing import Computed, Selected, Traced
+from emaopt._tracing import Computed, Selected, Traced, TreeDef
+from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 from emaopt._xla import always
 
+Column: TypeAlias = list[Any]  # by leaf of the parameters, in flattening order
+
 
 @dataclass(frozen=True)
-class Engine:
-    """Steps of `inner` on every worker, and commits of them that `outer` applies.
-
-    The arguments are those of `local_updates`.
-    """
-
-    function: str  # for errors
-    inner: optax.GradientTransformation
-    outer: optax.GradientTransformation
-    period: Any
-    num_workers: int | None = None
-    axis_name: Any = None
-    commit: str = "delta"
-    reduce: str = "mean"
-    moving_rate: float | None = None
-    warmup_steps: int = 0
-    exchange_dtype: Any = None
-    error_feedback: bool = False
-    num_fragments: int = 1
-    per_worker: Any = ()
-
-    def __post_init__(self):
-        check_engine(self)
-        object.__setattr__(self, "per_worker", tuple(self.per_worker))
+class Engine(Settings):
+    """Steps of `inner` on every worker, and steps of `outer` against their commits."""
 
     @property
-    def workers(self) -> Any:
+    def workers(self) -> Stacked | Mapped:
         if self.num_workers is None:
             return Mapped(self.axis_name)
         return Stacked(self.num_workers)
@@ -74,7 +55,7 @@ class Engine:
             self.exchange_dtype,
         )
 
-    def init(self, params: Any) -> LocalUpdatesState:
+    def init(self, params: PyTree) -> LocalUpdatesState:
         check_arrays(self.function, "params", params, others=True)
         leaves, treedef = jax.tree.flatten(params)
         if self.num_workers is not None:
@@ -84,8 +65,8 @@ class Engine:
         zero = replicated_beside(leaves)
         each = functools.partial(self.workers.zero, params)
 
-        def rows(start: Callable) -> Any:
-            """Like the parameters, in the center's dtypes."""
+        def rows(start: Callable[[jax.Array], jax.Array]) -> PyTree:
+            """A tree like the parameters, in the center's dtypes."""
             return jax.tree.map(
                 lambda x: start(start_center(x)) if is_averaged(x) else x, params
             )
@@ -109,15 +90,16 @@ class Engine:
 
     def update(
         self,
-        updates,
-        state,
-        params=None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
-        exchange=None,
-        weights=None,
-        **extra_args,
-    ) -> tuple[Any, Any]:
+        exchange: bool | Scalar | None = None,
+        weights: PyTree = None,
+        **extra_args: PyTree,
+    ) -> tuple[PyTree, LocalUpdatesState]:
         _check_call(self.function, state, params, exchange)
+        # Below, `exchange is not False` would not hold back NumPy's False.
         if isinstance(exchange, np.bool_):
             exchange = bool(exchange)
         leaves, treedef = jax.tree.flatten(params)
@@ -126,8 +108,8 @@ class Engine:
         weights = as_weights(self.function, weights, self.num_workers)
         inner = keeping_structure(self.function, self.inner)
 
-        def column(tree) -> list[Any]:
-            """The leaves in the parameters' order, None where there are none."""
+        def column(tree: PyTree) -> Column:
+            """The leaves in the parameters' order; Nones where there is no tree."""
             return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
 
         check_arrays(self.function, "updates", updates)
@@ -138,12 +120,16 @@ class Engine:
         except (TypeError, ValueError) as error:
             refuse_unlike(self.function, params, error, updates=updates)
             raise
-        num_steps = optax.safe_increment(state.num_steps)
+        num_steps: Any = optax.safe_increment(state.num_steps)
+        # Computed here, `num_steps` knows of a conditional around this call. A value that
+        # was passed in may come from outside of it.
         if self.axis_name is not None and exchange is not False:
             _refuse_branch(self.function, num_steps)
 
-        def each_step(updates, inner_state, params):
-            """A step of every worker, whatever it makes."""
+        def each_step(
+            updates: PyTree, inner_state: PyTree, params: PyTree
+        ) -> tuple[Column, PyTree]:
+            """A step of every worker, finite or not."""
             steps, inner_state = workers.step(
                 self.function,
                 inner,
@@ -155,7 +141,9 @@ class Engine:
             )
             return column(steps), inner_state
 
-        def taken_step(before, taken, ready):
+        def taken_step(
+            before: tuple[PyTree, PyTree, PyTree], taken: jax.Array, ready: jax.Array
+        ) -> tuple[Column, PyTree]:
             """The step of the workers that can take it; the others stay as they are."""
             before = _, inner_state, _ = workers.held(ready, before)
             old = jax.tree.leaves(inner_state)
@@ -164,8 +152,10 @@ class Engine:
             )
             return workers.or_zeros(taken, steps), after
 
-        def each_local(before, taken, ready):
-            """The parameters after it, None where they have no gradient."""
+        def each_local(
+            before: tuple[PyTree, PyTree, PyTree], taken: jax.Array, ready: jax.Array
+        ) -> list[jax.Array | None]:
+            """The parameters after this step, None where they have no gradient."""
             *_, params = before
             steps, _ = taken_step(before, taken, ready)
             return [
@@ -175,23 +165,27 @@ class Engine:
                 )
             ]
 
+        # 1. Try the local step, to know whether it can be taken before slots are changed.
         before = updates, state.inner_state, params
         in_trace = traced((before, extra_args))
         local_step = (Selected if in_trace else Computed)(each_step, *before)
-        # Whether the step can be taken is known before anything is overwritten.
         tried, _ = local_step(*before)
         taken = _finite(workers, leaves, gradients, tried)
+        # Every exchange reads the parameters after the step twice. Traced here, the step
+        # stands in the program once for all of them.
         local = Traced(each_local, before, taken, taken) if in_trace else each_local
 
+        # 2. Exchange the fragments that are due, one after the other.
         sums = column(state.accumulated)
         state_columns = map(column, (state.pulled, state.residual, state.center))
         changing = list(map(Leaf, *state_columns))
         num_left_out = state.num_left_out
         since_exchange, has_missed, outer_states = [], [], []
-        dues: list[Any] = [False] * len(leaves)
+        dues: list[bool | Scalar] = [False] * len(leaves)
         fragments = fragments_of(self.function, column(state.center), self.num_fragments)
         for number, fragment in enumerate(fragments):
-            since = state.since_exchange[number]
+            since: Any = state.since_exchange[number]
+            # `since` does not count this step yet: 0 is the first after an exchange.
             for i in fragment:
                 if state.accumulated is not None:
                     gradient = workers.or_zeros(taken, gradients[i])
@@ -199,12 +193,13 @@ class Engine:
             since = optax.safe_increment(since)
             missed = workers.loaded(state.has_missed[number]) | ~taken
             due = self._due(number, num_steps, since) if exchange is None else exchange
+            # A Python value compiles to no conditional; False, to no exchange either.
             due = due if traced(due) else bool(due)
 
-            def exchanged(part, fixed, fragment=fragment):
+            def exchanged(part: Part, fixed: PyTree, fragment=fragment) -> Part:
                 before, sums, since, missed = fixed
 
-                def read(ready):
+                def read(ready: jax.Array) -> list[Fixed]:
                     after = local(before, taken, ready)
                     held = workers.held(ready, sums)
                     return [
@@ -231,17 +226,18 @@ class Engine:
             missed = jnp.where(due, False, missed)
             has_missed.append(workers.stored(missed, state.has_missed[number]))
 
-        # The local step comes again, after the exchanges and from the same state, whose
-        # slots it overwrites in place. Without an order between the two, the compiler
-        # would copy the slots at every step.
+        # 3. Take the local step from the same state, and overwrite the slots in place. It
+        # waits for the exchanges, which read the slots and compute `num_left_out` last:
+        # without an order between the two, XLA would copy the slots at every step.
         ready = taken & always(num_left_out)
         steps, inner_state = taken_step(before, taken, ready)
+        # 4. Where a fragment was exchanged, updates lead to what the workers pull.
         for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
             if due is not False and gradients[i] is not None:
                 target = leaf.center if leaf.pulled is None else leaf.pulled
                 steps[i] = lead(leaves[i], of_all(target, leaves[i]), steps[i], due)
 
-        def tree(column, like):
+        def tree(column: Column, like: PyTree) -> PyTree:
             return None if like is None else jax.tree.unflatten(treedef, column)
 
         num_missed = workers.loaded(state.num_missed)
@@ -260,29 +256,32 @@ class Engine:
             center=tree([leaf.center for leaf in changing], state.center),
         )
 
-    def _due(self, number: int, num_steps: Any, since: Any) -> Any:
+    def _due(self, number: int, num_steps: Scalar, since: Scalar) -> Scalar:
         """Whether a fragment is exchanged after this step."""
         if callable(self.period):
             due = since >= as_period(self.function, self.period(num_steps))
         else:  # the fragments take turns
-            period = int(self.period)  # of NumPy's it may be a narrow one
+            period = int(self.period)  # NumPy's may be narrow, and wrap below
             offset = number * period // self.num_fragments
+            # The inner remainder comes first, as num_steps + offset may exceed int32.
             due = (num_steps % period + offset) % period == 0
-            # A counter that is full stays as it is.
+            # At MAX_COUNT the counter stops, and turns go by `since` alone.
             due = jnp.where(num_steps < MAX_COUNT, due, since >= period)
         return due | (num_steps <= self.warmup_steps)
 
 
-def fragments_of(function: str, center: list, num_fragments: int) -> list[list[int]]:
+def fragments_of(function: str, center: Column, num_fragments: int) -> list[list[int]]:
     """The positions of the leaves that are exchanged together, in parts of like sizes."""
     fragments: list[list[int]] = [[] for _ in range(num_fragments)]
     sizes = [0] * num_fragments
     moving = [i for i, leaf in enumerate(center) if is_averaged(leaf)]
+    # A tree without leaves passes: optax.tree.map_params calls `init` with one.
     if 1 < num_fragments > len(moving) and center:
         raise ValueError(
             f"{function}: num_fragments={num_fragments}, but there are only "
             f"{len(moving)} leaves; a fragment is one leaf or more."
         )
+    # Greedy: the largest leaf that is left goes to the smallest fragment so far.
     for i in sorted(moving, key=lambda i: -center[i].size):
         smallest = sizes.index(min(sizes))
         fragments[smallest].append(i)
@@ -290,18 +289,24 @@ def fragments_of(function: str, center: list, num_fragments: int) -> list[list[i
     return [sorted(fragment) for fragment in fragments]
 
 
-def _subtree(treedef: Any, positions: list[int], leaves: list) -> Any:
+def _subtree(treedef: TreeDef, positions: list[int], leaves: list[jax.Array]) -> PyTree:
     """A tree with the parameters' names and MaskedNode in place of other leaves."""
-    nodes: list[Any] = [optax.MaskedNode()] * treedef.num_leaves
+    # Outer optimizers may go by the names, as masks and partitions do.
+    nodes: Column = [optax.MaskedNode()] * treedef.num_leaves
     for i, leaf in zip(positions, leaves, strict=True):
         nodes[i] = leaf
     return jax.tree.unflatten(treedef, nodes)
 
 
-def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
-    """Whether each worker's gradients are finite, and the parameters that it gets to.
+def _finite(
+    workers: Stacked | Mapped,
+    leaves: Column,
+    gradients: Column,
+    steps: Column,
+) -> jax.Array:
+    """Flags of the workers whose gradients are finite, and parameters after the step.
 
-    Those are finite only if the updates are. Shaped as the workers' flags are.
+    These parameters are finite only if the updates are, so updates need no check.
     """
     groups = []
     for leaf, gradient, step in zip(leaves, gradients, steps, strict=True):
@@ -312,7 +317,7 @@ def _finite(workers: Any, leaves: list, gradients: list, steps: list) -> Any:
     return workers.finite(groups, workers.same(True))
 
 
-def _refuse_branch(function: str, value: Any) -> None:
+def _refuse_branch(function: str, value: jax.Array) -> None:
     """Raises in a conditional that each device decides for itself."""
     if inside_conditional(value, mapped=True):
         raise ValueError(
@@ -324,7 +329,8 @@ def _refuse_branch(function: str, value: Any) -> None:
         )
 
 
-def _check_call(function: str, state: Any, params: Any, exchange: Any) -> None:
+def _check_call(function: str, state: object, params: PyTree, exchange: object) -> None:
+    """Raises unless `update` is called with parameters, its own state and a flag."""
     if params is None:
         raise ValueError(
             f"{function} moves the parameters between the workers and the center, but "

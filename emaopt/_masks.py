@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,30 +11,35 @@ from jax.sharding import Mesh
 
 from emaopt._leaves import for_each_leaf
 from emaopt._names import leaves_with_keys
+from emaopt._types import Mask, PyTree
 
-# Whether the tree holds some rows of its leaves only, and a mask may be one of shapes.
+# Whether an update is given some rows of each leaf only. A mask that is a function of
+# shapes then chooses other leaves than at init.
 _of_rows: ContextVar[bool] = ContextVar("_of_rows", default=False)
 
 
-def is_function(argument: Any, tree: Any = None) -> bool:
+def is_function(argument: object, tree: PyTree = None) -> bool:
     """Whether an argument is a function of a tree, in place of a tree like it.
 
-    A model that can be called, with a flag for each of its leaves, is a tree. As Optax
-    tells a mask, what can be called is a function if all of its leaves can. Where it has
-    none, or is a `jax.tree_util.Partial`, whose leaves are arguments, it is one unless
-    the tree is of that kind, too.
+    A callable model with a flag at each leaf is a tree. As for `optax.masked`, a callable
+    is a function if all of its leaves are callable. A callable without leaves, or a
+    `jax.tree_util.Partial`, whose leaves are its arguments, is a function unless the tree
+    is of the same type.
     """
-    if not callable(argument) or isinstance(argument, Mesh):  # which decorates functions
+    # A Mesh is callable, as a decorator of functions.
+    if not callable(argument) or isinstance(argument, Mesh):
         return False
     leaves = jax.tree.leaves(argument)
+    # jax.tree_util.Partial is a subclass of functools.partial, which is a leaf itself.
     if leaves and not isinstance(argument, partial):
         return all(map(callable, leaves))
     return type(argument) is not type(tree) or jax.tree_util.all_leaves([argument])
 
 
-def chosen_by(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool]:
-    """Whether each leaf is averaged, in flattening order."""
-    # Without leaves: an empty tree, or what optax.tree.map_params puts in its place.
+def chosen_by(function: str, mask: Mask, tree: PyTree, num_leaves: int) -> list[bool]:
+    """Whether the mask chooses each leaf, in flattening order."""
+    # No leaves: an empty tree, or the placeholder that optax.tree.map_params gives to
+    # init. A mask would not have its structure.
     if mask is None or num_leaves == 0:
         return [True] * num_leaves
     flags = mask(tree) if is_function(mask, tree) else mask
@@ -56,7 +60,7 @@ def chosen_by(function: str, mask: Any, tree: Any, num_leaves: int) -> list[bool
 
 @contextmanager
 def rows_alone() -> Iterator[None]:
-    """Says that what is updated are some rows of the parameters, and not all of them."""
+    """Says that updates inside are given some rows of the parameters, and not all."""
     token = _of_rows.set(True)
     try:
         yield
@@ -65,21 +69,21 @@ def rows_alone() -> Iterator[None]:
 
 
 def check_mask(
-    function: str, mask: Any, tree: Any, kept: list[bool], averaged: list[bool]
+    function: str, mask: Mask, tree: PyTree, kept: list[bool], averaged: list[bool]
 ) -> None:
     """Raises if the mask is not the one that the state was made with.
 
     Args:
       function, mask, tree: As for `chosen_by`.
       kept: Whether the state has an average, for each leaf.
-      averaged: Whether there is any to have: an integer leaf has none.
+      averaged: Whether each leaf can be averaged: an integer leaf cannot.
     """
     if _of_rows.get():
         return
     try:
         chosen = chosen_by(function, mask, tree, len(kept))
     except jax.errors.JAXTypeError:
-        return  # a function of the values: known outside of jit, where init was called
+        return  # a function of values, which are known outside of jit alone, as at init
     differs = [
         counts and now != then
         for now, then, counts in zip(chosen, kept, averaged, strict=True)

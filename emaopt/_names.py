@@ -4,13 +4,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from emaopt._types import Leaf, PyTree
+
 Names = tuple[str, ...]
 
-_VARIABLES = (  # of Flax: what is a dict with the one key "value" on disk
+# Flax's types of variables: on disk, each is a dict with the one key "value".
+_VARIABLES = (
     ("flax.nnx", "Variable"),
     ("flax.nnx", "VariableState"),  # before Flax 0.12
     ("flax.core.meta", "AxisMetadata"),
@@ -18,14 +20,14 @@ _VARIABLES = (  # of Flax: what is a dict with the one key "value" on disk
 
 
 class Unknown(ValueError):
-    """What an argument names or numbers is not there, though it could be elsewhere."""
+    """Something that an argument names or numbers is not in this tree or directory."""
 
     def __init__(self, message: str, argument: str = ""):
         super().__init__(message)
         self.argument = argument
 
 
-def by_name(*regexes: str) -> Callable[[Any], Any]:
+def by_name(*regexes: str) -> Callable[[PyTree], PyTree]:
     """Returns a mask that is True for the leaves whose path matches any of `regexes`.
 
     Args:
@@ -54,7 +56,7 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
         except re.error as error:
             raise ValueError(f"by_name: {regex!r} does not compile: {error}.") from None
 
-    def mask(tree):
+    def mask(tree: PyTree) -> PyTree:
         names = ["/".join(keys) for keys, _ in named_leaves(tree)]
         for pattern in patterns:
             if names and not any(pattern.search(name) for name in names):
@@ -74,31 +76,32 @@ def by_name(*regexes: str) -> Callable[[Any], Any]:
     return mask
 
 
-def leaves_with_keys(tree: Any, is_leaf=None) -> list[tuple[Names, Any]]:
+def leaves_with_keys(
+    tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None
+) -> list[tuple[Names, Leaf]]:
     """The leaves of a tree with the names that lead to them, whatever the containers.
 
-    A dict key, an attribute and a position all become a string. What a Flax variable
-    holds is alone in it, under the name "value". That name is dropped, so that a
-    parameter has one name in memory, in every container and on disk, where a variable is
-    a dict: from whatever is alone in its container, and no two leaves get one name by
-    that. `named_leaves` has the names to be shown.
+    A dict key, an attribute and a position all become a string. A Flax variable holds one
+    leaf under the name "value", and on disk it is a dict. That name is dropped, so that a
+    parameter has the same names in memory and on disk. Types are lost on disk, so "value"
+    is dropped wherever a leaf is alone in its container; this never gives two leaves the
+    same names. `named_leaves` has the names to be shown.
     """
     leaves = path_leaves(tree, is_leaf)
     if not any(_may_be_variable(name) for name, _ in leaves):
         return leaves
     members = _members(tree, is_leaf)
 
-    def is_lost(name, leaf):
-        is_node = is_leaf is not None and is_leaf(
-            leaf
-        )  # more names may follow on "value"
+    def is_lost(name: Names, leaf: Leaf) -> bool:
+        # Inside of a node more names may follow, and "value" is not their last.
+        is_node = is_leaf is not None and is_leaf(leaf)
         return _may_be_variable(name) and members[name[:-1]] == 1 and not is_node
 
     return [(name[:-1] if is_lost(name, leaf) else name, leaf) for name, leaf in leaves]
 
 
-def named_leaves(tree: Any) -> list[tuple[Names, Any]]:
-    """The leaves under the names that their users know: "value" if they called one so."""
+def named_leaves(tree: PyTree) -> list[tuple[Names, Leaf]]:
+    """The leaves under the names that users know, with "value" where they chose it."""
     own = own_values(tree)
     return [
         ((*names, "value") if names in own else names, leaf)
@@ -106,16 +109,17 @@ def named_leaves(tree: Any) -> list[tuple[Names, Any]]:
     ]
 
 
-def own_values(tree: Any) -> set[Names]:
-    """The leaves, by name, that lost a "value" which no variable of Flax's gave them."""
+def own_values(tree: PyTree) -> set[Names]:
+    """The names of leaves that lost a "value" of the user's own, not one of Flax's."""
     short = {names for names, _ in leaves_with_keys(tree)}
     lost = short - {names for names, _ in path_leaves(tree)}
     return lost and lost - _variables(tree)
 
 
-def _variables(tree: Any) -> set[Names]:
+def _variables(tree: PyTree) -> set[Names]:
     """The names of the nodes that hold one leaf under "value", by Flax's own types."""
-    kinds = [  # who has any has imported their module
+    # A tree that holds such a type has its module imported; Flax is not imported here.
+    kinds = [
         vars(sys.modules[module]).get(kind)
         for module, kind in _VARIABLES
         if module in sys.modules
@@ -127,13 +131,14 @@ def _variables(tree: Any) -> set[Names]:
     return {names for names, node in nodes if isinstance(node, types)}
 
 
-def _members(tree: Any, is_leaf: Any) -> Counter:
-    """How many children each container has, those without leaves too."""
+def _members(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None) -> Counter[Names]:
+    """How many children each container has, including those without leaves."""
 
-    def is_childless(node):
+    # None and MaskedNode count, or a mask would change the names of the leaves beside.
+    def is_childless(node: PyTree) -> bool:
         return jax.tree.structure(node).num_leaves == 0
 
-    def stop(node):
+    def stop(node: PyTree) -> bool:
         return is_childless(node) or (is_leaf is not None and is_leaf(node))
 
     children = {
@@ -144,8 +149,10 @@ def _members(tree: Any, is_leaf: Any) -> Counter:
     return Counter(child[:-1] for child in children)
 
 
-def path_leaves(tree: Any, is_leaf: Any = None) -> list[tuple[Names, Any]]:
-    """The leaves with all names that lead to them: also the one in a Flax variable."""
+def path_leaves(
+    tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None
+) -> list[tuple[Names, Leaf]]:
+    """The leaves with all names that lead to them, the "value" of a variable included."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return [(tuple(map(key_name, path)), leaf) for path, leaf in flat]
 
@@ -160,22 +167,24 @@ def split(way: str | None) -> Names:
 
 
 def joined(names: Names) -> str:
-    """Names as a user reads and says them."""
+    """Names joined with "/", as users read and write them."""
     return "/".join(names) or "the root"
 
 
 def is_below(names: Names, way: Names) -> bool:
-    """Whether a way leads to what has the names, or is theirs."""
+    """Whether the names are those of a way, or lead to something below it."""
     return names[: len(way)] == way
 
 
 def num_common(a: Names, b: Names) -> int:
-    """How many names two ways have in common at their beginning."""
+    """How many names two ways have in common, from the root on."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def key_name(key: Any) -> str:
+def key_name(key: object) -> str:
+    """One key of a path in JAX, as a string."""
+    # Of DictKey and FlattenedIndexKey, of GetAttrKey, and of SequenceKey.
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

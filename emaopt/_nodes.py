@@ -1,6 +1,6 @@
 """The averages and centers in any tree: what holds one, under which name."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,77 +8,82 @@ import numpy as np
 
 from emaopt._names import Names, Unknown, leaves_with_keys
 from emaopt._states import AVERAGE, CENTER, KINDS
+from emaopt._types import PyTree
 
 _STATES = tuple(one for kind in KINDS for one in (kind.state, kind.swapped))
 
 
-def average_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
+def average_nodes(tree: PyTree, name: str | None = None) -> dict[Names, PyTree]:
     """All nodes that hold an average, by the names that lead to them.
 
-    With `name`, the one that it is the whole name of, or those with it on their way: a
-    key, or the first keys joined with "/".
+    With `name`, the node with exactly these keys, joined with "/". If there is none, all
+    nodes whose keys begin with these, or hold `name` as one key.
     """
     return _named(_nodes(tree, is_average_node), name)
 
 
-def center_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
-    """All nodes that hold a center; "center" is a name of all."""
+def center_nodes(tree: PyTree, name: str | None = None) -> dict[Names, PyTree]:
+    """All nodes that hold a center; the name "center" is that of all of them."""
     nodes = _nodes(tree, is_center_node)
     return nodes if name == "center" else _named(nodes, name)
 
 
-def served_nodes(tree: Any, name: str | None = None) -> dict[Names, Any]:
-    """The averages of that name, or the centers if there are none."""
+def served_nodes(tree: PyTree, name: str | None = None) -> dict[Names, PyTree]:
+    """The averages of that name, or the centers if there are none.
+
+    Averages go first: the outer optimizer of local updates may average the center.
+    """
     return average_nodes(tree, name) or center_nodes(tree, name)
 
 
-def swapped_nodes(tree: Any) -> dict[Names, Any]:
-    """The nodes in whose place the parameters stand."""
+def swapped_nodes(tree: PyTree) -> dict[Names, PyTree]:
+    """The nodes that `swap` has exchanged: they hold the raw parameters."""
     nodes = center_nodes(tree) | average_nodes(tree)
     return {names: node for names, node in nodes.items() if is_swapped(node)}
 
 
-def is_average_node(node: Any) -> bool:
+def is_average_node(node: object) -> bool:
     return isinstance(as_state(node), (AVERAGE.state, AVERAGE.swapped))
 
 
-def is_center_node(node: Any) -> bool:
+def is_center_node(node: object) -> bool:
     return isinstance(as_state(node), (CENTER.state, CENTER.swapped))
 
 
-def is_swapped(node: Any) -> bool:
+def is_swapped(node: object) -> bool:
     return isinstance(as_state(node), (AVERAGE.swapped, CENTER.swapped))
 
 
-def as_state(node: Any) -> Any:
+def as_state(node: object) -> PyTree:
     """The state in a node, or None if there is none.
 
-    The node may be a mapping: `nnx.state`, and a restore without a target, keep of a
-    NamedTuple the names of its fields alone.
+    The node may be a mapping: `nnx.state`, and a restore without a target, keep only the
+    field names of a NamedTuple.
     """
     if isinstance(node, _STATES):
         return node
     if isinstance(node, Mapping):
         for kind in KINDS:
             for state in (kind.state, kind.swapped):
+                # Fields that are None may be missing. The first and the mark never are.
                 if {state._fields[0], kind.mark} <= set(node) <= set(state._fields):
                     return state(*map(node.get, state._fields))
     return None
 
 
-def field_of(node: Any) -> str:
-    """The field in which a node holds what is served: "average" or "center"."""
+def field_of(node: PyTree) -> str:
+    """The field of a node that readers are served: "average" or "center"."""
     return as_state(node)._fields[-1]
 
 
 def counter_of(field: str, swapped: bool) -> str:
-    """The first field of a state that holds `field`; it tells whether it is swapped."""
+    """The first field of a state that holds `field`; its name shows a swapped state."""
     kind = next(kind for kind in KINDS if kind.field == field)
     return (kind.swapped if swapped else kind.state)._fields[0]
 
 
-def exchanged(node: Any, content: Any) -> Any:
-    """The node with another content, marked as swapped if it was not, and back."""
+def exchanged(node: PyTree, content: PyTree) -> PyTree:
+    """The node with another content: marked as swapped if it was not, else unmarked."""
     state = as_state(node)
     for kind in KINDS:
         if isinstance(state, (kind.state, kind.swapped)):
@@ -87,17 +92,19 @@ def exchanged(node: Any, content: Any) -> Any:
     raise AssertionError(node)
 
 
-def in_place_of(node: Any, state: Any) -> Any:
+def in_place_of(node: PyTree, state: PyTree) -> PyTree:
     """The state in the kind of container that the node is."""
     if not isinstance(node, Mapping):
         return state
     container: Any = type(node)
+    # A None stays where the node has it, so that swapping twice gives the tree back.
     fields = state._asdict().items()
     return container({k: v for k, v in fields if v is not None or k in node})
 
 
-def replace(tree: Any, old: Any, new: Any) -> Any:
-    """The tree with another node in the place of one."""
+def replace(tree: PyTree, old: PyTree, new: PyTree) -> PyTree:
+    """The tree with one node replaced by another."""
+    # By identity: the tree may hold several equal nodes, and arrays have no truth value.
     return jax.tree.map(
         lambda node: new if node is old else node,
         tree,
@@ -105,7 +112,9 @@ def replace(tree: Any, old: Any, new: Any) -> Any:
     )
 
 
-def only_node(function: str, nodes: dict, what: str, otherwise: str) -> tuple[Names, Any]:
+def only_node(
+    function: str, nodes: dict[Names, PyTree], what: str, otherwise: str
+) -> tuple[Names, PyTree]:
     """The only node, with its names, or an error that says which there are."""
     if not nodes:
         raise ValueError(f"{function}: no {what} in this optimizer state. {otherwise}")
@@ -127,8 +136,8 @@ def only_node(function: str, nodes: dict, what: str, otherwise: str) -> tuple[Na
     return names, node
 
 
-def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
-    """Raises if the state holds averages or centers, but none of the name."""
+def refuse_unknown_name(function: str, state: PyTree, name: str | None) -> None:
+    """Raises if the state holds averages or centers, but none of that name."""
     if name is not None and (nodes := average_nodes(state) | center_nodes(state)):
         there = ", ".join(repr("/".join(names)) for names in nodes)
         raise Unknown(
@@ -136,10 +145,11 @@ def refuse_unknown_name(function: str, state: Any, name: str | None) -> None:
         )
 
 
-def refuse_crossed_swap(function: str, state: Any, nodes: Iterable[Any]) -> None:
-    """Raises if something else in the state is swapped than the given nodes.
+def refuse_crossed_swap(function: str, state: PyTree, nodes: Iterable[PyTree]) -> None:
+    """Raises if a node of the state is swapped that is none of the given ones.
 
-    The parameters would go from one slot to another, and be lost.
+    Its average is in the parameters' place, and would go into another node's slot as if
+    it were the raw parameters.
     """
     nodes = list(nodes)
     for names, other in swapped_nodes(state).items():
@@ -151,20 +161,21 @@ def refuse_crossed_swap(function: str, state: Any, nodes: Iterable[Any]) -> None
             )
 
 
-def fits(content: Any, param: Any) -> bool:
-    """Whether a shape is a parameter's, but for an axis of workers of one of the two."""
+def fits(content: Sequence[int], param: Sequence[int]) -> bool:
+    """Whether two shapes are equal, but for a leading axis of workers in one of them."""
     short, long = sorted((tuple(content), tuple(param)), key=len)
     return short in (long, long[1:])
 
 
-def _nodes(tree: Any, is_node: Callable[[Any], bool]) -> dict[Names, Any]:
+def _nodes(tree: PyTree, is_node: Callable[[object], bool]) -> dict[Names, PyTree]:
     nodes = leaves_with_keys(tree, is_leaf=is_node)
     return {names: node for names, node in nodes if is_node(node)}
 
 
-def _named(nodes: dict, name: str | None) -> dict[Names, Any]:
+def _named(nodes: dict[Names, PyTree], name: str | None) -> dict[Names, PyTree]:
     if name is None:
         return nodes
+    # The whole name first: it may also be the beginning of another's, in nested states.
     exact = {names: node for names, node in nodes.items() if "/".join(names) == name}
     return exact or {
         names: node

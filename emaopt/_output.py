@@ -1,4 +1,4 @@
-"""Files and directories that stand under their names whole or not at all."""
+"""Files and directories that get their names when they are whole, or not at all."""
 
 import contextlib
 import os
@@ -6,43 +6,48 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from emaopt._advice import advised
 from emaopt._interrupts import undisturbed
+from emaopt._types import Path
+
+if TYPE_CHECKING:
+    from etils import epath
 
 E = TypeVar("E", bound=Exception)
 
-_PAUSE, _ABSENT = 0.05, 4  # seconds, and after how many of them a directory stays away
+_PAUSE, _ABSENT = 0.05, 4  # seconds; pauses without a directory, until it is gone
 _LONGEST = 20.0  # seconds that cleaning up may take
-UNFINISHED = ".unfinished"  # how the names end that nobody but their writer knows
+UNFINISHED = ".unfinished"  # the end of names that only their writers know
 
 
 def own_name(path: str, mark: str = "") -> str:
     """A place beside a path that no other writer takes, whatever the path is called."""
+    # A fixed name would be shared by writers, and might be a link to a user's file.
     name = f".{mark}{secrets.token_hex(8)}{UNFINISHED}"
     return os.path.join(os.path.dirname(path), name)
 
 
-def is_url(path: str | os.PathLike) -> bool:
+def is_url(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def exists(path: str | os.PathLike) -> bool:
-    """Whether anything stands at a path, be it a link that leads nowhere, or a URL."""
+def exists(path: Path) -> bool:
+    """Whether anything stands at a path or URL; a link that leads nowhere counts."""
     if is_url(path):
         return url(path).exists()
     return os.path.lexists(path)
 
 
-def refuse_existing(function: str, path: str | os.PathLike) -> None:
+def refuse_existing(function: str, path: Path) -> None:
     """Raises if anything stands where a file is to be made."""
     if exists(path):
         raise exists_already(FileExistsError, function, path)
 
 
-def exists_already(kind: Callable[[str], E], function: str, path: Any) -> E:
-    """The error that something stands where something is to be made."""
+def exists_already(kind: Callable[[str], E], function: str, path: Path) -> E:
+    """The error for a path at which something stands already."""
     return advised(
         kind,
         f"{function}: {path} already exists;",
@@ -52,11 +57,11 @@ def exists_already(kind: Callable[[str], E], function: str, path: Any) -> E:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a file that takes its name when it is written; of several, the last does.
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that gets its name when it is complete; the last of several keeps it.
 
-    It is written beside its place under a name of its own, which is removed if the
-    writing fails. A link at `path` is replaced, and what it leads to stays.
+    It is written beside its place, under a name of its own, and removed if the writing
+    fails. A link at `path` is replaced, and what it leads to stays.
     """
     if is_url(path):
         with _writing_url(url(path)) as file:
@@ -66,20 +71,21 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(making_parents(path))
         unfinished = own_name(path)
-        # "x" makes a file or fails: it follows no link, and nothing of others' is lost.
+        # "x" makes a file or fails: it follows no link, and overwrites nobody's file.
         file = cleanup.enter_context(open(unfinished, "xb"))
         cleanup.callback(_remove, unfinished)
         with naming(path):
             yield file
-            file.close()  # whose errors, such as a full disk, come before the rename
+            # Before the rename: a full disk may show only when the buffer is written.
+            file.close()
         with undisturbed():
             os.replace(unfinished, path)
             cleanup.pop_all()
 
 
 @contextlib.contextmanager
-def naming(place: Any) -> Iterator[None]:
-    """Makes the system's errors ones of where files should go: see `of_system`."""
+def naming(place: Path) -> Iterator[None]:
+    """Lets the system's errors name the place where a file should go: see `of_system`."""
     try:
         yield
     except Exception as error:
@@ -88,25 +94,27 @@ def naming(place: Any) -> Iterator[None]:
         raise
 
 
-def of_system(error: BaseException, place: Any) -> OSError | None:
-    """The system's error of which TensorStore tells, as one of where files should go.
+def of_system(error: BaseException, place: Path) -> OSError | None:
+    """The system's error behind an error in writing, with the name of `place`; or None.
 
-    TensorStore names what it was writing, which is a file that the user never named, as
-    those under a name of the writer's own are; and an error in writing names nothing.
+    TensorStore, and a writer under a name of its own, name a file that the user does not
+    know; a failed write names none. An error that names a user's file stays as it is.
     """
     if isinstance(error, OSError):
         known = error.filename is not None and UNFINISHED not in str(error.filename)
         if error.errno is None or known:
             return None
         return OSError(error.errno, os.strerror(error.errno), os.fspath(place))
+    # TensorStore raises no OSError; the system's number is in the text of its error.
     if (number := re.search(r"os_error_code='(\d+)'", str(error))) is None:
         return None
     code = int(number[1])
     return OSError(code, os.strerror(code), os.fspath(place))
 
 
-def url(path: str | os.PathLike) -> Any:
-    """What opens a URL; ValueError if nothing does."""
+def url(path: Path) -> "epath.Path":
+    """The path that opens a URL; raises ValueError if nothing does."""
+    # Imported here: the core needs no etils, which comes with Orbax.
     from etils import epath
 
     try:
@@ -118,8 +126,8 @@ def url(path: str | os.PathLike) -> Any:
 
 
 @contextlib.contextmanager
-def _writing_url(path: Any) -> Iterator[BinaryIO]:
-    """`writing` in a store, where what is closed is there, whole or not."""
+def _writing_url(path: "epath.Path") -> Iterator[IO[bytes]]:
+    """`writing` for a store, where a file appears when it is closed, whole or not."""
     unfinished = path.parent / os.path.basename(own_name(path.name))
     try:
         with unfinished.open("wb") as file:
@@ -132,10 +140,10 @@ def _writing_url(path: Any) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def making_parents(path: str | os.PathLike) -> Iterator[None]:
-    """Makes the directories above a path; if what is done in them fails, removes them.
+def making_parents(path: Path) -> Iterator[None]:
+    """Makes the directories above a path, and removes them if the block fails.
 
-    Only those that it made, and that are still empty.
+    It removes only directories that it made and that are still empty.
     """
     made, above = [], os.path.dirname(os.path.abspath(path))
     while not is_url(path) and not os.path.lexists(above):
@@ -152,11 +160,10 @@ def making_parents(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def clear(*paths: Any) -> None:
-    """Removes directories that threads may still be writing to, until they have ended.
-
-    For TensorStore makes a directory anew that it does not find.
-    """
+def clear(*paths: "epath.Path") -> None:
+    """Removes directories again and again, until no thread writes to them any more."""
+    # TensorStore makes a directory anew that it does not find. After an error its threads
+    # go on for a while, and nothing tells when they have ended.
     absent, end = 0, time.monotonic() + _LONGEST
     while absent < _ABSENT and time.monotonic() < end:
         left = [path for path in paths if path.exists()]

@@ -1,4 +1,4 @@
-"""Where in a training state the parameters of an average stand: told, or unambiguous.
+"""Where in a training state the parameters of an average are.
 
 Nothing is guessed. `params=` says where; without it, the parameters are the one tree
 outside of the optimizer state that has the average's names and shapes.
@@ -25,13 +25,14 @@ from emaopt._optimizer_states import (
     is_sequence,
     optimizer_root,
 )
+from emaopt._types import Leaf, PyTree
 
 Choice = str | Sequence[str] | None
 Ways = str | Sequence[str] | Mapping[str, str] | None
 
 
 class Place(NamedTuple):
-    """Where in a state an average stands, and the parameters that it is of."""
+    """Where in a state an average is, and the parameters that it averages."""
 
     params: Names  # names that lead to the parameters
     average: Names  # names that lead to the state that holds it
@@ -40,7 +41,7 @@ class Place(NamedTuple):
     pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
 
 
-def located(function: str, state: Any, name: Choice, params: Ways) -> list[Place]:
+def located(function: str, state: PyTree, name: Choice, params: Ways) -> list[Place]:
     """The averages of these names (or the only one), with the parameters of each."""
     check_choices(function, name, params)
     chosen = _chosen(function, state, name)
@@ -57,6 +58,7 @@ def located(function: str, state: Any, name: Choice, params: Ways) -> list[Place
             f"{function}: of these averages some stand in the parameters' place, and the "
             f"others do not: {now}. Swap them back first, by their names alone."
         )
+    # Averages may share a tree, as those of optax.partition do, but not a leaf of it.
     taken: dict[int, Place] = {}
     for place in places:
         for i, _ in place.pairs:
@@ -70,10 +72,10 @@ def located(function: str, state: Any, name: Choice, params: Ways) -> list[Place
     return places
 
 
-def check_choices(function: str, name: Any, params: Any) -> None:
+def check_choices(function: str, name: object, params: object) -> None:
     """Raises unless the arguments can say which averages, and where their parameters are.
 
-    A tuple of names stands for several averages; a dict leads from them to parameters.
+    A tuple of names means several averages; a dict maps averages to their parameters.
     """
     for argument, value in (("name", name), ("params", params)):
         if value is None or isinstance(value, str):
@@ -90,23 +92,23 @@ def check_choices(function: str, name: Any, params: Any) -> None:
             )
 
 
-def placed(state: Any, average: Names, params: Names) -> Place:
-    """The average at these names, of the parameters at those, as a record tells."""
+def placed(state: PyTree, average: Names, params: Names) -> Place:
+    """The place of an average, from its names and those of its parameters."""
     tree = Tree(state)
     return _place("emaopt", tree, average, params)
 
 
 def located_at(
     function: str,
-    state: Any,
+    state: PyTree,
     average: Names,
     params: Ways = None,
     *,
     option: str = "params",
 ) -> Place:
-    """The parameters of the average at these names; of several ways the one that fits.
+    """The place of the average at these names; of several `params`, the one that fits.
 
-    Errors name the option by which the caller is told.
+    Errors name `option` as the argument that says where the parameters are.
     """
     if params is not None and not isinstance(params, (str, Mapping)):
         found = fitting(state, average, map(split, params))
@@ -124,17 +126,17 @@ def located_at(
 
 
 def told_ways(params: Ways, average: Names) -> list[Names]:
-    """The ways that an average is said to be of, or may be of one of."""
+    """The names that `params` gives for an average's parameters: none, one or several."""
     if isinstance(params, Mapping):
         told = {split(name): split(way) for name, way in params.items()}
-        # What is said of the average itself goes before what is of all below a name.
+        # The longest name decides: it says more of this average than one further up.
         name = max((n for n in told if is_below(average, n)), key=len, default=None)
         return [] if name is None else [told[name]]
     return [*map(split, [params] if isinstance(params, str) else params or ())]
 
 
-def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
-    """Those of the ways that lead to what can be the parameters of the average."""
+def fitting(state: PyTree, average: Names, ways: Iterable[Names]) -> list[Place]:
+    """The places for those of the ways that can lead to the average's parameters."""
     tree = Tree(state)
     averaged = tree.within((*average, field_of(tree.averages[average])))
     return [
@@ -144,8 +146,8 @@ def fitting(state: Any, average: Names, ways: Iterable[Names]) -> list[Place]:
     ]
 
 
-def has_namesake(state: Any, average: Names, way: Names) -> bool:
-    """Whether what else the average can be of has a name of its that the way has not."""
+def has_namesake(state: PyTree, average: Names, way: Names) -> bool:
+    """Whether another tree that fits shares a name with the average that `way` lacks."""
     tree = Tree(state)
     averaged = tree.within((*average, field_of(tree.averages[average])))
     root = optimizer_root(tree, average)
@@ -156,12 +158,12 @@ def has_namesake(state: Any, average: Names, way: Names) -> bool:
     )
 
 
-def _chosen(function: str, state: Any, name: Choice) -> dict[Names, Any]:
-    """The nodes of these names, one for each."""
+def _chosen(function: str, state: PyTree, name: Choice) -> dict[Names, PyTree]:
+    """The nodes of these names, one for each name."""
     names: list[str | None] = [name] if name is None or isinstance(name, str) else [*name]
     if not names:
         raise ValueError(f"{function}: name=() names no average.")
-    chosen: dict[Names, Any] = {}
+    chosen: dict[Names, PyTree] = {}
     for one in names:
         found = served_nodes(state, one)
         if not found:
@@ -190,7 +192,7 @@ def _chosen(function: str, state: Any, name: Choice) -> dict[Names, Any]:
 def _given(
     function: str, params: Ways, averages: list[Names], tree: Tree
 ) -> list[Names | None]:
-    """Where the parameters of each average are said to be."""
+    """Where `params` says that the parameters of each average are, or None."""
     if params is None or isinstance(params, str):
         return [None if params is None else split(params)] * len(averages)
     if isinstance(params, Mapping):
@@ -220,9 +222,11 @@ def _place(
     several: bool = False,
     option: str = "params",
 ) -> Place:
+    """The place of an average: with parameters at `given`, or in the tree that fits."""
     node = tree.averages[average]
     swapped, field = is_swapped(node), field_of(node)
     averaged = tree.within((*average, field))
+    # An average whose leaves are all masked fits every tree, and exchanges nothing.
     if not averaged:
         return Place(given or (), average, field, swapped, [])
     if given is None:
@@ -253,8 +257,8 @@ def _only_tree(
 ) -> Names:
     """The one tree that the average can be of.
 
-    It is outside of the optimizer state. Of several it is the one called "params" beside
-    what leads to the optimizer state, if no other branches off further along the way.
+    It is outside of the optimizer state. Of several, it is the one called "params" right
+    beside the way to the optimizer state, if no other branches off further along the way.
     """
     alike = _alike(tree, average, averaged)
     root = optimizer_root(tree, average)
@@ -264,7 +268,7 @@ def _only_tree(
         beside = [p for p in outside if p == (*average[:near], "params")]
         outside = beside or outside
     elif outside and outside[0][-1:] != ("params",):
-        # Alone, it may still be a slot where nothing tells the optimizer state.
+        # The only one may still be a slot, where nothing shows the optimizer state.
         told = root < len(average) or is_optimizer_state(tree, average)
         if not (told and _is_shown(tree, outside[0], average)):
             outside = []
@@ -297,9 +301,9 @@ def _only_tree(
 
 
 def _is_shown(tree: Tree, params: Names, average: Names) -> bool:
-    """Whether a tree is a member of what holds the optimizer state, if that is a tuple.
+    """Whether a tree is a member of the tuple that holds the optimizer state, if any.
 
-    Deeper in it, it may as well be a slot: ({"mu": momentum}, AveragedState) is the state
+    Deeper in the tuple it may be a slot: ({"mu": momentum}, AveragedState) is the state
     of a chain, and (params, AveragedState) a training state.
     """
     common = num_common(params, average)
@@ -309,8 +313,9 @@ def _is_shown(tree: Tree, params: Names, average: Names) -> bool:
 def _alike(tree: Tree, average: Names, averaged: dict[Names, int]) -> list[Names]:
     """The names that lead to trees with the average's names and shapes.
 
-    In the average's own containers, if any of them is.
+    If some of them have the average's own containers, these alone.
     """
+    # Each leaf that is named like the first averaged one shows a tree to look at.
     first = next(iter(averaged))
     found = []
     for names in tree.position:
@@ -318,9 +323,9 @@ def _alike(tree: Tree, average: Names, averaged: dict[Names, int]) -> list[Names
         if names[len(params) :] != first:
             continue
         if any(params[: len(a)] == a for a in tree.averages):
-            continue  # an average's own
+            continue  # inside of an average's state
         if params == average[: len(params)]:
-            continue  # what holds it
+            continue  # contains the average
         if _misfit(tree, averaged, params) is None:
             found.append(params)
     own = _containers(tree, (*average, field_of(tree.averages[average])), averaged)
@@ -329,7 +334,7 @@ def _alike(tree: Tree, average: Names, averaged: dict[Names, int]) -> list[Names
 
 
 def _misfit(tree: Tree, averaged: dict[Names, int], params: Names) -> str | None:
-    """What keeps a tree from being that of the averaged leaves, in words."""
+    """Why a tree cannot be the one that is averaged, in words; None if it can."""
     for rest, j in averaged.items():
         i = tree.position.get(params + rest)
         name = "/".join(params + rest) or "the root"
@@ -337,6 +342,7 @@ def _misfit(tree: Tree, averaged: dict[Names, int], params: Names) -> str | None
             return f"there is no {name}"
         content, param = tree.leaves[j][1], tree.leaves[i][1]
         shapes = shape_of(content), shape_of(param)
+        # A sharding has no shape. It fits another one, as in the target of a restore.
         alike = shapes[0] == shapes[1]
         if tree.stacked and None not in shapes:
             alike = fits(*shapes)
@@ -348,7 +354,7 @@ def _misfit(tree: Tree, averaged: dict[Names, int], params: Names) -> str | None
 
 
 def _containers(tree: Tree, inside: Names, averaged: dict[Names, int]) -> list[Any]:
-    """The kinds of the containers on the way to the averaged leaves; mappings are one."""
+    """The types of the containers above the averaged leaves; mappings are one type."""
     ways = sorted({rest[:i] for rest in averaged for i in range(len(rest))})
     nodes = [tree.node(inside + way) for way in ways]
     return [Mapping if isinstance(node, Mapping) else type(node) for node in nodes]
@@ -359,6 +365,8 @@ def _is_slot(tree: Tree, params: Names, average: Names, root: int) -> bool:
     common = num_common(params, average)
     if common >= root:
         return True
+    # Below where the ways part, another optimizer's state shows by its type or its key,
+    # or as a chain with one such member.
     for i in range(common, len(params)):
         node = tree.node(params[:i])
         if i > common and (is_optimizers(node) or "opt_state" in params[i - 1]):
@@ -372,8 +380,8 @@ def _listed(ways: list[Names]) -> str:
     return ", ".join(map(joined, ways))
 
 
-def shape_of(leaf: Any) -> Any:
-    """The shape of an array or number; None for what has none, such as a sharding."""
+def shape_of(leaf: Leaf) -> Any:
+    """The shape of an array or number; None for a leaf without one, as a sharding."""
     if isinstance(leaf, (bool, int, float, complex)):
         return ()
     return getattr(leaf, "shape", None)

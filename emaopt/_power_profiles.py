@@ -1,13 +1,16 @@
-"""Power averages: their exponents, their widths, and how near they are to each other."""
+"""Power averages: exponents, widths, inner products, and the error of a synthesis."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from emaopt._checks import check_number, check_real
 from emaopt._decays import gamma_of_sigma_rel
 from emaopt._least_squares import nearest
+
+Numbers: TypeAlias = ArrayLike | Sequence[float]
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
@@ -50,14 +53,16 @@ def gamma_to_sigma_rel(gamma: float) -> float:
     return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
 
 
-def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> np.ndarray:
+def power_inner_product(
+    gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers
+) -> np.ndarray:
     """Returns ∫ p_a(τ) p_b(τ) dτ of the power profiles p(τ) = (γ+1) τ^γ / t^(γ+1).
 
     Each profile reaches from 0 to its end t. With t_a <= t_b the integral is
 
         (γ_a+1)(γ_b+1) / ((γ_a+γ_b+1) t_b) · (t_a/t_b)^γ_b,
 
-    which needs γ_a + γ_b > -1. The powers are of a ratio, so nothing overflows.
+    which needs γ_a + γ_b > -1. Only a ratio is raised to a power, so nothing overflows.
 
     Args:
       gamma_a: γ_a, any shape that broadcasts with the others.
@@ -93,6 +98,7 @@ def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> n
         raise ValueError(
             f"{name}: gamma_a, gamma_b and their sum must be greater than -1."
         )
+    # The exponent is that of the profile that ends later, element by element.
     late = np.maximum(end_a, end_b)
     of_late = np.where(end_a <= end_b, gamma_b, gamma_a)
     scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * late)
@@ -100,12 +106,20 @@ def power_inner_product(gamma_a: Any, end_a: Any, gamma_b: Any, end_b: Any) -> n
 
 
 def power_residual(gammas: Sequence[float], count: int, target: float) -> float:
-    """The residual of a power average at time 1 from evenly spaced snapshots."""
+    """The residual of a power average made from evenly spaced snapshots.
+
+    Args:
+      gammas: γ of the recorded averages.
+      count: How many snapshots there are of each, at times 1/count ... 1.
+      target: γ of the average to make, at time 1.
+    """
     ends = np.arange(1, count + 1) / count
     gamma = np.append(np.repeat(gammas, count), target)
     end = np.append(np.tile(ends, len(gammas)), 1.0)
     gram = power_inner_product(gamma[:, None], end[:, None], gamma, end)
-    # Vectors with these inner products: the problem is about nothing else.
+    # Least squares depends on the profiles only by their inner products, so any vectors
+    # with these products will do: the square root of the Gram matrix. Its rounding can
+    # make small eigenvalues negative.
     values, vectors = np.linalg.eigh(gram)
     columns = (vectors * np.sqrt(np.maximum(values, 0))).T  # [n+1 coordinates, n+1]
     pairs = [(columns[:, :-1].T, columns[:, -1])]

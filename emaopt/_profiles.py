@@ -1,10 +1,11 @@
-"""Profiles by name, and what they weigh the checkpoints of a run with."""
+"""Profiles by name, and the weights that they give to the checkpoints of a run."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from emaopt._advice import advised
 from emaopt._betas import evaluate, log_kept_of
@@ -32,12 +33,14 @@ SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # w(x), x in [0, 1]
     "1-sqrt": lambda x: 1 - np.sqrt(x),
 }
 
-LONG = 1 << 20  # steps, from which on no array is made of them
-_DRAWN = 2000  # of a long run's steps, from each end
+LONG = 1 << 20  # steps; for a longer run no array of them is made
+_DRAWN = 2000  # steps of a long run to draw, from each end
+
+T = TypeVar("T")
 
 
 class BadProfile(ValueError):
-    """Words that say no profile; the message lists those that do."""
+    """A string that names no profile; the message lists those that do."""
 
 
 def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray:
@@ -48,14 +51,14 @@ def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray
 
         θ_0 + Σ_t w_t (θ_t - θ_{t-1}) = Σ_t (w_t - w_{t+1}) θ_t,    w_0 = 1, w_{T+1} = 0.
 
-    w is a function of x, how far the step is into the last `fraction` of the run:
-    "linear" 1 - x, "cosine" (1 + cos πx)/2, "1-sqrt" 1 - √x. "linear" is the plain mean
-    of the last iterates.
+    w is a function of x, the position of the step within the last `fraction` of the run,
+    from 0 to 1: "linear" is 1 - x, "cosine" (1 + cos πx)/2, "1-sqrt" 1 - √x. "linear"
+    makes the plain mean of the last iterates.
 
     Args:
       shape: "linear", "cosine" or "1-sqrt".
       num_steps: T, at least 1.
-      fraction: In (0, 1]: how much of the run the decay takes.
+      fraction: The part of the run over which the learning rate decays, in (0, 1].
 
     Returns:
       float64 [T+1], sum 1.
@@ -85,19 +88,21 @@ def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray
 
 
 def _kept(shape: str, step: np.ndarray, num_steps: int, fraction: float) -> np.ndarray:
-    """w of the middle of each step."""
+    """w at the middle of each step."""
     x = (step - 0.5 - num_steps) / (fraction * num_steps) + 1
     return SHAPES[shape](np.clip(x, 0, 1))
 
 
 def _annealing(shape: str, num_steps: int, fraction: float) -> Profile:
-    """`annealing_weights` without the array."""
+    """`annealing_weights` without the array of weights."""
     check_number("annealing_weights", "fraction", fraction, 0, 1, above=True)
 
-    def kept(step):
+    # θ_0 ... θ_i weigh 1 - w_{i+1} together.
+    def kept(step: np.ndarray) -> np.ndarray:
         return _kept(shape, step, num_steps, fraction)
 
-    first = num_steps * (1 - fraction)  # where w begins to fall; it ends within a step
+    first = num_steps * (1 - fraction)  # where w begins to fall
+    # Within one step of either end of the decay, w_i - w_{i+1} is not smooth in i.
     kinks = (first - 1, first, first + 1, num_steps - 1)
     return Profile(
         num_steps,
@@ -112,7 +117,7 @@ def _annealing_summary(shape: str, num_steps: int, fraction: float) -> WeightSum
 
 
 def _averaging(decay: DecayLike, num_steps: int) -> Profile | None:
-    """`decay_weights` without the array; None if there is no closed form."""
+    """`decay_weights` without the array of weights; None without a closed form."""
     if (log_kept := log_kept_of(decay)) is None:
         return None
     return Profile(
@@ -123,12 +128,14 @@ def _averaging(decay: DecayLike, num_steps: int) -> Profile | None:
     )
 
 
-def checkpoint_weights(weights: Any, steps: Any) -> np.ndarray:
-    """Returns the weights of a few checkpoints that come nearest to a profile of steps.
+def checkpoint_weights(
+    weights: ArrayLike | Sequence[float], steps: ArrayLike | Sequence[int]
+) -> np.ndarray:
+    """Returns weights of a few checkpoints that stand for a profile of all steps.
 
-    Between two checkpoints the iterates are taken to lie on the line that joins them;
-    what came before the first is taken to be the first. So an iterate's weight goes to
-    its two neighbours, the nearer one getting more.
+    Iterates between two checkpoints are taken to lie on the line that joins them, and
+    iterates before the first one to equal it. So the weight of an iterate is split
+    between its two neighbours, linearly, and the nearer one gets more.
 
     Args:
       weights: float [T+1], sum 1.
@@ -154,7 +161,10 @@ def checkpoint_weights(weights: Any, steps: Any) -> np.ndarray:
             f"checkpoint_weights: steps must go up to {last}, the last of the profile, "
             f"got {steps}."
         )
+    # The position of each iterate among the checkpoints: 2.25 is between the third and
+    # the fourth. np.interp puts those before the first at 0.
     position = np.interp(np.arange(last + 1), steps, np.arange(steps.size))
+    # The last iterate is at the last checkpoint, which has no neighbour after it.
     before = np.minimum(position.astype(int), max(steps.size - 2, 0))
     share = position - before
     found = np.bincount(before, weights * (1 - share), minlength=steps.size)
@@ -163,7 +173,8 @@ def checkpoint_weights(weights: Any, steps: Any) -> np.ndarray:
     return found
 
 
-_DECAYS: dict[str, tuple[Callable[..., Any], str]] = {
+# Name -> (function that makes the decay, symbol or unit of its argument)
+_DECAYS: dict[str, tuple[Callable[..., DecayLike], str]] = {
     "ema": (lambda beta: beta, "β"),
     "half-life": (half_life_decay, "steps"),
     "polynomial": (polynomial_decay, "η"),
@@ -174,10 +185,10 @@ _DECAYS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 def decay_of(spec: str, others: Sequence[str] = ()) -> DecayLike:
-    """The decay that a word says: "ema:0.999" or "0.999", "power:0.1", "uniform" ...
+    """The decay that a string names: "ema:0.999" or "0.999", "power:0.1", "uniform" ...
 
     Raises:
-      BadProfile: If it says none; the message lists what there is, and `others`.
+      BadProfile: If it names none; the message lists the known names, and `others`.
     """
     name, _, argument = spec.partition(":")
     if name not in _DECAYS and not argument and _is_number(name):
@@ -201,7 +212,8 @@ def decay_of(spec: str, others: Sequence[str] = ()) -> DecayLike:
 
 
 def says_decay(name: str) -> bool:
-    """Whether the name of an average is a decay's: "power:0.1"; not a mere number."""
+    """Whether the name of an average names its decay, as "power:0.1" but not "0.1"."""
+    # `optax.chain` names its members by numbers: "0" is a position, not a β.
     try:
         return ":" in name and decay_of(name) is not None
     except BadProfile:
@@ -209,23 +221,23 @@ def says_decay(name: str) -> bool:
 
 
 def weights_of(spec: str, num_steps: int) -> np.ndarray:
-    """The weight of every iterate, [T+1], of a decay's average or of an annealing."""
+    """The weight of every iterate, [T+1], in a decay's average or in an annealing."""
     return _of(spec, num_steps, decay_weights, annealing_weights)
 
 
 def summary_of(spec: str, num_steps: int) -> WeightSummary:
-    """What `weights_of` amounts to, of a run of any length."""
-    weights_of(spec, 1)  # whether it is a profile at all
+    """The summary of `weights_of`, for a run of any length."""
+    weights_of(spec, 1)  # raises unless `spec` names a profile
     return _of(spec, num_steps, weight_summary, _annealing_summary)
 
 
 def profile_of(spec: str, num_steps: int) -> Profile | None:
-    """`weights_of` without the array; None if there is no closed form."""
+    """`weights_of` without the array of weights; None without a closed form."""
     return _of(spec, num_steps, _averaging, _annealing)
 
 
 def curve_of(spec: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and their weights to draw: all of them, of a long run a few thousand."""
+    """Steps to draw and their weights: all steps, or a few thousand of a long run."""
     profile = profile_of(spec, num_steps) if num_steps > LONG else None
     if profile is None:
         return np.arange(num_steps + 1), weights_of(spec, num_steps)
@@ -235,7 +247,13 @@ def curve_of(spec: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         return steps, profile.weights(steps)
 
 
-def _of(spec: str, num_steps: int, of_decay: Any, of_annealing: Any) -> Any:
+def _of(
+    spec: str,
+    num_steps: int,
+    of_decay: Callable[[DecayLike, int], T],
+    of_annealing: Callable[[str, int, float], T],
+) -> T:
+    """The result of one of two functions for the decay or annealing that `spec` names."""
     shape, _, fraction = spec.partition(":")
     others = [f"{shape}:fraction" for shape in SHAPES]
     if shape in SHAPES and not _is_number(fraction):
@@ -252,16 +270,16 @@ def _of(spec: str, num_steps: int, of_decay: Any, of_annealing: Any) -> Any:
 
 
 def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndarray:
-    """The weights of checkpoints, oldest first, for what `emaopt average --profile` says.
+    """The weights of checkpoints, oldest first, for `emaopt average --profile SPEC`.
 
-    "uniform" weighs all alike. Any other profile of the steps up to the newest
-    checkpoint goes to the checkpoints by `checkpoint_weights`; an annealing without a
-    fraction begins at the oldest one.
+    "uniform" gives all checkpoints the same weight. Any other profile is one of the steps
+    up to the newest checkpoint, and `checkpoint_weights` shares it among the checkpoints;
+    an annealing without a fraction begins at the oldest one.
     """
     if spec == "uniform":
         return np.full(count, 1 / count)
     if spec not in SHAPES:
-        weights_of(spec, 1)  # whether it is a profile at all
+        weights_of(spec, 1)  # a wrong name is reported before missing steps
     if steps is None:
         raise advised(
             BadProfile,
@@ -273,6 +291,7 @@ def merge_weights(spec: str, count: int, steps: Sequence[int] | None) -> np.ndar
     if spec in SHAPES:
         if count == 1:
             return np.ones(1)
+        # !r: the fraction is read back by float() and loses nothing.
         spec = f"{spec}:{1 - steps[0] / steps[-1]!r}"
     profile = profile_of(spec, steps[-1]) if steps[-1] > LONG else None
     if profile is None:

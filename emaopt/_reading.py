@@ -1,6 +1,6 @@
-"""Questions to any optimizer state: which average it holds, and how to serve it."""
+"""Reads averages and centers out of any optimizer state."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from emaopt._checks import check_text
 from emaopt._leaves import at_least_float32, is_averaged, is_masked
-from emaopt._names import leaves_with_keys
+from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import (
     as_state,
     average_nodes,
@@ -21,7 +21,8 @@ from emaopt._nodes import (
     refuse_unknown_name,
 )
 from emaopt._sharding import near
-from emaopt._states import AverageState
+from emaopt._states import AverageState, LocalUpdatesState
+from emaopt._types import Leaf, PyTree
 
 NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
@@ -33,8 +34,10 @@ _NO_CENTER = (
 )
 
 
-def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) -> Any:
-    """Reads the average out of any optimizer state.
+def get_average(
+    opt_state: PyTree, params: PyTree = None, *, name: str | None = None
+) -> PyTree:
+    """Reads the average (EMA, Polyak average) out of any optimizer state.
 
     Args:
       opt_state: A state that holds one `AverageState`, however deep: inside of
@@ -42,8 +45,8 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
         `apply_if_finite`, `inject_hyperparams`, a Flax TrainState or an
         `nnx.Optimizer`.
       params: The parameters, or None. With them, the result has their containers, dtypes
-        and shardings (under jit, those that their types tell), and the leaves that are
-        not averaged are taken from them.
+        and shardings (under jit, as far as their types tell), and leaves that are not
+        averaged are taken from them.
       name: Which average, if there are several: a key on the way to it, such as its name
         in `optax.named_chain`.
 
@@ -75,7 +78,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
         return average
     averages, _ = paired("get_average", average, params, bool(center_nodes(opt_state)))
 
-    def read(keys, leaf):
+    def read(keys: Names, leaf: Leaf) -> Leaf:
         value = averages.get(keys, leaf)
         if not is_averaged(value):
             return value
@@ -85,7 +88,7 @@ def get_average(opt_state: Any, params: Any = None, *, name: str | None = None) 
 
 
 def average_distance(
-    opt_state: Any, params: Any, *, name: str | None = None
+    opt_state: PyTree, params: PyTree, *, name: str | None = None
 ) -> jax.Array:
     """Returns how far the parameters are from their average: ‖θ - a‖ / ‖θ‖.
 
@@ -96,8 +99,8 @@ def average_distance(
 
     Returns:
       Scalar of the accumulator's dtype, at least float32, over all averaged leaves
-      together; 0 if there are none, inf if the parameters alone are 0, NaN if one of
-      either is. May be called under jit.
+      together: 0 if there are none, inf if the parameters are 0 and the average is not,
+      NaN if either holds a NaN. May be called under jit.
 
     Raises:
       ValueError: As for `get_average`.
@@ -121,13 +124,15 @@ def average_distance(
             theta[keys] = jnp.asarray(raw[keys], dtype)
             difference[keys] = theta[keys] - near(average, raw[keys]).astype(dtype)
     distance = optax.tree.norm(difference)
+    # Where both are 0, 0 is divided by 1: 0 / 0 is a NaN, which jax_debug_nans reports.
     return distance / jnp.where(distance == 0, 1, optax.tree.norm(theta))
 
 
-def get_center(opt_state: Any, *, name: str | None = None) -> Any:
+def get_center(opt_state: PyTree, *, name: str | None = None) -> PyTree:
     """Reads the center of local updates out of any optimizer state.
 
-    The slow weights of `lookahead` too. Between exchanges the center stands still.
+    The center is the global parameters, or slow weights, as those of `lookahead`. It
+    changes at exchanges only.
 
     Args:
       opt_state: A state of `local_updates` or of a method by name, however deep.
@@ -152,11 +157,13 @@ def get_center(opt_state: Any, *, name: str | None = None) -> Any:
     return find_center("get_center", opt_state, name).center
 
 
-def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> jax.Array:
+def worker_spread(
+    opt_state: PyTree, params: PyTree, *, name: str | None = None
+) -> jax.Array:
     """Returns how far each worker is from the center: ‖θ_w - c‖ / ‖c‖.
 
-    It grows between exchanges. Workers that drift apart by more than they gain ask for a
-    shorter period or smaller local steps.
+    This consensus distance grows between exchanges. Workers that drift apart by more than
+    they gain need a shorter period or smaller local steps.
 
     Args:
       opt_state: A state of local updates, as for `get_center`.
@@ -168,7 +175,7 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
       May be called under jit.
 
     Raises:
-      ValueError: As for `get_center`, and if the parameters are others than the center's.
+      ValueError: As for `get_center`, and if the center is of other parameters.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -190,10 +197,11 @@ def worker_spread(opt_state: Any, params: Any, *, name: str | None = None) -> ja
             square = jnp.abs(row - jnp.expand_dims(center, tuple(workers))) ** 2
             distance += jnp.sum(square, axis=tuple(range(len(workers), row.ndim)))
             size += jnp.sum(jnp.abs(center) ** 2)
+    # From a center of zeros the distance is ‖θ_w - c‖ itself, in place of inf or NaN.
     return jnp.sqrt(distance / jnp.where(size > 0, size, 1))
 
 
-def refuse_one_worker(function: str, state: Any) -> None:
+def refuse_one_worker(function: str, state: LocalUpdatesState) -> None:
     """Raises for the parameters of one worker, if the state is of several."""
     if (number := state.num_missed.size) > 1:
         raise ValueError(
@@ -203,7 +211,7 @@ def refuse_one_worker(function: str, state: Any) -> None:
         )
 
 
-def find_average(function: str, opt_state: Any, name: str | None) -> AverageState:
+def find_average(function: str, opt_state: PyTree, name: str | None) -> AverageState:
     """The one `AverageState` in a state, or an error that says what is there instead."""
     check_text(function, "name", name, optional=True)
     nodes = average_nodes(opt_state, name)
@@ -213,7 +221,7 @@ def find_average(function: str, opt_state: Any, name: str | None) -> AverageStat
     return _not_swapped(function, node)
 
 
-def find_center(function: str, opt_state: Any, name: str | None) -> Any:
+def find_center(function: str, opt_state: PyTree, name: str | None) -> LocalUpdatesState:
     """The one `LocalUpdatesState` in a state, or an error."""
     check_text(function, "name", name, optional=True)
     nodes = center_nodes(opt_state, name)
@@ -223,7 +231,7 @@ def find_center(function: str, opt_state: Any, name: str | None) -> Any:
     return _not_swapped(function, node)
 
 
-def _not_swapped(function: str, node: Any) -> Any:
+def _not_swapped(function: str, node: PyTree) -> PyTree:
     if is_swapped(node):
         raise ValueError(
             f"{function}: this state is swapped: the parameters are the "
@@ -233,11 +241,12 @@ def _not_swapped(function: str, node: Any) -> Any:
 
 
 def paired(
-    function: str, average: Any, params: Any, stacked: bool = False
-) -> tuple[dict, dict]:
-    """The leaves of the average and of the parameters by name, checked to belong.
+    function: str, average: PyTree, params: PyTree, stacked: bool = False
+) -> tuple[dict[Names, Leaf], dict[Names, Leaf]]:
+    """The leaves of the average and of the parameters by name; raises if they differ.
 
-    With `stacked`, the parameters may have an axis of workers that the average lacks.
+    The parameters may have leaves that are not averaged; with `stacked`, an axis of
+    workers that the average lacks.
     """
     averages, raw = dict(leaves_with_keys(average)), dict(leaves_with_keys(params))
     if missing := averages.keys() - raw.keys():
@@ -253,12 +262,18 @@ def paired(
     return averages, raw
 
 
-def map_with_keys(f: Any, tree: Any) -> Any:
+def map_with_keys(f: Callable[[Names, Leaf], PyTree], tree: PyTree) -> PyTree:
+    """The tree with f(names, leaf) in the place of each leaf."""
     leaves = [f(keys, leaf) for keys, leaf in leaves_with_keys(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _other_params(function: str, missing: Any, averages: dict, raw: dict) -> str:
+def _other_params(
+    function: str,
+    missing: Iterable[Names],
+    averages: dict[Names, Leaf],
+    raw: dict[Names, Leaf],
+) -> str:
     names = ", ".join(sorted("/".join(keys) or "one array" for keys in missing))
     return (
         f"{function}: the average is of other parameters than the ones given: it holds "
@@ -266,8 +281,8 @@ def _other_params(function: str, missing: Any, averages: dict, raw: dict) -> str
     )
 
 
-def _in_another_form(averages: dict, raw: dict) -> str:
-    """What to do about a wrapper that gave its inner transformation other parameters."""
+def _in_another_form(averages: dict[Names, Leaf], raw: dict[Names, Leaf]) -> str:
+    """Advice, if a wrapper gave its inner transformation parameters in another form."""
     wrapper = None
     if list(averages) == [()] and np.ndim(averages[()]) == 1:
         wrapper = "flatten"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._betas import Decay, one_minus
 from emaopt._checks import (
@@ -35,14 +35,14 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
-from emaopt._types import DecayLike
+from emaopt._types import DecayLike, Leaf, Mask, Placement, PyTree
 from emaopt._xla import unknown_one
 
 
 class Averager(NamedTuple):
     """A pair of pure functions, as `average_tree` returns it."""
 
-    init: Callable[[Any], AverageState]
+    init: Callable[[PyTree], AverageState]
     update: Callable[..., AverageState]
 
 
@@ -52,13 +52,13 @@ def make_averager(
     *,
     every: int = 1,
     start: int = 0,
-    mask: Any = None,
-    accumulator_dtype: Any = None,
+    mask: Mask = None,
+    accumulator_dtype: DTypeLike | None = None,
     debias: bool = False,
     zero_init: bool = False,
     skip_nonfinite: bool = False,
     stochastic_rounding: bool = False,
-    sharding: Any = LIKE_PARAMS,
+    sharding: Placement = LIKE_PARAMS,
     memory_kind: str | None = None,
 ) -> Averager:
     """The recursion behind `average_tree`, `average_params` and `averaged`."""
@@ -76,7 +76,8 @@ def make_averager(
         )
     if not callable(mask):
         for flag in jax.tree.leaves(mask):
-            if not isinstance(flag, (bool, np.bool_, jax.Array)):  # arrays: see _masks
+            # Arrays pass: optax.inject_hyperparams makes them, as chosen_by says in full.
+            if not isinstance(flag, (bool, np.bool_, jax.Array)):
                 raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
@@ -89,17 +90,18 @@ def make_averager(
         )
     check_placement(function, sharding, memory_kind)
     constant = _constant(decay)
-    # Whether 1 - Πβ can be 1 in float32 (Πβ < 6e-8), also as steps are left out.
+    # Whether a move may be an exact copy, which costs a select in each leaf's kernel:
+    # 1 - Πβ is 1 in float32 if Πβ < 6e-8. A move skipped for a NaN adds factors to Πβ.
     may_copy = start > 0 or debias or (skip_nonfinite and every > 1)
     may_copy = may_copy or constant is None or constant**every < 1e-6
 
-    def init(tree):
+    def init(tree: PyTree) -> AverageState:
         check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         chosen = chosen_by(function, mask, tree, len(leaves))
         where = places(function, sharding, memory_kind, tree, leaves)
 
-        def placed(leaf, place):
+        def placed(leaf: Leaf, place: Place) -> Leaf:
             entry = _start(leaf, accumulator_dtype, zero_init)
             return place.start(entry) if is_averaged(entry) else entry
 
@@ -134,7 +136,8 @@ def make_averager(
         old = [entries[i] for i in moving]
         new = [jnp.asarray(leaves[i]) for i in moving]
 
-        # All of it scalar: by how much the average moves, and whether it moves now.
+        # All of this is scalar: how far the average moves, and whether it moves now. The
+        # counter stays at the largest int32 and does not wrap to negative numbers.
         s: Any = optax.safe_increment(state.num_updates)
         t: Any = jnp.maximum(s - start, 0)
         if num_updates is not None:
@@ -143,24 +146,31 @@ def make_averager(
         copying = s < start
         newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
         if constant is None and not isinstance(decay, Decay):
-            # A function of the user's, or a hyperparameter that changes in mid-run. Where
-            # its value is traced, out of [0, 1] it is the nearest; a NaN shows.
+            # A function of the user's, or a hyperparameter that changes in mid-run. A
+            # known value out of [0, 1] is refused, a traced one clipped; a NaN shows.
             if not traced(newest) and not jnp.isnan(newest):
                 check_beta(function, decay, 1 - newest, f" at t = {t}")
             newest = jnp.clip(newest, 0, 1)
+        # p = 1 - Πβ and W are averages of ones that start from 0, by the same recursion:
+        # p + (1 - β)(1 - p) = 1 - β(1 - p), and W with p in place of 1 - β.
         pending = _move(state.pending, 1.0, newest, copying)
+        # Without debias, p is divided by a 1 that XLA cannot see: it computes a quotient
+        # once, but repeats cheaper scalars in the kernel of each leaf.
         weight, divisor = state.weight, unknown_one(s, pending.dtype)
         if debias:
             weight = _move(weight, 1.0, pending)
-            # Where nothing has weighed anything yet, both are 0.
+            # While every β is 1, p and W are 0, where 0 / 0 would be a NaN.
             divisor = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
         step = pending / divisor
+        # A step of 1 must copy by a select: a + (q - a) is q up to a rounding only.
         copying = copying | (step == 1) if may_copy else None
 
-        def move(before, new):
+        def move(
+            before: tuple[list[jax.Array], ArrayLike], new: list[jax.Array]
+        ) -> tuple[list[jax.Array], jax.Array]:
             old, _ = before
-            # Here, so that a conditional takes the parameters that the step returns
-            # anyway. Rounded before it, 16-bit ones would be written twice.
+            # Rounded in here, so that a conditional takes the parameters that the step
+            # returns anyway. Rounded before it, 16-bit ones are written to memory twice.
             new = [rounded_to(q, q.dtype) for q in new]
             finite = jnp.bool_(True)
             if skip_nonfinite:
@@ -171,7 +181,8 @@ def make_averager(
             moved = []
             for i, (place, a, q) in enumerate(zip(where, old, new, strict=True)):
                 if place.on_host and i >= 2:
-                    # A few at a time: else all would be brought to the device at once.
+                    # Each waits for the last but one, else all averages would be brought
+                    # to the device at once.
                     a, moved[i - 2] = lax.optimization_barrier((a, moved[i - 2]))
                 a = place.fetched(a)
                 m = _move(a, place.part(q), step, copying)
@@ -189,7 +200,8 @@ def make_averager(
         else:
             # The averages alone: around the whole optimizer step it would break donation.
             due = (s < start) | ((s - start) % every == 0)
-            # They are there already, but their types need not say so.
+            # The averages are in host memory already, but inside jit their type may not
+            # say so; both branches of the conditional need the same type.
             old = [place.kept(a) for place, a in zip(where, old, strict=True)]
             moved, finite = once_if(due, move, (old, jnp.bool_(True)), new)
 
@@ -198,8 +210,10 @@ def make_averager(
                 entries[i] = _newest(leaves[i])
         for i, leaf in zip(moving, moved, strict=True):
             entries[i] = leaf
+        # W stays 0 before `start`: nothing from before is to weigh anything afterwards.
         if debias:
             weight = jnp.where(due & finite & (s >= start), weight, state.weight)
+        # A move empties p; one that is skipped for a NaN leaves it as it was.
         pending = jnp.where(finite, jnp.where(due, 0.0, pending), state.pending)
         return AverageState(
             num_updates=s,
@@ -212,7 +226,9 @@ def make_averager(
     return Averager(init, update)
 
 
-def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None) -> Any:
+def _move(
+    old: Leaf, new: ArrayLike, step: ArrayLike, copying: jax.Array | None = None
+) -> jax.Array:
     """Returns old + step (new - old), or `new` itself where `copying`, if it is given.
 
     In old's dtype, or float32 if that is narrower. Every operation is rounded by itself:
@@ -221,20 +237,21 @@ def _move(old: ArrayLike, new: ArrayLike, step: ArrayLike, copying: Any = None) 
     old = jnp.asarray(old)
     dtype = at_least_float32(old.dtype)
     a, q = old.astype(dtype), jnp.asarray(new).astype(dtype)
+    # The real dtype of that width, also for complex leaves.
     step = jnp.asarray(step, jnp.finfo(dtype).dtype)
     moved = a + rounded_product(step, q - a)
     return moved if copying is None else jnp.where(copying, q, moved)
 
 
 def _constant(decay: DecayLike) -> float | None:
-    """The decay, if it is one number that is known now."""
+    """The decay if it is a number whose value is known now, else None."""
     return None if callable(decay) or isinstance(decay, jax.Array) else float(decay)
 
 
 def _checked_accumulator(
-    function: str, dtype: Any, decay: DecayLike, every: int, stochastic: bool
-) -> Any:
-    """The accumulator's dtype, unless the average could not move in it."""
+    function: str, dtype: DTypeLike, decay: DecayLike, every: int, stochastic: bool
+) -> np.dtype:
+    """The accumulator's dtype, or an error if the average could not move in it."""
     dtype = as_dtype(function, "accumulator_dtype", dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -259,7 +276,7 @@ def _checked_accumulator(
     return dtype
 
 
-def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
+def _start(leaf: Leaf, accumulator_dtype: DTypeLike | None, zero_init: bool) -> Leaf:
     """The average before the first update: a copy, never an alias."""
     if not is_averaged(leaf):
         return _newest(leaf)
@@ -267,20 +284,26 @@ def _start(leaf: Any, accumulator_dtype: Any, zero_init: bool) -> Any:
     real = accumulator_dtype or at_least_float32(jnp.finfo(leaf.dtype).dtype)
     dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(leaf) else real
     if zero_init:
-        # From the leaf, for its sharding; a NaN in it stays out.
+        # These zeros depend on the leaf, and so take its sharding under jit, where those
+        # of zeros_like are replicated. A product with 0 would let a NaN in.
         return jnp.where(jnp.isnan(leaf), 0, jnp.zeros_like(leaf)).astype(dtype)
     return jnp.array(leaf, dtype=dtype, copy=True)
 
 
-def _newest(leaf: Any) -> Any:
+def _newest(leaf: Leaf) -> Leaf:
+    """A leaf without an average as the state holds it: a copy, if it is an array."""
     if not is_array(leaf):
         return leaf
     return jnp.array(leaf, dtype=dtype_of(leaf), copy=True)
 
 
 def _entries(
-    function: str, leaves: list[Any], treedef: Any, average: Any, where: list[Place]
-) -> list[Any]:
+    function: str,
+    leaves: list[Leaf],
+    treedef: Any,
+    average: PyTree,
+    where: list[Place],
+) -> list[Leaf]:
     """The average's leaves (MaskedNode where masked) in the order of the tree's."""
     try:
         entries = treedef.flatten_up_to(average)
@@ -292,6 +315,7 @@ def _entries(
     for leaf, entry, place in zip(leaves, entries, where, strict=True):
         if is_masked(entry):
             continue
+        # Inside of shard_map, the average of a split leaf has the shape of one part.
         if _kind(leaf, place.shape(np.shape(leaf))) != _kind(entry, np.shape(entry)):
             raise ValueError(
                 f"{function}: a leaf was {_kind(entry, np.shape(entry))} at init and is "
@@ -300,8 +324,8 @@ def _entries(
     return entries
 
 
-def _kind(leaf: Any, shape: tuple[int, ...]) -> str:
-    """What must not change between init and update, in words."""
+def _kind(leaf: Leaf, shape: tuple[int, ...]) -> str:
+    """The properties of a leaf that must not change after init, in words."""
     if not is_array(leaf):
         return "no array"
     return f"{kind_of(leaf)} of shape {shape}"

@@ -1,60 +1,75 @@
-"""How the commits of all workers move the center, and what the workers pull then."""
+"""How the commits of all workers move the center, and what the workers then pull."""
 
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from emaopt._collectives import after
 from emaopt._commits import decoded, encoded
 from emaopt._rounding import applied
+from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
+
+Rows: TypeAlias = dict[int, jax.Array]  # by position of the leaf in the fragment
+Subtree: TypeAlias = Callable[[list[jax.Array]], PyTree]
 
 
 class Center(NamedTuple):
     """The center of one fragment, and its outer optimizer's state."""
 
-    leaves: list[Any]
-    outer_state: Any
+    leaves: list[jax.Array]
+    outer_state: PyTree
 
 
 class Reduced(NamedTuple):
-    """What a reduction makes; dicts are by position in the fragment."""
+    """The results of a reduction."""
 
     center: Center
-    pulled: dict[int, Any]  # the rows that workers pull, where they differ
-    sent: dict[int, Any]  # the rows of the commits, as they were sent
-    num_valid: Any  # () int32, how many commits counted
+    pulled: Rows  # what workers pull, where that differs between them
+    sent: Rows  # the commits as they were sent
+    num_valid: Scalar  # () int32, how many commits counted
 
 
 @dataclass(frozen=True)
 class Reduction(abc.ABC):
-    """One way to reduce the commits; called with what the workers hand in.
+    """One way to reduce the workers' commits to one step of the center.
 
     Called with (old, local, commits, counted, weights, subtree): the old `Center`; the
-    workers' parameters and commits, rows by position in the fragment; which of them
-    count; what each counts, with a mean of 1, or None; and what makes a tree with the
-    parameters' names of a list like the leaves. Returns a `Reduced`.
+    workers' parameters and commits; flags of the workers whose commits count; their
+    weights, with a mean of 1, or None; and a function that makes of a list like the
+    leaves a tree with the parameters' names. Returns a `Reduced`.
     """
 
     workers: Stacked | Mapped
     outer: optax.GradientTransformation
-    dtype: Any  # in which commits travel, or None
-    rate: Callable[[int], float] | None  # of elastic workers, by their number
+    dtype: DTypeLike | None  # in which commits travel
+    rate: Callable[[int], float] | None  # α of elastic workers, by their number
     mean: bool  # or the sum
 
     @abc.abstractmethod
-    def __call__(self, old, local, commits, counted, weights, subtree) -> Reduced: ...
+    def __call__(
+        self,
+        old: Center,
+        local: Rows,
+        commits: Rows,
+        counted: jax.Array,
+        weights: jax.Array | None,
+        subtree: Subtree,
+    ) -> Reduced: ...
 
-    def _gathered(self, rows: dict, counted: Any, weights: Any) -> tuple:
-        """(rows as they were sent; those of all workers, which count, their weights)."""
+    def _gathered(
+        self, rows: Rows, counted: jax.Array, weights: jax.Array | None
+    ) -> tuple[Rows, Rows, jax.Array, jax.Array | None]:
+        """(rows as they were sent; rows of all workers, which count, their weights)."""
 
-        def decode(codes):
+        def decode(codes: list[tuple[jax.Array, jax.Array | None]]) -> Rows:
             return {
                 k: decoded(code, scale, row.dtype)
                 for (k, row), (code, scale) in zip(rows.items(), codes, strict=True)
@@ -68,14 +83,15 @@ class Reduction(abc.ABC):
             (weights,) = self.workers.gather([weights])
         return decode(codes), decode(gathered), self.workers.valid(counted), weights
 
-    def _moved(self, old: Center, commits: dict, subtree: Any) -> Center:
-        """The center after a step of the outer optimizer against the commits."""
+    def _moved(self, old: Center, commits: Rows, subtree: Subtree) -> Center:
+        """The center after a step of the outer optimizer against reduced commits."""
         gradients = [commits.get(k, jnp.zeros_like(c)) for k, c in enumerate(old.leaves)]
         params = subtree(old.leaves)
         updates, outer_state = self.outer.update(
             subtree(gradients), old.outer_state, params
         )
         moved = jax.tree.leaves(applied(params, updates))
+        # Weight decay, say, may move a leaf without a commit: such a leaf stays as it is.
         return Center(
             [x if k in commits else old.leaves[k] for k, x in enumerate(moved)],
             outer_state,
@@ -85,21 +101,23 @@ class Reduction(abc.ABC):
 class AtOnce(Reduction):
     """One outer step against the mean or the sum of all commits."""
 
-    def __call__(self, old, local, commits, counted, weights, subtree):
-        pulled = {}
+    def __call__(self, old, local, commits, counted, weights, subtree) -> Reduced:
+        pulled: Rows = {}
         if self.rate is not None:
-            # By the commit, not towards the old center: to read that beside the new one
-            # would cost a copy of it, even at steps without an exchange.
+            # The worker moves by its commit, not towards the old center. To read the old
+            # center beside the new one would cost a copy, even without an exchange.
             rate = self.rate(self.workers.num_workers)
             commits = {k: rate * row for k, row in commits.items()}
             for k, row in local.items():
                 pulled[k] = row.astype(commits[k].dtype) + commits[k]
+        # Integers of different scales have no sum: they are gathered, decoded, weighed.
+        # Floating commits are weighed before they travel, since the collective adds them.
         if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
             sent, rows, valid, weights = self._gathered(commits, counted, weights)
             sums = {k: jnp.sum(_times(row, weights), 0) for k, row in rows.items()}
             num_valid = jnp.sum(valid, dtype=jnp.int32)
         else:
-            parts = self.workers.num_workers  # of the dtype's range, for each its own
+            parts = self.workers.num_workers  # each gets a part of the dtype's range
             codes = {
                 k: encoded(_times(row, weights), self.dtype, (), parts)[0]
                 for k, row in commits.items()
@@ -112,11 +130,12 @@ class AtOnce(Reduction):
                 {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
                 for coded in (codes, sums)
             )
-            if weights is not None:  # what was sent of the commit itself
+            if weights is not None:  # back to the scale of the commits themselves
                 shares = jnp.where(weights > 0, weights, 1)
                 sent = {k: _times(row, 1 / shares) for k, row in sent.items()}
             num_valid = flags.astype(jnp.int32)
-        # The slots may be overwritten when this number is there: no commit is read then.
+        # When this number is computed, no commit is read any more. The engine waits for
+        # it before it overwrites the slots.
         num_done = after(num_valid, list(sums.values()))
         if self.mean:
             divisor = jnp.maximum(num_valid, 1)
@@ -128,9 +147,11 @@ class AtOnce(Reduction):
 class InTurns(Reduction):
     """An outer step for each worker's commit, in rank order."""
 
-    def __call__(self, old, local, commits, counted, weights, subtree):
+    def __call__(self, old, local, commits, counted, weights, subtree) -> Reduced:
         elastic = self.rate is not None
         rate = self.rate(self.workers.num_workers) if self.rate else 0.0
+        # An elastic commit depends on the center at the worker's turn, so the parameters
+        # travel and not the commits.
         handed = local if elastic else commits
         sent, rows, valid, weights = self._gathered(handed, counted, weights)
 
@@ -139,6 +160,8 @@ class InTurns(Reduction):
             if elastic:
                 rows = {k: rate * (center.leaves[k] - x) for k, x in rows.items()}
             commits = {k: _times(row, weight) for k, row in rows.items()}
+            # A worker that is left out moves nothing; a step against zeros would move the
+            # outer optimizer's state.
             moved = jax.tree.map(
                 lambda new, old: jnp.where(valid, new, old),
                 self._moved(center, commits, subtree),
@@ -146,6 +169,7 @@ class InTurns(Reduction):
             )
             return moved, rows if elastic else {k: moved.leaves[k] for k in rows}
 
+        # With check_vma the carry of a scan must vary over the workers from the start.
         start, xs = self.workers.varying((old, (rows, valid, weights)))
         center, pulled = lax.scan(turn, start, xs)
         own = dict(zip(pulled, self.workers.own(list(pulled.values())), strict=True))
@@ -155,7 +179,7 @@ class InTurns(Reduction):
         return Reduced(self.workers.equal_as(center, old), own, sent, num_done)
 
 
-# By the option `reduce`.
+# By the value of the option `reduce`.
 REDUCTIONS: dict[str, type[Reduction]] = {
     "mean": AtOnce,
     "sum": AtOnce,
@@ -163,8 +187,8 @@ REDUCTIONS: dict[str, type[Reduction]] = {
 }
 
 
-def _times(row: jax.Array, weights: Any) -> jax.Array:
-    """A row of each worker times its weight; None: as it is."""
+def _times(row: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The row of each worker times the worker's weight; unchanged for None."""
     if weights is None:
         return row
     return row * weights.reshape(weights.shape + (1,) * (row.ndim - weights.ndim))

@@ -1,32 +1,36 @@
 """An average that starts anew, or goes on with other leaves."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from emaopt._checks import check_arrays, check_optimizer, checked_count
 from emaopt._leaves import is_averaged, is_masked
-from emaopt._names import leaves_with_keys
+from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
 from emaopt._reading import find_average, map_with_keys, paired
 from emaopt._recursion import Averager
 from emaopt._sharding import near
 from emaopt._states import AverageState
+from emaopt._types import Leaf, PyTree
 
-_LEFT_OUT = object()  # a leaf
+_LEFT_OUT = object()  # a leaf, for MaskedNode, which is none and so has no name
 
 
 def reset_average(
-    opt_state: Any, params: Any, *, name: str | None = None, num_updates: Any = 0
-) -> Any:
+    opt_state: PyTree,
+    params: PyTree,
+    *,
+    name: str | None = None,
+    num_updates: ArrayLike = 0,
+) -> PyTree:
     """Starts the average anew: it becomes a copy of `params`, its counters 0.
 
     For adopting an average in a run that had none, or after a change of the task. With
-    `num_updates`, the average goes on as after so many updates: that of another program
-    is adopted with its count.
+    `num_updates`, the average goes on as after that many updates, so that the average of
+    another program is adopted together with its count.
 
         opt_state = reset_average(opt_state, their_average, num_updates=their_count)
 
@@ -35,9 +39,9 @@ def reset_average(
       params: The parameters, or the average, to start from.
       name: Which average, if there are several.
       num_updates: n: the next update is number s = n + 1, and t = n + 1 - start. A whole
-        number or an integer scalar, may be traced: below 0, it then is 0. With `every`,
-        what the average left out since it last moved is forgotten: take an n at which it
-        moved. Default 0.
+        number or an integer scalar, may be traced; a traced one below 0 counts as 0. With
+        `every`, the steps since the average last moved are forgotten: take an n at which
+        it moved. Default 0.
 
     Returns:
       The state with the average replaced, in the accumulator's dtypes; a de-biased
@@ -45,8 +49,8 @@ def reset_average(
 
     Raises:
       ValueError: If there is no average, several, a swapped one, or it is of other
-        parameters; if `num_updates` is negative, or not 0 with `debias`: how much the
-        adopted average weighs, W = 1 - Πβ, is then needed, and the state knows no decay.
+        parameters; if `num_updates` is negative, or not 0 with `debias`: the weight of
+        the average, W = 1 - Πβ, depends on the decay, which the state does not hold.
       TypeError: If `num_updates` is no integer.
 
     Example:
@@ -70,10 +74,12 @@ def reset_average(
             "hold. Adopt it without debias: it has no start that is to be forgotten."
         )
 
-    def restart(keys, leaf):
+    def restart(keys: Names, leaf: Leaf) -> Leaf:
         new = raw[keys]
         return _copy(new, leaf) if hasattr(leaf, "dtype") else new
 
+    # Zeros like the old counters keep dtype and sharding: no step is compiled anew. By
+    # jax.tree.map, for in an nnx.Optimizer each counter is a variable around an array.
     counters = AverageState(*jax.tree.map(jnp.zeros_like, state[:-1]), average=None)
     fresh = counters._replace(
         num_updates=jax.tree.map(lambda s: s + count, counters.num_updates),
@@ -83,18 +89,18 @@ def reset_average(
 
 
 def change_mask(
-    opt_state: Any,
-    params: Any,
+    opt_state: PyTree,
+    params: PyTree,
     optimizer: optax.GradientTransformation | Averager,
     *,
     name: str | None = None,
-) -> Any:
+) -> PyTree:
     """Changes which leaves are averaged; the average of those that stay goes on.
 
-    A leaf that comes in is averaged as if it had stood still at its present value all the
-    time, which is what a frozen one did. Its average is a copy, with all the weight that
-    the other leaves' averages have, by any decay, with `every` and `debias` (not with
-    `zero_init` alone, whose averages weigh less).
+    A leaf that comes in is averaged as if it had had its present value from the start, as
+    a frozen leaf has had. Its average is then a copy, which is exact for any decay, with
+    `every` and with `debias` (but not with `zero_init` alone, where the zeros keep a part
+    of the weight).
 
         optimizer = emaopt.averaged(optax.adam(1e-3), 0.999)  # without its mask
         opt_state = emaopt.change_mask(opt_state, params, optimizer)
@@ -107,18 +113,18 @@ def change_mask(
         optimizer like `optimizer` but for the mask.
       params: The parameters.
       optimizer: The optimizer to go on with, whose mask, `optax.masked` or
-        `optax.partition` chooses other leaves; or an `Averager`, for a state of its.
+        `optax.partition` chooses other leaves; or an `Averager`, if one made the state.
       name: Which average, if there are several.
 
     Returns:
-      The state, with an average of the leaves that `optimizer` averages. What comes in
-      is where `optimizer.init` puts it, in the accumulator's dtype.
+      The state, with an average of the leaves that `optimizer` averages. Leaves that
+      come in are placed as `optimizer.init` places them, in the accumulator's dtype.
 
     Raises:
       ValueError: If there is no average, several, or a swapped one, in the state or in
         what `optimizer.init` returns; if it is of other parameters; if one of the two is
         de-biased; if the optimizer has other counts, or slots of other shapes.
-      TypeError: If `optimizer` is none.
+      TypeError: If `optimizer` is neither a transformation nor an `Averager`.
 
     Example:
       >>> import emaopt
@@ -145,7 +151,7 @@ def change_mask(
     kept, _ = paired("change_mask", state.average, params)
     _, raw = paired("change_mask", fresh.average, params)
 
-    def entry(keys, _):
+    def entry(keys: Names, _: Leaf) -> PyTree:
         leaf = new[keys]
         if leaf is _LEFT_OUT:
             return optax.MaskedNode()
@@ -155,20 +161,22 @@ def change_mask(
 
     had, has = _whole(state.average), _whole(fresh.average)
     old, new = dict(leaves_with_keys(had)), dict(leaves_with_keys(has))
-    # In the state's own containers, which `nnx.Optimizer` makes of others, where they can
-    # hold it: optax.masked leaves out whole parts of a tree.
+    # In the state's own containers (those of an nnx.Optimizer are others than init's), or
+    # in init's where the names differ: optax.masked leaves out whole parts of a tree.
     average = map_with_keys(entry, had if old.keys() == new.keys() else has)
     changed = replace(opt_state, node, in_place_of(node, state._replace(average=average)))
+    # Slots are compared with those that init makes. A state inside of something else,
+    # such as a TrainState, has other names than these, and keeps its slots.
     if type(changed) is not type(begun):
         return changed
     return _with_slots(changed, begun, params)
 
 
-def _with_slots(state: Any, begun: Any, params: Any) -> Any:
-    """The state with the slots that an optimizer for more or fewer leaves has."""
+def _with_slots(state: PyTree, begun: PyTree, params: PyTree) -> PyTree:
+    """The state with the slots of an optimizer that trains more or fewer leaves."""
     have, need = dict(leaves_with_keys(state)), leaves_with_keys(begun)
-    # What has no parameter's name, such as a count, no mask changes. Where slots have
-    # positions in the place of names, another mask would give them to other leaves.
+    # A mask adds or removes only slots under a parameter's name: a count that one side
+    # lacks means another optimizer. Slots known by position would go to other leaves.
     other = [n for n in have.keys() ^ dict(need).keys() if not _is_named(n, params)]
     if other:
         names = ", ".join(map("/".join, sorted(other)))
@@ -189,8 +197,8 @@ def _with_slots(state: Any, begun: Any, params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(begun), leaves)
 
 
-def _is_named(names: tuple[str, ...], params: Any) -> bool:
-    """Whether a name has a parameter's in it."""
+def _is_named(names: Names, params: PyTree) -> bool:
+    """Whether the names of a leaf contain those of a parameter."""
     return any(
         names[i : i + len(rest)] == rest
         for rest, _ in leaves_with_keys(params)
@@ -198,13 +206,13 @@ def _is_named(names: tuple[str, ...], params: Any) -> bool:
     )
 
 
-def _whole(average: Any) -> Any:
-    """The average with a leaf in place of each that is not averaged."""
+def _whole(average: PyTree) -> PyTree:
+    """The average with `_LEFT_OUT` for each leaf that is not averaged."""
     return jax.tree.map(
         lambda node: _LEFT_OUT if is_masked(node) else node, average, is_leaf=is_masked
     )
 
 
-def _copy(new: Any, leaf: Any) -> Any:
+def _copy(new: Leaf, leaf: Leaf) -> Leaf:
     """A copy in the dtype and the place of a leaf of an average."""
     return near(jnp.array(new, dtype=leaf.dtype), leaf)

@@ -1,19 +1,25 @@
-"""Where an average lives: sharded further than its parameters, in host memory."""
+"""Where an average is: sharded further than its parameters, in host memory."""
 
 import math
+from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emaopt._checks import check_optimizer
 from emaopt._jax_internals import traced, varying
 from emaopt._leaves import for_each_leaf
 from emaopt._masks import is_function
-from emaopt._names import named_leaves
+from emaopt._names import Names, named_leaves
+from emaopt._types import Leaf, Placement, PyTree
+
+# What says how the average of one leaf is split.
+Entry: TypeAlias = str | Names | PartitionSpec | NamedSharding
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
@@ -23,14 +29,14 @@ _auto_axes: ContextVar[frozenset[str]] = ContextVar("_auto_axes", default=frozen
 
 
 class Place(NamedTuple):
-    """Where the average of one leaf lives, relative to the leaf."""
+    """Where the average of one leaf is, relative to the leaf."""
 
-    splits: tuple[tuple[int, tuple[str, ...]], ...]  # of a dimension along mesh axes
-    mesh: Any  # that has the axes; None without splits
+    splits: tuple[tuple[int, Names], ...]  # of a dimension, along mesh axes
+    mesh: Any  # the Mesh or AbstractMesh of these axes; None without splits
     on_host: bool
 
     def start(self, average: jax.Array) -> jax.Array:
-        """A new average, where the parameter is, put to its place."""
+        """A new average, moved to its place from where the parameter is."""
         if traced(average):
             return self.kept(self.part(average))
         sharding = average.sharding
@@ -40,6 +46,7 @@ class Place(NamedTuple):
                 average, NamedSharding(self.mesh, self._extended(spec))
             )
         elif self.splits:
+            # The mesh around is abstract, as for a constant inside of a shard_map.
             average = self.part(average)
         return self.kept(average)
 
@@ -48,8 +55,8 @@ class Place(NamedTuple):
 
         In the Auto mode of a mesh, the compiler spreads shardings backwards: a constraint
         on the value would split the parameters and their slots too, or gather them at
-        every step. So each device takes its part of what it has, in a `shard_map` over
-        these axes alone; along others the value stays as it is.
+        every step. So each device takes its part of its own copy, in a `shard_map` over
+        these axes alone; along other axes the value stays as it is.
         """
         if not self.splits:
             return value
@@ -69,11 +76,11 @@ class Place(NamedTuple):
             axis_names=axes,
             check_vma=False,
         )
-        # Outside of a program, jax takes a shard_map over all axes of the mesh only.
+        # Outside of jit, JAX refuses a shard_map over some of the axes of a mesh.
         return split(value) if traced(value) else jax.jit(split)(value)
 
     def fetched(self, average: jax.Array) -> jax.Array:
-        """The average in the device's memory, to compute with."""
+        """The average in the device's memory, where it can be updated."""
         return _put(average, jax.memory.Space.Device) if self.on_host else average
 
     def kept(self, average: jax.Array) -> jax.Array:
@@ -81,22 +88,23 @@ class Place(NamedTuple):
         return _put(average, jax.memory.Space.Host) if self.on_host else average
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the average here, of that of the leaf."""
+        """The shape of a leaf's average here: inside of shard_map, that of one part."""
         sizes = list(shape)
         for dim, axes in self.splits:
             if set(axes) <= _manual(self.mesh):
                 sizes[dim] //= _size(self.mesh, axes)
         return tuple(sizes)
 
-    def _own(self, value):
+    def _own(self, value: jax.Array) -> jax.Array:
+        """The device's own part of a value, inside of shard_map over the axes."""
         for dim, axes in self.splits:
             size = value.shape[dim] // _size(self.mesh, axes)
             start = lax.axis_index(axes) * size
             value = lax.dynamic_slice_in_dim(value, start, size, dim)
         return value
 
-    def _extended(self, spec: Any) -> PartitionSpec:
-        """A spec with the axes of the splits behind those that are there."""
+    def _extended(self, spec: PartitionSpec) -> PartitionSpec:
+        """A spec with the axes of the splits after those that it has."""
         entries = list(spec)
         for dim, axes in self.splits:
             entries += [None] * (dim + 1 - len(entries))
@@ -104,8 +112,8 @@ class Place(NamedTuple):
         return PartitionSpec(*entries)
 
 
-def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
-    """Raises unless the arguments can say where an average lives."""
+def check_placement(function: str, sharding: Placement, memory_kind: object) -> None:
+    """Raises unless the arguments can say where an average is."""
     if not (
         memory_kind is None or (isinstance(memory_kind, str) and memory_kind == HOST)
     ):
@@ -122,7 +130,9 @@ def check_placement(function: str, sharding: Any, memory_kind: Any) -> None:
         _check_entries(function, sharding)
 
 
-def _check_entries(function: str, entries: Any) -> None:
+def _check_entries(function: str, entries: PyTree) -> None:
+    """Raises unless each leaf is one way to split an average."""
+    # To JAX, None is no leaf, and would be overlooked.
     for entry in jax.tree.leaves(entries, is_leaf=lambda x: x is None or _is_entry(x)):
         if not _is_entry(entry):
             raise TypeError(
@@ -139,16 +149,16 @@ def _check_entries(function: str, entries: Any) -> None:
 
 
 def places(
-    function: str, sharding: Any, memory_kind: Any, tree: Any, leaves: list
+    function: str, sharding: Placement, memory_kind: object, tree: PyTree, leaves: list
 ) -> list[Place]:
     """The place of each leaf's average, in flattening order."""
     on_host = memory_kind is not None
     if (isinstance(sharding, str) and sharding == LIKE_PARAMS) or not leaves:
         return [Place((), None, on_host)] * len(leaves)
-    entries: Any = sharding
+    entries: PyTree = sharding
     if is_function(entries, tree):
         entries = entries(tree)
-    if callable(sharding):  # what is not, was looked at when it was given
+    if callable(sharding):  # others were checked when they were given
         _check_entries(function, entries)
     what = (
         f"{function}: sharding must be like the parameters or a prefix of them, with "
@@ -162,7 +172,8 @@ def places(
     ]
 
 
-def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
+def _place(function: str, entry: Entry, leaf: Leaf, name: str) -> Place:
+    """The place of one leaf's average on the mesh; beside the leaf if nothing divides."""
     nowhere = Place((), None, False)
     shape = getattr(leaf, "shape", ())
     if (isinstance(entry, str) and entry == LIKE_PARAMS) or 0 in shape or not shape:
@@ -179,10 +190,11 @@ def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
             f"{function}: sharding={entry!r}, but {name} is sharded over another mesh, "
             f"as {there.spec}."
         )
-    # Where the compiler shards, a program sees nothing of how, so it must not matter.
+    # A traced program cannot see how the compiler shards along Auto axes. What is split
+    # must not depend on it, or a compiled update would disagree with init.
     compilers = not _are_explicit(mesh, named) or bool(named & _auto_axes.get())
 
-    def divides(dim, axes):
+    def divides(dim: int, axes: Names) -> bool:
         parts = _size(mesh, axes) * (1 if compilers else _size(mesh, own[dim]))
         return shape[dim] % parts == 0
 
@@ -194,6 +206,8 @@ def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
     if not all(dim < len(shape) and divides(dim, axes) for dim, axes in splits):
         return nowhere
     for dim, axes in splits:
+        # An axis splits once. In a dimension that the compiler has split, the parameter
+        # would be gathered at every step.
         if taken & named or (own[dim] and compilers):
             raise ValueError(
                 f"{function}: the average of {name} cannot be split along "
@@ -211,8 +225,8 @@ def _place(function: str, entry: Any, leaf: Any, name: str) -> Place:
     return Place(tuple(splits), mesh, False)
 
 
-def _checked_axes(function: str, entry: Any, spec: Any, mesh: Any) -> set[str]:
-    """The axes that an entry names, which the mesh has."""
+def _checked_axes(function: str, entry: Entry, spec: Entry, mesh: AnyMesh) -> set[str]:
+    """The axes that an entry names, or an error if the mesh lacks one."""
     parts = list(spec) if isinstance(spec, PartitionSpec) else [spec]
     named = [axis for part in parts for axis in _names(part)]
     for axis in named:
@@ -231,8 +245,8 @@ def _checked_axes(function: str, entry: Any, spec: Any, mesh: Any) -> set[str]:
     return set(named)
 
 
-def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
-    """The mesh that has the axes: of this place in the program, or the one given."""
+def _mesh_of(function: str, entry: Entry, leaf: Leaf) -> AnyMesh:
+    """The mesh with the axes: that of the program around, or the one that is given."""
     around = jax.sharding.get_abstract_mesh()
     given = entry.mesh if isinstance(entry, NamedSharding) else None
     is_traced = traced(leaf)
@@ -250,43 +264,44 @@ def _mesh_of(function: str, entry: Any, leaf: Any) -> Any:
     return mesh
 
 
-def _sharding_of(leaf: Any) -> Any:
-    """How a leaf is sharded, as far as that can be known here."""
+def _sharding_of(leaf: Leaf) -> Any:
+    """The sharding of a leaf, as far as it can be known here, or None."""
     if traced(leaf):
         return jax.typeof(leaf).sharding
     return getattr(leaf, "sharding", None)
 
 
-def _size(mesh: Any, axes: tuple[str, ...]) -> int:
+def _size(mesh: AnyMesh, axes: Names) -> int:
     """How many parts an array is split into along the axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _manual(mesh: Any) -> set[str]:
-    """The axes along which the program is written for one device."""
+def _manual(mesh: AnyMesh) -> set[str]:
+    """The axes along which the program is that of one device, as in shard_map."""
     return set(getattr(mesh, "manual_axes", ()))
 
 
-def _are_explicit(mesh: Any, axes: Any) -> bool:
+def _are_explicit(mesh: AnyMesh, axes: Iterable[str]) -> bool:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return all(kinds[axis] == AxisType.Explicit for axis in axes)
 
 
-def _names(part: Any) -> tuple[str, ...]:
+def _names(part: Any) -> Names:
     """The axes in an entry of a PartitionSpec."""
     if part is None:
         return ()
     return part if isinstance(part, tuple) else (part,)
 
 
-def _is_entry(node: Any) -> bool:
+def _is_entry(node: object) -> bool:
+    # Other tuples are containers: NamedTuples, and those that hold more than names.
     if isinstance(node, tuple) and type(node) is tuple:
         return bool(node) and all(isinstance(name, str) for name in node)
     return isinstance(node, (str, PartitionSpec, NamedSharding))
 
 
 def _put(average: jax.Array, space: Any) -> jax.Array:
-    """The average in another memory, sharded as it is."""
+    """The average in another memory, with the sharding that it has."""
     if traced(average):
         there = jax.typeof(average).memory_space == space
         return average if there else jax.device_put(average, space)
@@ -294,10 +309,10 @@ def _put(average: jax.Array, space: Any) -> jax.Array:
     return jax.device_put(average, average.sharding.with_memory_kind(kind))
 
 
-def near(average: Any, param: Any) -> Any:
-    """An average, gathered to where a parameter is, as far as their types tell under jit.
+def near(average: Leaf, param: Leaf) -> Leaf:
+    """An average moved to its parameter's place, as far as their types tell under jit.
 
-    That of a center lacks the parameters' axis of workers; only its memory is changed.
+    A center's average lacks the parameters' axis of workers: only its memory is changed.
     """
     if not isinstance(average, jax.Array) or not isinstance(param, jax.Array):
         return average
@@ -315,13 +330,13 @@ def near(average: Any, param: Any) -> Any:
     return jax.device_put(average, param.sharding)
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """Returns where each array of an optimizer's state belongs.
+def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Returns the sharding that each array of an optimizer's state should have.
 
-    For `jax.jit(tx.init, out_shardings=...)`, which on its own leaves what starts with
-    zeros replicated; for the target of a restore; for compiling ahead of time. Slots are
-    sharded as their parameters, averages as their `sharding` says; the rest is
-    replicated. The `.spec`s of these are what `jax.shard_map` needs to pass the state on.
+    For `jax.jit(tx.init, out_shardings=...)`, which otherwise replicates slots that start
+    as zeros; for the target of a restore; for compiling ahead of time. Slots are sharded
+    as their parameters, averages as their `sharding` says; the rest is replicated. Their
+    `.spec`s are the specs by which `jax.shard_map` takes and returns the state.
 
         shardings = emaopt.state_shardings(tx, params)
         opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -355,7 +370,8 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
             "state_shardings: the parameters must be arrays or ShapeDtypeStructs with "
             f"NamedShardings of one mesh, got {own[0] if own else 'none'}."
         )
-    # In a mesh of Explicit axes, types carry shardings through the tracing of init.
+    # In a mesh of Explicit axes, types carry shardings through the tracing of init. Axes
+    # of Auto mode are still judged as such: `_place` reads them from the context.
     types = (AxisType.Explicit,) * len(mesh.axis_names)
     explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
     typed = jax.tree.map(
@@ -373,7 +389,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
     finally:
         _auto_axes.reset(token)
 
-    def sharding(aval):
+    def sharding(aval: Any) -> NamedSharding:
         host = aval.memory_space == jax.memory.Space.Host
         spec = aval.sharding.spec
         return NamedSharding(mesh, spec, **({"memory_kind": HOST} if host else {}))

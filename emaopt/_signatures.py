@@ -15,13 +15,13 @@ def takes_options_of(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a function whose **options are some of those of another.
 
-    Python shows such options as one name, and takes any. Decorated, the function has
-    them in its signature, with the other's defaults, and refuses what it does not have by
-    its own name.
+    Python shows `**options` as one name, and takes any. The decorated function has each
+    of them in its signature, with the default that `function` gives, and refuses unknown
+    ones under its own name.
 
     Args:
-      function: Has the options, with their defaults.
-      options: A TypedDict of those that are taken.
+      function: The function that has the options, with their defaults.
+      options: A TypedDict of the options that are taken over.
     """
     theirs = inspect.signature(function).parameters
     shared = [theirs[name] for name in options.__annotations__]

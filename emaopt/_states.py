@@ -1,87 +1,93 @@
-"""What averages and local updates keep, and what `swap` makes of it."""
+"""The states of averages and of local updates, and what `swap` turns them into."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import jax
+
+from emaopt._types import PyTree, Scalar
 
 
 class AverageState(NamedTuple):
     """State of an average; read it with `get_average`, exchange it with `swap`.
 
     num_updates: the updates so far, s. num_skipped: those left out by skip_nonfinite.
-    weight: what the iterates weigh before de-biasing, None without it. pending: 1 - Πβ
-    since the average last moved (every). average: the average, always readable.
+    weight: the total weight of the iterates, None without debias. pending: 1 - Πβ since
+    the average last moved (every). average: the average (EMA, Polyak average), always
+    readable.
     """
 
-    num_updates: Any  # () int32, s: the updates so far, skipped ones included
-    num_skipped: Any  # () int32, updates left out for a NaN or inf (skip_nonfinite)
-    weight: Any  # () float, W: what the iterates weigh in all; None without debias
-    pending: Any  # () float, 1 - Πβ over the steps since the average last moved (every)
-    average: Any  # like the parameters, in the accumulator's dtype; MaskedNode if masked
+    num_updates: Scalar  # () int32, s: the updates so far, skipped ones included
+    num_skipped: Scalar  # () int32, updates left out for a NaN or inf (skip_nonfinite)
+    weight: Scalar | None  # () float, W: total weight of iterates; None without debias
+    pending: Scalar  # () float, 1 - Πβ over the steps since the average last moved
+    average: PyTree  # like the parameters, in accumulator_dtype; MaskedNode if masked
 
 
 class SwappedState(NamedTuple):
     """What `swap` leaves in an `AverageState`'s place while the average is in use.
 
-    The fields are the same but for the name of the first, so that neither an update nor
-    a restore can take one state for the other.
+    Only the first field has another name. By it neither an update nor a restore can take
+    one state for the other.
     """
 
-    swapped_at: Any  # () int32, num_updates
-    num_skipped: Any  # () int32
-    weight: Any  # () float
-    pending: Any  # () float
-    average: Any  # like the parameters: here stand the raw parameters
+    swapped_at: Scalar  # () int32, num_updates
+    num_skipped: Scalar  # () int32
+    weight: Scalar | None  # () float; None without debias
+    pending: Scalar  # () float
+    average: PyTree  # the raw parameters, while the average is in their place
 
 
 class LocalUpdatesState(NamedTuple):
     """State of local updates; read the center with `get_center`.
 
-    What is each worker's own has a leading axis: [W] stacked, [1] inside `jax.shard_map`.
+    The fields that each worker has for itself have a leading axis: [W] in the stacked
+    form, [1] inside `jax.shard_map`.
     """
 
-    num_steps: Any  # () int32, local steps, taken by a worker or not
-    num_left_out: Any  # () int32, Σ over exchanges and fragments of workers left out
-    num_missed: Any  # int32, each worker's: steps not taken for a NaN or inf
-    since_exchange: Any  # tuple of () int32 for each fragment, local steps
-    has_missed: Any  # tuple of bool for each fragment, each worker's: one since then
-    inner_state: Any  # of the inner optimizer, each worker's
-    outer_state: Any  # tuple of the outer optimizer's states for each fragment
-    accumulated: Any  # Σ gradients since the exchange, None but for mean_gradient
-    pulled: Any  # the center as each worker pulled it, None but for sequential deltas
-    residual: Any  # what commits lost in exchange_dtype, None without error_feedback
-    center: Any  # like one worker's parameters, at least float32
+    num_steps: Scalar  # () int32, local steps, taken by a worker or not
+    num_left_out: Scalar  # () int32, Σ over exchanges and fragments of workers left out
+    num_missed: jax.Array  # int32, each worker's: steps not taken for a NaN or inf
+    since_exchange: tuple[Scalar, ...]  # per fragment, () int32: local steps since then
+    has_missed: tuple[jax.Array, ...]  # per fragment, bool: a step was missed since
+    inner_state: PyTree  # of the inner optimizer, each worker's
+    outer_state: tuple[PyTree, ...]  # per fragment: state of the outer optimizer
+    accumulated: PyTree  # Σ gradients since the exchange, None without mean_gradient
+    pulled: PyTree  # the center as each worker pulled it, None without sequential deltas
+    residual: PyTree  # what commits lost in exchange_dtype, None without error_feedback
+    center: PyTree  # slow weights: like one worker's parameters, at least float32
 
 
 class SwappedLocalUpdatesState(NamedTuple):
     """What `swap` leaves in a `LocalUpdatesState`'s place while the center is in use.
 
-    The fields are the same but for the name of the first, so that neither an update nor
-    a restore can take one state for the other.
+    Only the first field has another name. By it neither an update nor a restore can take
+    one state for the other.
     """
 
-    swapped_at: Any  # () int32, num_steps
-    num_left_out: Any
-    num_missed: Any
-    since_exchange: Any
-    has_missed: Any
-    inner_state: Any
-    outer_state: Any
-    accumulated: Any
-    pulled: Any
-    residual: Any
-    center: Any  # here stand the workers' parameters
+    swapped_at: Scalar  # () int32, num_steps
+    num_left_out: Scalar
+    num_missed: jax.Array
+    since_exchange: tuple[Scalar, ...]
+    has_missed: tuple[jax.Array, ...]
+    inner_state: PyTree
+    outer_state: tuple[PyTree, ...]
+    accumulated: PyTree
+    pulled: PyTree
+    residual: PyTree
+    center: PyTree  # the workers' parameters, while the center is in their place
 
 
 class Kind(NamedTuple):
     """A kind of state that holds the parameters to be served, in its last field."""
 
     name: str  # in a sentence
-    state: type[Any]
-    swapped: type[Any]  # what `swap` makes of it
-    mark: str  # a field that tells it in a mapping, where its type is lost
+    state: type[PyTree]
+    swapped: type[PyTree]  # what `swap` makes of it
+    mark: str  # a field that shows the kind in a mapping, where the type is lost
 
     @property
     def field(self) -> str:
-        """The field with what is served: "average" or "center"."""
+        """The field that readers of a checkpoint are served: "average" or "center"."""
         return self.state._fields[-1]
 
 

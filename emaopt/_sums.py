@@ -1,10 +1,10 @@
-"""Sums over the iterates of a run, however long, of a profile that is smooth.
+"""Sums of a smooth profile over the iterates of a run of any length.
 
-A sum of N equidistant terms that are a polynomial of degree below 2m is m of them at
-nodes between, weighted: Gauss' rule for the discrete measure, whose orthogonal
-polynomials are Chebyshev's of one discrete variable. Profiles are smooth on the scale of
-the distance from the ends of a run and from their kinks, so blocks that double from there
-need the same m each.
+If the N equidistant terms of a sum are a polynomial of degree below 2m, the sum is a
+weighted sum of the polynomial at m nodes: Gauss' rule for the discrete measure, whose
+orthogonal polynomials are Chebyshev's of a discrete variable. Near an end of the run or a
+kink, profiles vary on the scale of the distance from it. So blocks that double in length
+from there need the same m each.
 
 References:
   Golub & Welsch, 1969, Calculation of Gauss quadrature rules,
@@ -27,33 +27,37 @@ class Profile(NamedTuple):
     """The weights of θ_0 ... θ_T, without an array of them; the functions take arrays."""
 
     num_steps: int  # T, at least 1
-    log_older: Callable[[np.ndarray], np.ndarray]  # i -> log of what θ_0 ... θ_i weigh
+    log_older: Callable[[np.ndarray], np.ndarray]  # i -> log Σ_{j <= i} w_j
     weights: Callable[[np.ndarray], np.ndarray]  # i -> w_i, for i >= 1 not whole, too
     breaks: Iterable[float]  # the i where they have a kink
 
 
 def sums_of(profile: Profile, debias: bool) -> tuple[float, float, float, float]:
-    """Mean age, 1/Σw², w_0, half-life; with `debias` of the profile without its θ_0."""
+    """Mean age, 1/Σw², w_0, half-life; with `debias`, of the profile without its θ_0."""
     last = profile.num_steps
+    # log 0 = -inf and exp(-inf) = 0 are meant: a profile may leave old iterates out.
     with np.errstate(divide="ignore", under="ignore", over="ignore"):
         log_initial = float(profile.log_older(np.zeros(1))[0])
+        # If θ_0 has all of the weight, nothing is left to divide by.
         if debias and log_initial < 0:
             initial, total = 0.0, -np.expm1(log_initial)
         else:
             initial, total = np.exp(log_initial), 1.0
 
+        # `weights` is defined for i >= 1 only, so θ_0 is counted apart.
         age, squares = initial * last, initial**2
         for i, count in _blocks(last, profile.breaks):
             w = profile.weights(i) / total
             age += count @ (w * (last - i))
             squares += count @ w**2
 
-        def younger(n):  # weight of the iterates of age < n
+        def younger(n: int) -> float:  # weight of the iterates of age < n
             if n > last:
                 return 1.0
             older = profile.log_older(np.full(1, float(last - n)))[0]
             return -np.expm1(older) / total
 
+        # Bisection on whole steps, then linear between the two of them.
         low, high = 0, last + 1  # younger(low) <= 0.5 < younger(high)
         while high - low > 1:
             middle = (low + high) // 2
@@ -68,19 +72,21 @@ def shared_out(
     points: Sequence[int],
     breaks: Iterable[float],
 ) -> np.ndarray:
-    """What a few steps weigh if each iterate's weight goes to the two around it.
+    """The weights of a few steps, among which the weights of all iterates are shared.
 
-    In proportion to its nearness; what is before the first goes there, and the last one
-    is T. Let W(i) be what θ_0 ... θ_i weigh, and a < b two of the points. Of what lies
-    between them, b gets
+    An iterate's weight goes to the two points around it, linearly: the nearer one gets
+    more. Iterates before the first point go to it; the last point is T. Let W(i) be the
+    sum of w_0 ... w_i, and a < b two neighbouring points. Of the weight between them, b
+    gets
 
         Σ_i (i - a)/(b - a) w_i = W(b) - M,    M = Σ_{a <= i < b} W(i) / (b - a),
 
-    and a the rest, M - W(a). So a point gets the difference of the means M on its sides.
+    and a the rest, M - W(a). So a point gets the difference of the two M beside it.
     """
     means = [0.0]
     with np.errstate(divide="ignore", under="ignore"):
         for a, b in itertools.pairwise(points):
+            # `_blocks` counts from 1: node i is the iterate a - 1 + i.
             inner = [one - a + 1 for one in breaks]
             total = sum(
                 count @ np.exp(log_older(a - 1 + i)) for i, count in _blocks(b - a, inner)
@@ -117,7 +123,9 @@ def _nodes(before: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(256)
 def _rule(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rule for as many terms, around their middle."""
+    """The rule for `count` terms, around their middle."""
+    # Nodes and weights are the eigenvalues, and the squared first components of the
+    # eigenvectors, of the tridiagonal matrix of the recurrence (Golub & Welsch).
     k = np.arange(1.0, _NODES)
     off = k * np.sqrt((1 - (k / count) ** 2) / (4 * (4 * k**2 - 1)))
     places, vectors = np.linalg.eigh(np.diag(off, 1) + np.diag(off, -1))

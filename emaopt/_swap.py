@@ -1,7 +1,5 @@
 """The exchange of parameters and their averages: in parts, or in a whole state."""
 
-from typing import Any
-
 import jax
 
 from emaopt._checks import check_flag, check_text
@@ -19,15 +17,18 @@ from emaopt._nodes import (
 )
 from emaopt._places import Choice, Place, Ways, check_choices, located, placed
 from emaopt._reading import NO_AVERAGE, paired
+from emaopt._types import PyTree
 
 
-def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, Any]:
-    """Exchanges the parameters and their average.
+def swap(
+    params: PyTree, opt_state: PyTree, *, name: str | None = None
+) -> tuple[PyTree, PyTree]:
+    """Exchanges the parameters and their average (EMA, Polyak average).
 
     Afterwards the parameters are the average, in its dtypes, and the state holds the raw
     parameters. Swapping again restores both bit for bit: arrays change places, nothing is
     computed. A swapped state refuses to train. For evaluating in the middle of training;
-    `checkpoint.swap_state` is for what is written to a file.
+    `checkpoint.swap_state` is for states that are written to a file.
 
     Args:
       params: The parameters.
@@ -61,31 +62,31 @@ def swap(params: Any, opt_state: Any, *, name: str | None = None) -> tuple[Any, 
 
 
 def swap_state(
-    state: Any, *, name: Choice = None, params: Ways = None, optional: bool = False
-) -> Any:
+    state: PyTree, *, name: Choice = None, params: Ways = None, optional: bool = False
+) -> PyTree:
     """Exchanges the parameters and their average inside of a training state.
 
-    Of a whole state, to be written; `emaopt.swap` takes its parts, to evaluate.
+    Takes a whole state, for writing it; `emaopt.swap` takes its parts, for evaluating.
 
-    What `save` does before it writes, for any other way of writing: the tree keeps its
-    containers, and swapping twice gives the state back bit for bit. Also for trees of
-    `jax.ShapeDtypeStruct` or shardings, to make the target of a restore: what was written
-    swapped is restored into a swapped target, and then swapped back.
+    `save` does this before it writes; call it for any other way of writing. The tree
+    keeps its containers, and swapping twice gives the state back bit for bit. Trees of
+    `jax.ShapeDtypeStruct` or shardings can be swapped to make the target of a restore: a
+    state that was written swapped is restored into a swapped target, then swapped back.
 
         flax.training.checkpoints.save_checkpoint(directory, swap_state(state), step)
         state = emaopt.checkpoint.restore(f"{directory}/checkpoint_{step}", state)
-        # or by the other way's own restore, which must not be given the state itself:
+        # or by that library's own restore, whose target must be swapped, not the state:
         state = swap_state(restore_checkpoint(directory, swap_state(state), step))
 
-    What to watch: most readers refuse to fill a state with a swapped one, because the
-    first field of the average's has another name, such as "swapped_at". Some fill what a
-    checkpoint lacks from the target without a word, as Flax's `restore_checkpoint` and
-    Orbax's transforms do: the average would go on as the parameters. Restore such files
-    with `emaopt.checkpoint.restore`, which takes the state as it is.
+    What to watch: most readers refuse to fill a state from a swapped one, because the
+    first field of a `SwappedState` has a name of its own, "swapped_at". Some, such as
+    Flax's `restore_checkpoint` and Orbax's transforms, silently keep the target's
+    values for what a checkpoint lacks: the average would go on as the parameters. Restore
+    such files with `emaopt.checkpoint.restore`, which takes the state as it is.
 
     Args:
       state: A training state, as for `save`.
-      name, params: Which averages, and where their parameters stand, as for `save`.
+      name, params: Which averages, and where their parameters are, as for `save`.
       optional: Return a state that holds no average as it is, in place of an error.
 
     Returns:
@@ -110,8 +111,9 @@ def swap_state(
     return exchange(state, located("swap_state", state, name, params))
 
 
-def exchange(state: Any, places: list[Place]) -> Any:
+def exchange(state: PyTree, places: list[Place]) -> PyTree:
     """The state with all pairs exchanged and the averages marked as swapped, or back."""
+    # First the leaves, by their positions: the marks below change the structure.
     leaves, treedef = jax.tree.flatten(state)
     for place in places:
         for i, j in place.pairs:

@@ -1,29 +1,33 @@
 """Types of arguments, states and results, by name.
 
-A pytree has no type that a checker could look into: `PyTree` says that any containers
-will do, and the docstring says what stands at the leaves.
+Type checkers cannot look into a pytree: `PyTree` says that any containers will do, and
+the docstring says what the leaves are.
 """
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-# Any containers that JAX knows: dicts, lists, NamedTuples, modules; or one leaf alone.
+# Any containers that JAX knows (dicts, lists, NamedTuples, modules), or one leaf alone.
 PyTree: TypeAlias = Any
-# What stands at one leaf: an array, a number, a ShapeDtypeStruct, or metadata of one.
+# One leaf: an array, a number, a ShapeDtypeStruct, a sharding, or metadata of an array.
 Leaf: TypeAlias = Any
-# () int32, or floating where the comment beside it says so.
+# An array of shape (): int32, or floating where the comment beside it says so.
 Scalar: TypeAlias = jax.Array
 
-# β itself, or a function t -> β, of an array of JAX's; our own decays take NumPy's, too.
-DecayLike: TypeAlias = float | Callable[[Any], ArrayLike]
-# Booleans: a tree like the parameters or a prefix of it, or what makes one of them.
+# Real numbers [n], such as the coefficients of a combination.
+Vector: TypeAlias = ArrayLike | Sequence[float]
+# β itself, or a function t -> β of a JAX array. Decays of emaopt also take NumPy arrays.
+DecayLike: TypeAlias = float | jax.Array | Callable[[Any], ArrayLike]
+# A tree of booleans like the parameters or a prefix of it, or a function that makes one
+# from the parameters.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
-# Where an average is: mesh axes, a tree of these, or what makes one of the parameters.
+# How an average is split: mesh axes or a spec, a tree of these like the parameters or a
+# prefix of it, or a function that makes one from the parameters.
 Placement: TypeAlias = (
     str
     | tuple[str, ...]
@@ -32,11 +36,12 @@ Placement: TypeAlias = (
     | PyTree
     | Callable[[PyTree], PyTree]
 )
-# The name of a mapped axis, or a tuple of names.
+# The name of a mapped axis, or a tuple of such names.
 AxisName: TypeAlias = Hashable
 
+# What a user gives as a path; opened ones are `epath.Path`s.
 Path: TypeAlias = str | os.PathLike[str]
-# Takes a sentence on what was done.
+# Called with a sentence that says what was done.
 Report: TypeAlias = Callable[[str], object]
-# What JSON can hold, as custom_metadata of a checkpoint.
+# A dict that JSON can hold, such as the custom_metadata of a checkpoint.
 Json: TypeAlias = dict[str, Any]

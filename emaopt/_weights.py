@@ -8,9 +8,9 @@ import numpy as np
 from emaopt._betas import evaluate, log_kept_of
 from emaopt._checks import check_decay, check_flag, check_integer
 from emaopt._sums import Profile, sums_of
-from emaopt._types import DecayLike
+from emaopt._types import DecayLike, Vector
 
-MOST = 1 << 25  # steps of which an array is made
+MOST = 1 << 25  # steps; no array is made for a longer run
 
 
 def decay_weights(
@@ -24,15 +24,15 @@ def decay_weights(
     """Returns the weight of each iterate in the average after `num_steps` steps.
 
     The average is Σ_i w_i θ_i over the initial θ_0 and the iterates θ_1 ... θ_T. The
-    arguments mean what they mean in `average_params`.
+    arguments have the same meaning as in `average_params`.
 
     Args:
       decay: A constant β or a function t -> β.
-      num_steps: T, at least 0, at most 2^25: the answer is an array of so many numbers.
-        `weight_summary(decay, num_steps)` needs none.
+      num_steps: T, at least 0, at most 2^25, because the result is an array [T+1].
+        `weight_summary(decay, num_steps)` needs no array for most decays.
       every: The average is updated on every k-th step only, at least 1.
       start: The step until which the average is a copy of the parameters, at least 0.
-      debias: Whether what came before `start` is forgotten.
+      debias: Whether the weight of what came before `start` is removed.
 
     Returns:
       float64 NumPy array of shape [T+1]; non-negative, sum 1. With `zero_init` the first
@@ -53,12 +53,14 @@ def decay_weights(
 
 
 def weights_of_shares(taken: np.ndarray) -> np.ndarray:
-    kept = np.cumprod((1 - taken)[::-1])[::-1]  # [T+1], of what there was before step i
+    """The weight of each iterate, [T+1], from `shares_taken`."""
+    # kept[i] is the fraction that steps i ... T keep of what there was before step i.
+    kept = np.cumprod((1 - taken)[::-1])[::-1]
     return taken * np.append(kept[1:], 1.0)
 
 
-def check_num_steps(function: str, num_steps: Any, low: int) -> None:
-    """Raises unless an array of so many steps can be made."""
+def check_num_steps(function: str, num_steps: int, low: int) -> None:
+    """Raises unless `num_steps` is whole, and small enough for an array of the steps."""
     check_integer(function, "num_steps", num_steps, low)
     if num_steps > MOST:
         raise ValueError(
@@ -71,9 +73,10 @@ def check_num_steps(function: str, num_steps: Any, low: int) -> None:
 def shares_taken(
     name: str, decay: DecayLike, num_steps: int, *, every: int, start: int, debias: bool
 ) -> np.ndarray:
-    """The share of each new iterate in the average when it comes, float64 [T+1].
+    """The share of the average that each new iterate takes at its step, float64 [T+1].
 
-    θ_0 takes all. The weight of iterate i is its share times what later ones leave of it.
+    θ_0 takes all. The weight of iterate i is its share times Π (1 - share) over the later
+    iterates.
     """
     check_decay(name, decay)
     check_num_steps(name, num_steps, 0)
@@ -84,6 +87,7 @@ def shares_taken(
     steps = np.arange(1, num_steps + 1)
     t = np.maximum(steps - start, 0)
     newest = evaluate(decay, t)
+    # Written so that NaN fails it, too.
     if num_steps and not (newest.min() >= 0 and newest.max() <= 1):
         low, high = 1 - newest.max(), 1 - newest.min()
         raise ValueError(
@@ -91,10 +95,11 @@ def shares_taken(
             f"{high:.6g}."
         )
     # The recursion of the average itself, on its scalars: `taken` is the share of the new
-    # value at each step, `total` the weight so far, `pending` what the steps since the
-    # last update have taken together.
+    # iterate at each step, `total` the weight of all iterates so far, and `pending` is
+    # 1 - Πβ over the steps since the average last moved.
     taken = np.zeros(num_steps + 1)
     taken[0] = 1.0
+    # The usual case needs no loop: no step depends on another.
     if every == 1 and not debias:
         taken[1:] = np.where(steps < start, 1.0, newest)
         return taken
@@ -112,7 +117,7 @@ def shares_taken(
 
 
 class WeightSummary(NamedTuple):
-    """What a weight profile amounts to; see `weight_summary`."""
+    """Four numbers that describe a weight profile; see `weight_summary`."""
 
     mean_age: float  # steps before the newest iterate
     effective_iterates: float  # 1/Σw²: as many equal weights have the same variance
@@ -121,31 +126,34 @@ class WeightSummary(NamedTuple):
 
 
 def weight_summary(
-    weights: Any, num_steps: int | None = None, *, debias: bool = False
+    weights: Vector | DecayLike,
+    num_steps: int | None = None,
+    *,
+    debias: bool = False,
 ) -> WeightSummary:
     """Sums up a weight profile in four numbers.
 
-    Of a decay after `num_steps` steps without the array of its weights, so that neither
-    time nor memory grows with their number: the products Πβ have closed forms, and sums
-    of them over dyadic blocks of steps are taken by Gauss' rule for sums. The relative
-    error is below 1e-6; of `warmup_decay`, whose float32 is rounded at every step, below
-    1e-3.
+    The profile of a decay after `num_steps` steps is summed up without an array of its
+    weights, so that neither time nor memory grows with T: the products Πβ have closed
+    forms, and Gauss' rule for sums adds them over dyadic blocks of steps. The relative
+    error is below 1e-6; for `warmup_decay`, whose β is rounded to float32 at every step,
+    below 1e-3.
 
     Args:
       weights: float [T+1], as `decay_weights` returns them: oldest first, sum 1. Or a
         decay, with `num_steps`: a constant, or what `warmup_decay` (up to 0.99999),
         `uniform_decay`, `polynomial_decay`, `power_decay` or `half_life_decay` (without
-        ramp) returns. Of others, which have no closed form, T is at most 2^25.
-      num_steps: T, of a decay.
-      debias: As for `decay_weights`, of a decay.
+        ramp) returns. Other decays have no closed form, and T is at most 2^25.
+      num_steps: T, if `weights` is a decay; else None.
+      debias: As for `decay_weights`, if `weights` is a decay.
 
     Returns:
       A `WeightSummary`: mean age in steps, effective number of iterates 1/Σw², weight of
       θ_0, half-life in steps (linear between whole steps).
 
     Raises:
-      ValueError, TypeError: If `weights` is not a non-empty vector with sum 1, or no
-        decay where there is `num_steps`.
+      ValueError, TypeError: If `weights` is not a non-empty vector with sum 1, or, with
+        `num_steps`, not a decay.
 
     Example:
       >>> print(f"{weight_summary(decay_weights(0.99, 10_000)).mean_age:.1f}")
@@ -172,6 +180,7 @@ def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
     check_decay("weight_summary", decay)
     check_integer("weight_summary", "num_steps", num_steps, 0)
     log_kept = log_kept_of(decay)
+    # A `Profile` has one step at least.
     if log_kept is None or num_steps == 0:
         taken = shares_taken(
             "weight_summary", decay, num_steps, every=1, start=0, debias=debias
@@ -179,7 +188,7 @@ def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
         return weight_summary(weights_of_shares(taken))
     breaks = getattr(decay, "breaks", ())
 
-    def weights(i):
+    def weights(i: np.ndarray) -> np.ndarray:
         return evaluate(decay, i) * np.exp(log_kept(i, num_steps))
 
     profile = Profile(num_steps, lambda i: log_kept(i, num_steps), weights, breaks)

@@ -1,12 +1,12 @@
 """Where the workers are: on a leading axis, on a mapped axis, or just one of them.
 
-The only file that asks for collectives. Both forms answer the same few questions, so that
-the engine is written once. A row is what one worker has of a leaf.
+No other file asks for collectives. Both forms have the same methods, so the engine is
+written once. A row is one worker's part of a leaf.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +14,50 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from emaopt._collectives import all_finite, in_turn, packed
 from emaopt._conditional import vary
 from emaopt._jax_internals import traced, varying
 from emaopt._leaves import is_masked, replicated_beside, rows_beside
+from emaopt._types import AxisName, Leaf, PyTree
 from emaopt._xla import always, held_until
+
+Inner: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class _Workers:
-    """What both forms have in common."""
+    """Methods that both forms share."""
 
-    axes: Callable[[Any], tuple[int, ...]]  # of a row
-    spread: Callable[[Any, Any], Any]
+    axes: Callable[[jax.Array], tuple[int, ...]]  # of a row
+    spread: Callable[[jax.Array, jax.Array], jax.Array]
 
-    def held(self, flags, tree):
-        """Rows, to be read when flags of the workers are there, whatever they say."""
+    def held(self, flags: jax.Array, tree: PyTree) -> PyTree:
+        """Rows, to be read only when the workers' flags are computed, on or off."""
         if not traced(tree):
             return tree  # there is no compiler that could change the order
         ready = always(flags)
         return held_until(lambda leaf: self.spread(ready, leaf), tree)
 
-    def choose(self, flags, new, old):
+    def choose(self, flags: jax.Array, new: Leaf, old: Leaf) -> jax.Array:
         """The new row for the workers whose flags are on, else the old one."""
         new, old = jnp.asarray(new), jnp.asarray(old)
+        # An inner optimizer may have widened the slot.
         old = old if old.dtype == new.dtype else old.astype(new.dtype)
         return jnp.where(self.spread(flags, new), new, old)
 
-    def or_zeros(self, flags, tree):
+    def or_zeros(self, flags: jax.Array, tree: PyTree) -> PyTree:
         """Rows of the workers whose flags are on, zeros for the others."""
         return jax.tree.map(
             lambda row: self.choose(flags, row, np.zeros((), jnp.result_type(row))), tree
         )
 
-    def finite(self, groups, flags):
+    def finite(self, groups: list[list[Leaf]], flags: jax.Array) -> jax.Array:
         """Flags of the workers, off for those with a row that is not finite.
 
-        The rows of a group, of one shape, are read in one go. The groups come in turn on
-        CPU: XLA writes a flag for each element there, and would for all at once.
-        Elsewhere the flags of a worker on several devices are to travel together.
+        The rows of a group, of one shape, are read in one pass. On CPU groups come in
+        turn: XLA writes a flag for each element there, and else would for all at once.
+        Elsewhere the flags of a worker on several devices can travel together.
         """
 
         def finite(held, groups, flags):
@@ -74,7 +79,7 @@ class Stacked(_Workers):
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
 
-    def check(self, function: str, leaves: list) -> None:
+    def check(self, function: str, leaves: list[Leaf]) -> None:
         """Raises unless every leaf has a row for every worker."""
         for leaf in leaves:
             if jnp.shape(leaf)[:1] != (self.num_workers,):
@@ -85,18 +90,18 @@ class Stacked(_Workers):
                     f"{self.num_workers}) first."
                 )
 
-    def first(self, leaf):
-        """Any row, where all are equal."""
+    def first(self, leaf: Leaf) -> jax.Array:
+        """The first row, which stands for all where they are equal."""
         leaf = jnp.asarray(leaf)
         sharding = jax.typeof(leaf).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf[0]
-        # By an array of indices: a slice along a sharded axis is refused.
+        # In Explicit mode JAX refuses a slice along a sharded axis, not a gather.
         whole = sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
         return leaf.at[jnp.zeros(1, jnp.int32)].get(out_sharding=whole)[0]
 
-    def init(self, inner: optax.GradientTransformation, params):
-        """The state of every worker, where the worker is."""
+    def init(self, inner: optax.GradientTransformation, params: PyTree) -> PyTree:
+        """The inner optimizer's state for every worker, where the worker's rows are."""
         if not jax.tree.leaves(params):  # an empty tree, or optax.tree.map_params' own
             return inner.init(params)
         init = jax.vmap(inner.init)
@@ -108,7 +113,7 @@ class Stacked(_Workers):
             )
         if not isinstance(first, NamedSharding) or first.mesh.size == 1:
             return init(params)
-        # Left to themselves, zeros would all stand on one device.
+        # Nothing ties zeros to the parameters: they would all be on one device.
         rows = NamedSharding(first.mesh, PartitionSpec(*first.spec[:1]))
         everywhere = optax.tree.map_params(
             inner,
@@ -120,9 +125,18 @@ class Stacked(_Workers):
         )
         return jax.jit(init, out_shardings=everywhere)(params)
 
-    def step(self, function, inner, updates, state, params, extra_args, per_worker):
+    def step(
+        self,
+        function: str,
+        inner: Inner,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra_args: Mapping[str, PyTree],
+        per_worker: Collection[str],
+    ) -> tuple[PyTree, PyTree]:
         """A step of each worker's optimizer."""
-        if not jax.tree.leaves(params):
+        if not jax.tree.leaves(params):  # vmap refuses arguments without arrays
             return inner.update(updates, state, params, **extra_args)
         if missing := set(per_worker) - set(extra_args):
             raise TypeError(
@@ -145,87 +159,88 @@ class Stacked(_Workers):
             )
         )(updates, state, params, rows)
 
-    def zero(self, params, dtype):
-        """A scalar zero for each worker, beside its parameters."""
+    def zero(self, params: PyTree, dtype: DTypeLike) -> jax.Array:
+        """A scalar zero for each worker, on the devices of its parameters."""
         zeros = jnp.zeros(self.num_workers, dtype)
         leaves = jax.tree.leaves(params)
         return rows_beside(leaves[0], zeros) if leaves else zeros
 
-    def loaded(self, scalars):
-        """A worker's own scalars as the update has them."""
+    def loaded(self, scalars: jax.Array) -> jax.Array:
+        """A worker's own scalars, from their shape in the state to that in the update."""
         return scalars
 
-    def stored(self, scalars, like):
-        """And as the state has them."""
+    def stored(self, scalars: jax.Array, like: jax.Array) -> jax.Array:
+        """A worker's own scalars, back in their shape in the state."""
         del like
         return scalars
 
-    def axes(self, leaf):
+    def axes(self, leaf: jax.Array) -> tuple[int, ...]:
         """The axes of a row."""
         return tuple(range(1, leaf.ndim))
 
-    def spread(self, value, leaf):
+    def spread(self, value: jax.Array, leaf: jax.Array) -> jax.Array:
         """A value for each worker in a shape that broadcasts against `leaf`."""
         return value.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
-    def same(self, value):
-        """A value for each worker."""
+    def same(self, value: bool) -> jax.Array:
+        """The same value for each worker."""
         return jnp.full(self.num_workers, value)
 
-    def total(self, leaves):
+    def total(self, leaves: list[jax.Array]) -> list[jax.Array]:
         """The sums over the workers."""
         return in_turn(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), leaves)
 
-    def valid(self, finite):
+    def valid(self, finite: jax.Array) -> jax.Array:
         """[num_workers] flags of all workers, equal everywhere."""
         return self.gather([finite])[0]
 
-    def gather(self, leaves):
+    def gather(self, leaves: list[jax.Array]) -> list[jax.Array]:
         """The rows of all workers, on a leading axis, on every device."""
         context = jax.sharding.get_abstract_mesh()
 
-        def everywhere(leaf):
+        def everywhere(leaf: jax.Array) -> jax.Array:
             sharding = jax.typeof(leaf).sharding
             if AxisType.Explicit in sharding.mesh.axis_types:
                 spec = PartitionSpec(None, *sharding.spec[1:])
                 return jax.sharding.reshard(leaf, sharding.update(spec=spec))
             if not context.axis_names:
-                return leaf  # where it is, is the compiler's choice
+                return leaf  # without a mesh the compiler chooses its place
+            # Only the axis of workers is gathered; parameters may be sharded over others.
             free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
             return lax.with_sharding_constraint(leaf, PartitionSpec(None, *free))
 
         return [everywhere(leaf) for leaf in leaves]
 
-    def own(self, leaves):
-        """Each worker's row of what stands on a leading axis."""
+    def own(self, leaves: list[jax.Array]) -> list[jax.Array]:
+        """Each worker's own row, from the rows of all on a leading axis."""
         return leaves
 
-    def varying(self, tree):
-        """For `shard_map` with check_vma: marked as different on each worker."""
+    def varying(self, tree: PyTree) -> PyTree:
+        """Marked for `shard_map` with check_vma as different on each worker."""
         return tree
 
-    def equal_as(self, tree, like):
-        """For the same: marked as equal on all workers where `like` is."""
+    def equal_as(self, tree: PyTree, like: PyTree) -> PyTree:
+        """Marked for the same as equal on all workers where `like` is."""
         del like
         return tree
 
 
 class Mapped(_Workers):
-    """Every worker runs the program: in `shard_map`, `pmap` or `vmap`; or one alone.
+    """Every worker runs the program, in `shard_map`, `pmap` or `vmap`; or there is one.
 
-    Where all parameters share a leading axis, as those of all workers do outside of
-    `shard_map` and with a length of 1 inside, a worker's own scalars (and whatever else
-    of its state is not like parameters) have it too, so that each can have its own.
+    Outside of `shard_map` the parameters of all workers have a leading axis, of length 1
+    inside. Where all parameters share one, a worker's own scalars, and other leaves of
+    its state that are not like parameters, have it as well: each worker keeps its own.
     """
 
-    def __init__(self, axis_name: Any = None):
+    def __init__(self, axis_name: AxisName = None):
         self.axis_name = axis_name
 
     @property
-    def num_workers(self):
+    def num_workers(self) -> int:
         return 1 if self.axis_name is None else lax.psum(1, self.axis_name)
 
-    def check(self, function: str, leaves: list) -> None:
+    def check(self, function: str, leaves: list[Leaf]) -> None:
         """Raises unless the axis is mapped here."""
         del leaves
         if self.axis_name is None:
@@ -239,10 +254,10 @@ class Mapped(_Workers):
                 "num_workers= for parameters with a leading axis."
             ) from None
 
-    def first(self, leaf):
+    def first(self, leaf: Leaf) -> Leaf:
         return leaf
 
-    def init(self, inner, params):
+    def init(self, inner: optax.GradientTransformation, params: PyTree) -> PyTree:
         own = self._own(inner, params)
         leaves, treedef = jax.tree.flatten(inner.init(params))
         rows = [
@@ -251,9 +266,12 @@ class Mapped(_Workers):
         ]
         return self.varying(jax.tree.unflatten(treedef, rows))
 
-    def step(self, function, inner, updates, state, params, extra_args, per_worker):
-        del function, per_worker  # all of it is the worker's own
+    def step(
+        self, function, inner: Inner, updates, state, params, extra_args, per_worker
+    ) -> tuple[PyTree, PyTree]:
+        del function, per_worker  # all arguments are the worker's own
         own = self._own(inner, params)
+        # Slots like parameters keep their axis: removing and restoring it copies them.
         leaves, treedef = jax.tree.flatten(state)
         lengths = {
             n: len(leaf)
@@ -271,11 +289,11 @@ class Mapped(_Workers):
         ]
         return steps, jax.tree.unflatten(treedef, rows)
 
-    def _own(self, inner, params) -> dict[int, int]:
-        """Which leaves of a state are not like parameters, and their dimensions.
+    def _own(self, inner: optax.GradientTransformation, params: PyTree) -> dict[int, int]:
+        """{number of a leaf: its dimensions} of a state's leaves not like parameters.
 
-        None of them, where the parameters share no leading axis. What is like them has
-        another shape with another length of it.
+        Empty where the parameters share no leading axis. A leaf is like parameters if its
+        shape changes with the length of that axis.
         """
         if (length := self._length(params)) is None:
             return {}
@@ -286,69 +304,71 @@ class Mapped(_Workers):
         pairs = enumerate(zip(some, more, strict=True))
         return {n: one.ndim for n, (one, other) in pairs if one.shape == other.shape}
 
-    def _length(self, params) -> int | None:
-        """Of the leading axis of all parameters, if they share one."""
+    def _length(self, params: PyTree) -> int | None:
+        """The length of the leading axis of all parameters, if they share one."""
         if self.axis_name is None:
             return None
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
         length = lengths.pop() if len(lengths) == 1 else ()
-        return sum(length) or None  # one, or none
+        return sum(length) or None  # one number, or none
 
-    def _rows(self, leaf, params):
+    def _rows(self, leaf: Leaf, params: PyTree) -> jax.Array:
         rows = jnp.broadcast_to(leaf, (self._length(params), *jnp.shape(leaf)))
         return rows_beside(jax.tree.leaves(params)[0], rows)
 
-    def zero(self, params, dtype):
+    def zero(self, params: PyTree, dtype: DTypeLike) -> jax.Array:
         zero = replicated_beside(jax.tree.leaves(params))(dtype)
         rows = zero if self._length(params) is None else self._rows(zero, params)
         return self.varying(rows)
 
-    def loaded(self, scalars):
+    def loaded(self, scalars: jax.Array) -> jax.Array:
         return scalars[0] if scalars.ndim else scalars
 
-    def stored(self, scalars, like):
+    def stored(self, scalars: jax.Array, like: jax.Array) -> jax.Array:
         return jnp.broadcast_to(scalars, like.shape)
 
-    def axes(self, leaf):
+    def axes(self, leaf: jax.Array) -> tuple[int, ...]:
         return tuple(range(leaf.ndim))
 
-    def spread(self, value, leaf):
+    def spread(self, value: jax.Array, leaf: jax.Array) -> jax.Array:
         del leaf
         return value
 
-    def same(self, value):
+    def same(self, value: bool) -> jax.Array:
         return jnp.asarray(value)
 
-    def total(self, leaves):
+    def total(self, leaves: list[jax.Array]) -> list[jax.Array]:
         if self.axis_name is None:
             return leaves
         return packed(lambda x: lax.psum(x, self.axis_name), leaves)
 
-    def valid(self, finite):
+    def valid(self, finite: jax.Array) -> jax.Array:
         if self.axis_name is None:
             return finite[None]
+        # Not an all_gather: check_vma takes its result for one that varies.
         own = jnp.arange(self.num_workers) == lax.axis_index(self.axis_name)
         return lax.psum((own & finite).astype(jnp.int32), self.axis_name) > 0
 
-    def gather(self, leaves):
+    def gather(self, leaves: list[jax.Array]) -> list[jax.Array]:
         if self.axis_name is None:
             return [leaf[None] for leaf in leaves]
         return packed(lambda x: lax.all_gather(x, self.axis_name), leaves)
 
-    def own(self, leaves):
+    def own(self, leaves: list[jax.Array]) -> list[jax.Array]:
         i = 0 if self.axis_name is None else lax.axis_index(self.axis_name)
         return [lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in leaves]
 
-    def varying(self, tree):
+    def varying(self, tree: PyTree) -> PyTree:
         if not self._is_tracked:
             return tree
         return jax.tree.map(lambda leaf: vary(leaf, self._axes), tree)
 
-    def equal_as(self, tree, like):
+    def equal_as(self, tree: PyTree, like: PyTree) -> PyTree:
         if not self._is_tracked:
             return tree
 
-        def equal(leaf, like):
+        def equal(leaf: jax.Array, like: jax.Array) -> jax.Array:
+            # All workers computed the same value; pmax says so to check_vma.
             axes = tuple(sorted((varying(leaf) - varying(like)) & self._axes))
             return lax.pmax(leaf, axes) if axes else leaf
 
@@ -366,12 +386,12 @@ class Mapped(_Workers):
             return False
         try:
             return bool(varying(lax.axis_index(self.axis_name)))
-        except NameError:  # `init` may be called outside of it
+        except NameError:  # `init` may be called outside of the shard_map
             return False
 
 
-def resized(params: Any, length: int) -> Any:
-    """The shapes of parameters that share a leading axis, with another length of it."""
+def resized(params: PyTree, length: int) -> PyTree:
+    """The shapes of parameters that share a leading axis, with a length of `length`."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((length, *jnp.shape(leaf)[1:]), leaf.dtype),
         params,

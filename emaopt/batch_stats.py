@@ -1,8 +1,8 @@
-"""Statistics that are not parameters: recompute them for the averaged weights.
+"""Statistics that are not parameters, recomputed for the averaged weights.
 
-BatchNorm's running statistics belong to the weights that they were gathered with. Served
-with averaged weights, there are three policies: keep the newest ones, average them as
-the weights are (`emaopt.average_tree`), or recompute them from data (`recalibrate`).
+BatchNorm's running statistics belong to the weights that they were gathered with. For
+averaged weights there are three policies: keep the newest statistics, average them like
+the weights (`emaopt.average_tree`), or recompute them from data (`recalibrate`).
 
 Recompute them. `benchmarks/batch_stats.py` compares the three on handwritten digits (5
 seeds, a high constant learning rate). Held-out loss of the averaged weights:
@@ -13,12 +13,12 @@ seeds, a high constant learning rate). Held-out loss of the averaged weights:
     0.99                 0.99     0.0331   0.1090    0.0189
     0.99                 0.998    0.1452   0.0540    0.0179
 
-Running statistics of a momentum near the decay are such an average already: averaging
-them again doubles their lag.
+With a momentum near the decay, running statistics are such an average already:
+averaging them again doubles their lag.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,27 +28,31 @@ from emaopt._averaging import average_tree
 from emaopt._checks import check_arrays, check_callable, check_iterable
 from emaopt._decays import uniform_decay
 from emaopt._names import leaves_with_keys
+from emaopt._types import Leaf, PyTree
 
 __all__ = ["recalibrate"]
 
+# (params, batch_stats, batch) -> the statistics after one forward pass
+Forward: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+
 
 def recalibrate(
-    apply_fn: Callable[[Any, Any, Any], Any],
-    averaged_params: Any,
-    batches: Iterable[Any],
-    batch_stats: Any,
-) -> Any:
+    apply_fn: Callable[[PyTree, PyTree, PyTree], PyTree],
+    averaged_params: PyTree,
+    batches: Iterable[PyTree],
+    batch_stats: PyTree,
+) -> PyTree:
     """Recomputes BatchNorm statistics for averaged weights: their mean over batches.
 
-    Each batch counts alike, whatever the layers' momentum and whatever stands in
-    `batch_stats`: with m the momentum, a layer returns m·old + (1-m)·(statistic of the
-    batch). A zero in old's place leaves the batch's own, times 1-m, and m is the share of
-    old's growth that the result grows by.
+    All batches count alike; neither the momentum of the layers nor the values in
+    `batch_stats` matter. A layer of momentum m returns m·old + (1-m)·(statistic of the
+    batch). With old = 0 that is (1-m) times the batch's own statistic. m is measured: if
+    old grows by 1, the result grows by m.
 
-    What to watch: the batches should be drawn as the training batches were, and be as
-    large: the variance of a small batch is not that of the data. Statistics that take
-    part in the forward pass are no means over batches, such as the vectors of a spectral
-    norm, which a few passes bring to the averaged weights: keep them apart, as below.
+    What to watch: draw the batches as the training batches were drawn, and as large: the
+    variance of a small batch is not that of the data. Statistics that take part in the
+    forward pass, such as the vectors of a spectral norm, are no means over batches; a few
+    passes bring them to the averaged weights. Keep them apart, as below.
 
     Args:
       apply_fn: (params, batch_stats, batch) -> the statistics after one forward pass in
@@ -56,8 +60,8 @@ def recalibrate(
         returns with mutable=["batch_stats"], (outputs, {"batch_stats": ...}). It is
         compiled.
       averaged_params: The weights to recompute the statistics for.
-      batches: What to pass as `batch`, one after the other, at least one; read once.
-      batch_stats: The statistics so far; they give names, shapes and dtypes. Leaves that
+      batches: At least one; each is passed as `batch`, and the iterable is read once.
+      batch_stats: The statistics so far, for their names, shapes and dtypes. Leaves that
         are not floating (counters) keep their values.
 
     Returns:
@@ -130,7 +134,7 @@ def recalibrate(
 
     # The weights are an argument: as constants, they would be compiled into the program.
     @jax.jit
-    def forward(params, stats, batch):
+    def forward(params: PyTree, stats: PyTree, batch: PyTree) -> PyTree:
         returned = apply_fn(params, stats, batch)
         if isinstance(returned, tuple) and jax.tree.structure(returned) != treedef:
             returned = returned[1]["batch_stats"]
@@ -148,6 +152,7 @@ def recalibrate(
     state, kept = None, None
     for batch in batches:
         scaled = forward(averaged_params, zeros, batch)
+        # The momenta are measured on the first batch and hold for all.
         if state is None:
             probe = jax.tree.map(_probe, scaled)
             probed = forward(averaged_params, probe, batch)
@@ -163,6 +168,7 @@ def recalibrate(
         state = mean.update(own, state)
     if state is None:
         raise ValueError("recalibrate: batches is empty; give at least one batch.")
+    # The mean is float32 at least; the statistics get their own dtypes back.
     return jax.tree.map(
         lambda old, new: new.astype(old.dtype) if _is_floating(old) else old,
         batch_stats,
@@ -170,22 +176,23 @@ def recalibrate(
     )
 
 
-def _probe(scaled: Any) -> Any:
-    """A value of the statistic's own size to put in old's place."""
+def _probe(scaled: Leaf) -> Leaf:
+    """An old value to measure the momentum with, as large as the statistic itself."""
+    # Much smaller, m · old would be lost in the statistic's rounding.
     if not _is_floating(scaled) or scaled.size == 0:
         return scaled
     size = jnp.max(jnp.abs(scaled))
     return jnp.full_like(scaled, jnp.where(size > 0, size, 1))
 
 
-def _is_floating(leaf: Any) -> bool:
+def _is_floating(leaf: Leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
-    """The momentum m of each leaf, from what a layer makes of zeros and of probes."""
+def _kept_shares(of_zeros: PyTree, probes: PyTree, of_probes: PyTree) -> PyTree:
+    """The momentum m of each leaf, from the layers' results for zeros and for probes."""
 
-    def share(name, zero, probe, other):
+    def share(name: str, zero: Leaf, probe: Leaf, other: Leaf) -> float:
         if not _is_floating(zero) or zero.size == 0:
             return 0.0
         zero, probe, other = (np.asarray(x, np.float64) for x in (zero, probe, other))
@@ -193,9 +200,12 @@ def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
             raise ValueError(f"recalibrate: of the first batch, {name} is not finite.")
         grown = (other - zero) / probe
         m = float(np.median(grown))
-        # float32 leaves 1e-7 of doubt, which 1/(1-m) enlarges; people write decimals.
+        # In float32 m is known to 1e-7 or so, and a division by 1 - m enlarges the error.
+        # Momenta are written with a few decimals, so the nearest such number is taken.
         if abs(m - round(m, 6)) < 5e-7:
             m = round(m, 6)
+        # In evaluation mode the old value comes back, and m is 1. With another rule, or
+        # if the pass uses the statistic, m differs from element to element.
         if not 0 <= m < 1 or np.ptp(grown) > 1e-4:
             raise ValueError(
                 f"recalibrate: what apply_fn returns as {name} is not momentum · old + "
@@ -208,11 +218,12 @@ def _kept_shares(of_zeros: Any, probes: Any, of_probes: Any) -> Any:
     return jax.tree.map(share, _names(of_zeros), of_zeros, probes, of_probes)
 
 
-def _refuse_those_in_the_pass(forward: Any, params: Any, stats: Any, batch: Any) -> None:
-    """Raises if a statistic changes what the others become.
+def _refuse_those_in_the_pass(
+    forward: Forward, params: PyTree, stats: PyTree, batch: PyTree
+) -> None:
+    """Raises if the new values of some statistics depend on the old value of another.
 
-    Asked at the values that the user has, not at zeros: these may be worth nothing in a
-    forward pass.
+    It starts from the user's own statistics: in a forward pass, zeros may make no sense.
     """
     leaves, treedef = jax.tree.flatten(stats)
     own = jax.tree.leaves(forward(params, stats, batch))
@@ -220,7 +231,8 @@ def _refuse_those_in_the_pass(forward: Any, params: Any, stats: Any, batch: Any)
     for i, name in enumerate(jax.tree.leaves(_names(stats))):
         if not _is_floating(leaves[i]) or leaves[i].size == 0:
             continue
-        # Another direction, too: a spectral norm takes no more of its vector.
+        # Each element is changed by another amount: a spectral norm uses the direction of
+        # its vector alone, so a multiple of the vector would change nothing.
         wave = jnp.cos(jnp.arange(leaves[i].size, dtype=leaves[i].dtype) + 1)
         other = leaves[i] + _probe(leaves[i]) * wave.reshape(leaves[i].shape)
         changed = [*leaves[:i], other, *leaves[i + 1 :]]
@@ -242,7 +254,7 @@ def _refuse_those_in_the_pass(forward: Any, params: Any, stats: Any, batch: Any)
         )
 
 
-def _names(stats: Any) -> Any:
-    """A tree like the statistics of their names."""
+def _names(stats: PyTree) -> PyTree:
+    """The names of the statistics, as a tree like them."""
     names = ["/".join(keys) or "the statistic" for keys, _ in leaves_with_keys(stats)]
     return jax.tree.unflatten(jax.tree.structure(stats), names)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from emaopt._output import (
     own_name,
     writing,
 )
+from emaopt._types import Json, PyTree
 
 __all__ = ["CheckFailed", "run"]
 
@@ -50,6 +51,9 @@ DECAY = 0.995  # the largest: the average's window grows to 200 steps
 POINTS = 40  # of each curve
 FILES = ("checkpoint", "serve.py", "curves.png")
 
+State: TypeAlias = dict[str, Any]  # {"params": ..., "opt_state": ..., "step": ...}
+Score: TypeAlias = tuple[float, float]  # loss in nats, accuracy
+
 
 class CheckFailed(Exception):
     """What the demo promises did not happen; the message says what did."""
@@ -57,14 +61,14 @@ class CheckFailed(Exception):
 
 def run(
     *, steps: int, seeds: int, seed: int, out: pathlib.Path, console: Console
-) -> dict[str, Any]:
-    """Trains, compares, serves and resumes; prints what it finds.
+) -> Json:
+    """Trains, compares, serves and resumes, and prints the results.
 
-    The files are made in a directory of their own and moved into `out` at the end, or if
-    a check fails, to be looked at.
+    The files are made in a directory of their own and moved into `out` at the end. They
+    are moved if a check fails as well, so that they can be examined.
 
     What to watch: the server computes on the CPU. Its numbers are exactly those of this
-    process only if this one does too (`emaopt demo` sees to it).
+    process only if this process computes on the CPU as well; `emaopt demo` does.
 
     Args:
       steps: Optimizer steps of each run, 20 or more.
@@ -74,7 +78,7 @@ def run(
       console: Where to print.
 
     Returns:
-      What was found, as `emaopt demo --json` prints it.
+      The results, as `emaopt demo --json` prints them.
 
     Raises:
       CheckFailed: If the served or the resumed numbers are not exactly the trained ones,
@@ -96,8 +100,8 @@ def _run(
     stage: pathlib.Path,
     out: pathlib.Path,
     console: Console,
-) -> dict[str, Any]:
-    """`run`, with files in `stage` that will be those of `out`."""
+) -> Json:
+    """`run`, with the files in `stage`, whose place will be `out`."""
     marks = np.unique(np.linspace(0, steps, POINTS + 1).round().astype(int))[1:]
     half = len(marks) // 2
     data = digits.load()
@@ -106,12 +110,14 @@ def _run(
         task = progress.add_task("training", total=steps * (seeds + 1) - marks[half - 1])
         tick = functools.partial(progress.advance, task)
         for run_seed in range(seed, seed + seeds):
+            # Each run stops halfway and goes on. The first one is saved there.
             state, before = train(start(run_seed), run_seed, marks[:half], data, tick)
             if run_seed == seed:
                 checkpoint.save(stage / "checkpoint", state)
             state, after = train(state, run_seed, marks[half:], data, tick)
             scores.append(before + after)
             finals.append(state)
+        # The rest of the first run once more, from the checkpoint.
         resumed = restore(stage / "checkpoint")
         resumed, _ = train(resumed, seed, marks[half:], data, tick)
     arrays = len(jax.tree.leaves(resumed))
@@ -125,6 +131,7 @@ def _run(
     console.print(verdict(raw[:, 0], averaged[:, 0]), style="bold")
     then = f"step {marks[half - 1]:,}"
     served = scores[0][half - 1][1]
+    # Checks come after the table, which is printed even if one of them fails.
     console.print(f"\n[bold]Serve.[/] {serve(stage, served, then)}")
     if different:
         raise CheckFailed(
@@ -152,7 +159,8 @@ def _run(
 
 
 def prepare(out: pathlib.Path) -> None:
-    """Refuses to replace what no demo wrote."""
+    """Refuses to replace files that no demo wrote."""
+    # serve.py is a copy of digits.py: its first line shows that a demo wrote it.
     source = pathlib.Path(digits.__file__)
     server = out / "serve.py"
     title = source.read_text(encoding="utf-8").splitlines()[0]
@@ -166,7 +174,7 @@ def prepare(out: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory with serve.py in it, of which the files go to `out` at the end."""
+    """A directory with serve.py in it, whose files are moved to `out` at the end."""
     with making_parents(out / "serve.py"):
         stage = pathlib.Path(own_name(str(out / "demo")))
         try:
@@ -177,11 +185,13 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
                     with writing(stage / "serve.py") as file:
                         file.write(pathlib.Path(digits.__file__).read_bytes())
                     yield stage
+            # Kept until the files are in their places, for the user to examine.
             except CheckFailed as error:
                 failed = error
             with undisturbed():
                 for name in FILES:
                     if (stage / name).exists():
+                        # A directory cannot be replaced by a rename unless it is empty.
                         if (out / name).is_dir():
                             shutil.rmtree(out / name)
                         (stage / name).replace(out / name)
@@ -197,7 +207,7 @@ def optimizer() -> optax.GradientTransformationExtraArgs:
     return emaopt.averaged(adamw, emaopt.warmup_decay(DECAY))
 
 
-def start(seed: int) -> dict[str, Any]:
+def start(seed: int) -> State:
     """The training state before the first step."""
     params = digits.init_params(seed)
     opt_state = optimizer().init(params)
@@ -205,10 +215,12 @@ def start(seed: int) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def advance(state: dict, stop: int, key: Any, images: Any, labels: Any) -> dict:
+def advance(
+    state: State, stop: int, key: jax.Array, images: jax.Array, labels: jax.Array
+) -> State:
     """Trains up to step `stop`; the loop's bounds are traced, so it compiles once."""
 
-    def step(number, state):
+    def step(number: jax.Array, state: State) -> State:
         # A batch depends on key and step alone: a resumed run draws the same ones.
         draw = jax.random.fold_in(key, number)
         chosen = jax.random.randint(draw, (BATCH,), 0, len(labels))
@@ -222,13 +234,13 @@ def advance(state: dict, stop: int, key: Any, images: Any, labels: Any) -> dict:
 
 
 def train(
-    state: dict,
+    state: State,
     seed: int,
     marks: np.ndarray,
     data: tuple[digits.Digits, digits.Digits],
     tick: Callable[[int], None],
-) -> tuple[dict, list]:
-    """Trains to the last mark; at each one scores the parameters and their average.
+) -> tuple[State, list[list[Score]]]:
+    """Trains to the last mark, and scores the parameters and their average at each one.
 
     Returns:
       (state, scores): for each mark ((loss, accuracy) raw, (loss, accuracy) averaged).
@@ -236,6 +248,7 @@ def train(
     images, labels = jax.device_put(tuple(data[0]))
     scores = []
     for mark in marks:
+        # Read before the call, which donates the state.
         done = int(state["step"])
         state = advance(state, int(mark), jax.random.key(seed), images, labels)
         params, average = state["params"], emaopt.get_average(state["opt_state"])
@@ -244,15 +257,16 @@ def train(
     return state, scores
 
 
-def restore(path: pathlib.Path) -> dict[str, Any]:
-    """Restores the training state, raw parameters and average in their places."""
+def restore(path: pathlib.Path) -> State:
+    """Restores the training state, with raw parameters and average in their places."""
     return checkpoint.restore(path, jax.eval_shape(lambda: start(0)))
 
 
-def differences(a: Any, b: Any) -> list[str]:
-    """Names the leaves whose dtype, shape or bits differ."""
+def differences(a: PyTree, b: PyTree) -> list[str]:
+    """The names of the leaves whose dtype, shape or bits differ."""
 
-    def bits(leaf):
+    # Bytes, not values: NaN equals itself then, and -0 differs from 0.
+    def bits(leaf: jax.Array) -> tuple[np.dtype, tuple[int, ...], bytes]:
         array = np.asarray(leaf)
         return array.dtype, array.shape, array.tobytes()
 
@@ -285,10 +299,10 @@ def serve(out: pathlib.Path, expected: tuple[float, float], then: str) -> str:
 
 
 def comparison(raw: np.ndarray, averaged: np.ndarray, late: np.ndarray) -> Table:
-    """A table of the scores [seeds, 2] over the `late` steps, and of their differences.
+    """A table of the scores [seeds, 2], means over the `late` steps, and differences.
 
-    Over the last quarter of the run, because what the raw parameters score hangs on the
-    very step at which one stops.
+    They are means over the last quarter of the run, because the score of the raw
+    parameters depends on the very step at which a run stops.
     """
     many = len(raw) > 1
     over = f"mean ± sd over {len(raw)} seeds" if many else "1 seed"
@@ -298,7 +312,7 @@ def comparison(raw: np.ndarray, averaged: np.ndarray, late: np.ndarray) -> Table
     for heading in ("raw parameters", "average", "average - raw"):
         table.add_column(heading, justify="right")
 
-    def cell(values, form):
+    def cell(values: np.ndarray, form: str) -> str:
         spread = f" ± {values.std(ddof=1):{form}}" if many else ""
         return f"{values.mean():{form}}{spread}"
 
@@ -313,7 +327,7 @@ def comparison(raw: np.ndarray, averaged: np.ndarray, late: np.ndarray) -> Table
 def verdict(raw: np.ndarray, averaged: np.ndarray) -> str:
     """Says whether the average helped, from held-out losses [seeds].
 
-    It did if chance would give a paired difference as large in fewer than 5% of demos
+    It did if chance would give as large a paired difference in fewer than 5% of demos
     (Student's t-test, two-sided).
     """
     gain = np.asarray(raw) - np.asarray(averaged)
@@ -324,6 +338,7 @@ def verdict(raw: np.ndarray, averaged: np.ndarray) -> str:
             f"In this one run the average's loss is {size} than the raw parameters'; one "
             "seed shows nothing about the spread between runs."
         )
+    # Without any spread t is infinite, or 0/0 if there is no difference either.
     error = float(gain.std(ddof=1)) / math.sqrt(n)
     chance = (
         2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
@@ -355,6 +370,7 @@ def plot(
 
 
 def _progress(console: Console) -> Progress:
+    """A progress bar, on a terminal only."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     quiet = not console.is_terminal
     return Progress(*columns, console=console, transient=True, disable=quiet)

@@ -1,9 +1,9 @@
 """Handwritten digits: the data, a small network, and a server that knows only Orbax.
 
-Run by itself, `python serve.py CHECKPOINT`, this file is the server. It makes
-`import emaopt` impossible, restores the checkpoint with plain Orbax, evaluates what
-stands under "params" on digits that training never saw, and prints one line of JSON.
-`emaopt demo` trains the network and copies this file to OUT/serve.py as it is.
+Run as a script, `python serve.py CHECKPOINT`, this file is the server. It makes
+`import emaopt` impossible, restores the checkpoint with plain Orbax, evaluates the
+parameters under "params" on digits that training never saw, and prints one line of JSON.
+`emaopt demo` trains the network and copies this file unchanged to OUT/serve.py.
 """
 
 import functools
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -31,12 +31,15 @@ __all__ = [
     "loss",
 ]
 
-HELD_OUT = 500  # of 1,797
-_NONE: Any = object()  # no labels are asked for
+# This file imports nothing of emaopt's, its names of types included.
+Params: TypeAlias = dict[str, Any]  # nested dicts of arrays
+
+HELD_OUT = 500  # of 1,797 digits
+_NONE: Any = object()  # stands for labels where a function takes none
 
 
 class Digits(NamedTuple):
-    """Images of handwritten digits, and which digit each one shows."""
+    """Images of handwritten digits, and the digit that each one shows."""
 
     images: np.ndarray  # [n, 8, 8, 1] float32 in [0, 1]
     labels: np.ndarray  # [n] int32 in 0..9
@@ -72,7 +75,7 @@ def load() -> tuple[Digits, Digits]:
     )
 
 
-def init_params(seed: int) -> dict[str, Any]:
+def init_params(seed: int) -> Params:
     """Draws the network's parameters: nested dicts of arrays.
 
     Raises:
@@ -85,7 +88,7 @@ def init_params(seed: int) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(Network(nnx.Rngs(seed)))[1])
 
 
-def apply(params: Any, images: ArrayLike) -> jax.Array:
+def apply(params: Params, images: ArrayLike) -> jax.Array:
     """Runs the network: images [n, 8, 8, 1] to logits [n, 10].
 
     Raises:
@@ -95,7 +98,7 @@ def apply(params: Any, images: ArrayLike) -> jax.Array:
     return nnx.merge(_graph()[0], params)(images)
 
 
-def loss(params: Any, images: ArrayLike, labels: ArrayLike) -> jax.Array:
+def loss(params: Params, images: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Returns the mean cross-entropy in nats, a scalar.
 
     Raises:
@@ -106,7 +109,7 @@ def loss(params: Any, images: ArrayLike, labels: ArrayLike) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def evaluate(params: Any, digits: Digits) -> tuple[float, float]:
+def evaluate(params: Params, digits: Digits) -> tuple[float, float]:
     """Returns (loss, accuracy): the mean cross-entropy in nats, the fraction correct.
 
     Raises:
@@ -120,20 +123,25 @@ def evaluate(params: Any, digits: Digits) -> tuple[float, float]:
 
 
 @jax.jit
-def _scores(params, images, labels):
+def _scores(
+    params: Params, images: ArrayLike, labels: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The mean loss, and how many digits are recognized."""
     correct = apply(params, images).argmax(axis=-1) == labels
     return loss(params, images, labels), correct.sum()
 
 
 @functools.cache
-def _graph() -> tuple[nnx.GraphDef, Any]:
-    """The network without its parameters, and what they are like."""
+def _graph() -> tuple[nnx.GraphDef, Params]:
+    """The network without its parameters, and their shapes and dtypes."""
+    # Abstract and cached: the network is built once, and no parameters are drawn.
     graph, params = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(params)
 
 
-def _check(function: str, params: Any, images: Any, labels: Any = _NONE) -> None:
-    """Raises unless the arguments are what the network takes; it alone, as a server."""
+def _check(function: str, params: Params, images: Any, labels: Any = _NONE) -> None:
+    """Raises unless the arguments are what the network takes."""
+    # Written out here: a server cannot import emaopt._checks.
     leaves = jax.tree.leaves(params)
     like = _graph()[1]
     if jax.tree.structure(params) != jax.tree.structure(like) or any(
@@ -144,6 +152,7 @@ def _check(function: str, params: Any, images: Any, labels: Any = _NONE) -> None
             f"{function}: params must be the network's, as init_params makes them, got "
             f"{params!r}."
         )
+    # "V" are the narrow floating dtypes of JAX, bfloat16 for one.
     kind = getattr(images, "dtype", np.dtype(object)).kind
     if kind not in "fiuV" or np.shape(images)[1:] != (8, 8, 1) or not len(images):
         raise TypeError(
@@ -161,7 +170,7 @@ def _check(function: str, params: Any, images: Any, labels: Any = _NONE) -> None
 
 def main() -> None:
     """Serves a checkpoint: one line of JSON about the digits held out."""
-    # An entry of None makes every `import emaopt` from here on an ImportError.
+    # An entry of None makes every later `import emaopt` an ImportError.
     sys.modules["emaopt"] = None  # pyright: ignore[reportArgumentType]
     import orbax.checkpoint as ocp
 

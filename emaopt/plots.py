@@ -1,13 +1,13 @@
-"""Pictures of averages. The only import of Matplotlib.
+"""Plots of averages; the only module that imports Matplotlib.
 
-Each function draws into an Axes and returns it; `new_axes` makes one without pyplot, so
+Each function draws into an Axes and returns it. `new_axes` makes one without pyplot, so
 that no window opens and no backend is chosen.
 """
 
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +24,7 @@ from emaopt._checks import (
 from emaopt._names import Unknown
 from emaopt._output import writing
 from emaopt._paths import check_writable
+from emaopt._types import Path, Vector
 
 __all__ = [
     "AVERAGED",
@@ -38,27 +39,32 @@ __all__ = [
 
 RAW, AVERAGED = "#d1603d", "#1f5fa8"
 _LARGEST = 1000.0  # inches
-_FARTHEST = 1e300  # of what an axis shows
+_FARTHEST = 1e300  # the largest number that an axis takes
 _COLORS = (AVERAGED, RAW, "#4f8a3c", "#8b5fa8", "#b08a1e", "#5b6670")
+
+Losses: TypeAlias = Vector | Sequence[Vector]
 
 
 def new_axes(width: float = 8.0, height: float = 4.2) -> Axes:
-    """Makes an empty Axes in a figure of its own, `axes.figure`; inches.
+    """Makes an empty Axes in a figure of its own, `axes.figure`.
+
+    Args:
+      width, height: The size of the figure in inches.
 
     Raises:
-      ValueError, TypeError: If a size is no number in (0, 1000].
+      ValueError, TypeError: If a size is not a number in (0, 1000].
     """
     check_number("new_axes", "width", width, 0, _LARGEST, above=True)
     check_number("new_axes", "height", height, 0, _LARGEST, above=True)
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
-    """Writes the figure of the axes; the file is there whole or not at all.
+def save(axes: Axes, path: Path, *, dpi: int = 200) -> None:
+    """Writes the figure of the axes to a file, which appears whole or not at all.
 
     Raises:
-      ValueError, TypeError: If an argument is none, or the ending of `path` is of no kind
-        of picture that Matplotlib writes.
+      ValueError, TypeError: If an argument is of another kind, or Matplotlib writes no
+        pictures with the ending of `path`.
     """
     _check_axes("save", axes)
     check_writable("save", "path", path)
@@ -72,17 +78,18 @@ def save(axes: Axes, path: str | os.PathLike, *, dpi: int = 200) -> None:
         )
     if os.path.isdir(os.path.abspath(path)):
         raise IsADirectoryError(f"save: {path} is a directory; give the file to make.")
+    # Matplotlib gets an open file, without the name whose ending tells the format.
     with writing(path) as file:
         figure.savefig(file, dpi=dpi, format=kind)
 
 
-def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
-    """Draws how much the iterates of a run weigh in averages.
+def weight_profiles(axes: Axes, profiles: Mapping[str, Vector]) -> Axes:
+    """Draws the weights of the iterates of a run in averages.
 
     Args:
       axes: Where to draw.
       profiles: {label: float [T+1]}, as `emaopt.decay_weights` returns them. θ_0 is left
-        out: it weighs something only in averages that start from it.
+        out: it has weight only in averages that start from it.
 
     Returns:
       The axes.
@@ -106,8 +113,8 @@ def weight_profiles(axes: Axes, profiles: Mapping[str, Any]) -> Axes:
     return weight_curves(axes, curves)
 
 
-def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Any, Any]]) -> Axes:
-    """Draws `weight_profiles` of some of the steps, as of a long run.
+def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Vector, Vector]]) -> Axes:
+    """Draws `weight_profiles` from the weights of some steps, as for a long run.
 
     Args:
       axes: Where to draw.
@@ -117,8 +124,8 @@ def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Any, Any]]) -> Axes:
       The axes.
 
     Raises:
-      ValueError, TypeError: If an argument is of another kind; if steps and weights are
-        not as many.
+      ValueError, TypeError: If an argument is of another kind, or there are not as many
+        weights as steps.
 
     Example:
       >>> print(weight_curves(new_axes(), {"x": ([0, 1, 9], [0, 0.1, 0.9])}).get_ylabel())
@@ -157,14 +164,15 @@ def width_sweep(
     recorded: Mapping[float, float] | None = None,
     raw: float | None = None,
 ) -> Axes:
-    """Draws the held-out loss of one run over the width of the average.
+    """Draws the held-out loss of one run against the width of the average.
 
     Args:
       axes: Where to draw.
       sigma_rel: Widths of synthesized power averages, [n].
       losses: The loss of each, [n].
-      recorded: {width: loss} of averages that were really recorded, as circles.
-      raw: The loss of the raw parameters at the end of the run, as a line.
+      recorded: {width: loss} of averages that were recorded in training, drawn as
+        circles.
+      raw: The loss of the raw parameters at the end of the run, drawn as a line.
 
     Returns:
       The axes.
@@ -202,14 +210,15 @@ def width_sweep(
     return _styled(axes)
 
 
-def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
+def curves(axes: Axes, steps: Vector, raw: Losses, averaged: Losses) -> Axes:
     """Draws the held-out losses of raw parameters and of their average over a run.
 
     Args:
       axes: Where to draw.
-      steps: The training steps at which they were measured, [n].
-      raw: Losses [runs, n] or [n]; of several runs the mean, and the range as a band.
-      averaged: Losses of the average, alike.
+      steps: The training steps at which the losses were measured, [n].
+      raw: Losses of the raw parameters, [runs, n] or [n]. Several runs are drawn as their
+        mean, with a band from the smallest to the largest loss.
+      averaged: Losses of the average, in the same form.
 
     Returns:
       The axes, with a logarithmic scale of losses.
@@ -240,6 +249,7 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
         if len(losses) > 1:
             low, high = losses.min(axis=0), losses.max(axis=0)
             axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
+    # Set in this order: a logarithmic scale brings locators and formatters of its own.
     axes.set_ylabel("held-out loss")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -249,7 +259,8 @@ def curves(axes: Axes, steps: Any, raw: Any, averaged: Any) -> Axes:
     return _finished(axes)
 
 
-def _check_axes(function: str, axes: Any) -> None:
+def _check_axes(function: str, axes: object) -> None:
+    """Raises unless `axes` is an Axes."""
     if not isinstance(axes, Axes):
         raise TypeError(
             f"{function}: axes must be an Axes of Matplotlib's, as new_axes() makes, got "
@@ -258,12 +269,14 @@ def _check_axes(function: str, axes: Any) -> None:
 
 
 def _finished(axes: Axes) -> Axes:
+    """The axes, with training steps on the horizontal one."""
     axes.set_xlabel("training step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return _styled(axes)
 
 
 def _styled(axes: Axes) -> Axes:
+    """The axes in the style of all pictures, with a legend."""
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,7 +1,8 @@
 """Choose the average after training, from averages that were recorded during it.
 
-An average is a weight profile, so a linear combination of averages is one too. Record two
-averages in one pass over the parameters and keep a snapshot of both now and then:
+An average of the iterates is given by its weight profile, so a linear combination of
+averages is an average, too. Record two of them in training and keep a snapshot of both
+now and then:
 
     tx = optax.named_chain(
         ("adam", optax.adam(1e-3)),
@@ -9,11 +10,11 @@ averages in one pass over the parameters and keep a snapshot of both now and the
         ("power:0.1", emaopt.average_params(emaopt.power_decay(sigma_rel=0.1))),
     )
 
-(the names tell `emaopt synthesize` what they are). When the training is over, `solve`
-finds the combination whose profile is nearest to that of any average one may wish, and
-says how near; `combine` adds up trees of weights with its coefficients, and
-`annealing_weights` are profiles that stand in for a decay of the learning rate. All is
-NumPy on the host; no files. `emaopt.checkpoint.synthesize` and `emaopt synthesize` do it
+`emaopt synthesize` reads the decays from these names. After the training, `solve` finds
+the combination of snapshots whose profile is nearest to a target profile, and its error.
+`combine` adds up trees of weights with the coefficients; `annealing_weights` makes
+profiles that stand in for a decay of the learning rate. All of this is NumPy on the host
+and touches no files; `emaopt.checkpoint.synthesize` and `emaopt synthesize` do the same
 on checkpoints.
 
 The exponents of power averages and their widths:
@@ -30,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from emaopt._checks import (
     check_flag,
@@ -49,7 +51,7 @@ from emaopt._power_profiles import (
     sigma_rel_to_gamma,
 )
 from emaopt._profiles import annealing_weights
-from emaopt._types import DecayLike
+from emaopt._types import DecayLike, Vector
 from emaopt._weights import checked_weights, shares_taken
 
 __all__ = [
@@ -70,17 +72,19 @@ _BLOCK = 1 << 13  # steps at a time
 
 
 class Recorded(NamedTuple):
-    """An average that was recorded; the arguments are those of `average_params`."""
+    """An average that was recorded, with the arguments that `average_params` had."""
 
     decay: DecayLike
-    steps: Any  # int [n], increasing: the number of updates at each snapshot
+    steps: (
+        Sequence[int] | np.ndarray
+    )  # int [n], increasing: the number of updates at each snapshot
     every: int = 1
     start: int = 0
     debias: bool = False
 
 
 class Solution(NamedTuple):
-    """A combination of snapshots, and how good it is."""
+    """A combination of snapshots, its error, and how much it amplifies rounding."""
 
     coefficients: np.ndarray  # float64 [n], sum 1
     residual: float  # ‖profile got - profile wanted‖₂ / ‖profile wanted‖₂
@@ -90,18 +94,20 @@ class Solution(NamedTuple):
 def snapshot_weights(recorded: Sequence[Recorded], num_steps: int) -> np.ndarray:
     """Returns the weight of every iterate in every snapshot.
 
-    One timeline: after a restart the counter of an average goes on, and so do the steps.
+    All steps are on one timeline: after a restart the counter of an average goes on, and
+    so do the steps.
 
     Args:
       recorded: The averages that were recorded.
       num_steps: T, at least the last step of any snapshot.
 
     Returns:
-      float64 [n, T+1]: the snapshots of the first average, of the second, and so on;
-      each row is `decay_weights` at its step, and zero after it.
+      float64 [n, T+1]: the snapshots of the first average, then of the second, and so
+      on; each row is `decay_weights` at its step, and zero after it.
 
     Raises:
-      ValueError, TypeError: If a decay is none, or steps do not increase within [0, T].
+      ValueError, TypeError: If a decay is not one, or steps do not increase within
+        [0, T].
 
     Example:
       >>> print(snapshot_weights([Recorded(0.5, [1, 2])], 2))
@@ -115,30 +121,34 @@ def snapshot_weights(recorded: Sequence[Recorded], num_steps: int) -> np.ndarray
 
 
 def solve(
-    snapshot_weights: Any, target_weights: Any, *, rcond: float | None = None
+    snapshot_weights: ArrayLike,
+    target_weights: Vector,
+    *,
+    rcond: float | None = None,
 ) -> Solution:
     """Finds the combination of snapshots that is nearest to a target profile.
 
     Minimizes ‖cᵀS - p‖₂ over c with Σc = 1; of several minima it takes the one with the
-    least ‖c‖₂. Neighbouring snapshots are nearly alike, so nothing is squared: S is
-    reduced to a triangle by QR, block by block, the constraint is kept by an orthonormal
-    basis of what sums to 0, and the rest is a least-squares problem in at most n
-    dimensions, by singular values.
+    least ‖c‖₂. Neighbouring snapshots are nearly equal, so SᵀS is never formed: QR
+    reduces S to a triangle, block by block, an orthonormal basis of the vectors with sum
+    0 keeps the constraint, and the remaining least-squares problem in n - 1 dimensions is
+    solved by singular values.
 
-    What to watch, in the answer:
-      residual: ‖cᵀS - p‖₂ / ‖p‖₂. The relative error of the parameters is of its order
-        times how much they move: less, as a rule.
-      noise_gain: ‖c‖₂. Rounding errors of the snapshots, independent with standard
-        deviation ε, come out with noise_gain · ε; at worst, all alike, with √n times
-        that. Of bfloat16 snapshots (ε = 0.1 % of a weight) a gain of 10 makes 1 %.
+    What to watch in the solution:
+      residual: ‖cᵀS - p‖₂ / ‖p‖₂. The relative error of the parameters is of the order
+        of the residual times how much they move: smaller, as a rule.
+      noise_gain: ‖c‖₂. Rounding errors of the snapshots that are independent with
+        standard deviation ε become errors of noise_gain · ε; if all are equal, at worst
+        √n times that. For bfloat16 snapshots (ε = 0.1 % of a weight) a gain of 10 means
+        1 %.
 
     Args:
       snapshot_weights: S, float [n, T+1]: the weight of every iterate in every snapshot,
-        as the function of that name returns it; a memory map will do.
+        as the function `snapshot_weights` returns it; may be a memory map.
       target_weights: p, float [T+1], sum 1, such as `decay_weights` of any decay.
-      rcond: Directions in which the snapshots differ by less than this times ‖S‖ are
-        left out: a larger one trades residual for noise gain. None: the rounding of
-        float64.
+      rcond: Directions in which the snapshots differ by less than rcond · ‖S‖ are left
+        out: a larger rcond lowers the noise gain and raises the residual. None: the
+        rounding of float64.
 
     Returns:
       A `Solution`.
@@ -157,11 +167,12 @@ def solve(
       0.025 0.74
 
     References:
-      Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696, who solve it for power
-      profiles, without the constraint, by their inner products.
+      Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696 (for power profiles,
+      by their inner products, without the constraint)
     """
     if rcond is not None:
         check_number("solve", "rcond", rcond, 0)
+    # A memory map stays one: the blocks are read as they are needed.
     matrix: Any = np.asanyarray(snapshot_weights)
     target = checked_weights("solve", target_weights, "target_weights")
     if matrix.dtype.kind not in "iuf":
@@ -180,12 +191,15 @@ def solve(
 
 
 def solve_recorded(
-    recorded: Sequence[Recorded], target_weights: Any, *, rcond: float | None = None
+    recorded: Sequence[Recorded],
+    target_weights: Vector,
+    *,
+    rcond: float | None = None,
 ) -> Solution:
-    """Is `solve(snapshot_weights(recorded, T), target_weights)` without the matrix.
+    """Does what `solve(snapshot_weights(recorded, T), target_weights)` does, in blocks.
 
-    The profiles are made block by block, so that a run of a million steps needs megabytes
-    and seconds. Snapshots may be later than the target's last step.
+    The matrix is never whole in memory, so a run of a million steps needs megabytes and
+    seconds. Snapshots may be later than the target's last step.
 
     Args:
       recorded: The averages that were recorded.
@@ -193,7 +207,8 @@ def solve_recorded(
       rcond: As for `solve`.
 
     Returns:
-      A `Solution`; the coefficients are in the order of `recorded` and its steps.
+      A `Solution`; its coefficients are in the order of `recorded`, and within each in
+      the order of the steps.
 
     Raises:
       ValueError, TypeError: As `snapshot_weights` and `solve` do.
@@ -210,9 +225,11 @@ def solve_recorded(
     target = checked_weights(name, target_weights, "target_weights")
     ends = _checked_steps(name, recorded, None)
     num_steps = max(target.size - 1, int(ends.max()))
+    # Iterates after the target's last step weigh 0 in it.
     target = np.append(target, np.zeros(num_steps + 1 - target.size))
 
-    def pairs():
+    # `_blocks` goes from the newest step backwards; QR takes the steps in any order.
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stop = num_steps + 1
         for block in _blocks(name, recorded, ends, num_steps):
             stop -= block.shape[1]
@@ -222,21 +239,25 @@ def solve_recorded(
 
 
 def snapshots_needed(
-    error: float, *, sigma_rel: Any, recorded: Sequence[float] = (0.05, 0.1)
+    error: float,
+    *,
+    sigma_rel: Vector,
+    recorded: Sequence[float] = (0.05, 0.1),
 ) -> int:
-    """Returns how many snapshots, evenly spaced, an error of the profile needs.
+    """Returns how many evenly spaced snapshots bring the residual below an error.
 
-    Of every recorded power average at the same steps, the last one at the end of the run.
-    By `power_inner_product`, so that the length of the run does not matter.
+    A snapshot of every recorded power average is taken at each of these steps, the last
+    one at the end of the run. The profiles are compared by `power_inner_product`, so that
+    the length of the run does not matter.
 
     Args:
-      error: The largest residual to be had, in [1e-6, 1].
+      error: The largest residual to accept, in [1e-6, 1].
       sigma_rel: The width of the power average to synthesize at the end of the run, or a
-        sequence of them: the worst counts.
+        sequence of widths, of which the worst counts.
       recorded: The widths of the averages that are recorded.
 
     Returns:
-      The number of steps at which to keep a snapshot of each.
+      The number of steps at which to keep a snapshot of each recorded average.
 
     Raises:
       ValueError: If a width is out of its range, or 512 are too few.
@@ -254,9 +275,10 @@ def snapshots_needed(
     ]
     gammas = [gamma_of_sigma_rel("snapshots_needed", s) for s in widths]
 
-    def enough(count):
+    def enough(count: int) -> bool:
         return all(power_residual(gammas, count, target) <= error for target in targets)
 
+    # Doubling, then bisection: enough(high) holds and enough(low) does not.
     low, high = 0, 1
     while not enough(high):
         low, high = high, 2 * high
@@ -275,7 +297,7 @@ def snapshots_needed(
 def _checked_steps(
     function: str, recorded: Sequence[Recorded], num_steps: int | None
 ) -> np.ndarray:
-    """The steps of all snapshots, [n]."""
+    """The steps of all snapshots, [n], or an error."""
     check_sequence(function, "recorded", recorded, "Recorded")
     for one in recorded:
         if not isinstance(one, Recorded):
@@ -305,9 +327,12 @@ def _blocks(
 ) -> Iterator[np.ndarray]:
     """The rows of `snapshot_weights` in blocks of steps, the newest steps first.
 
-    A weight is the iterate's share when it came times what later ones up to the
-    snapshot's step have left, and that product grows from the newest step backwards.
+    A weight is the share that the iterate took at its step, times Π (1 - share) over the
+    later ones up to the snapshot's step. From the newest step backwards that product
+    gains one factor a step, so each block continues the product of the block before.
     """
+    # Shares do not depend on where the run ends: those up to the last snapshot of an
+    # average are those of its other snapshots, too.
     shares = [
         shares_taken(
             function,
@@ -320,10 +345,11 @@ def _blocks(
         for one in recorded
     ]
     rows = [share for share, one in zip(shares, recorded, strict=True) for _ in one.steps]
-    left = np.ones(ends.size)  # of every snapshot, by the steps already passed
+    left = np.ones(ends.size)  # Π (1 - share) of each snapshot over the steps passed
     for start in range(num_steps // _BLOCK * _BLOCK, -1, -_BLOCK):
         block = np.zeros((ends.size, min(start + _BLOCK, num_steps + 1) - start))
         for row, share, end in zip(range(ends.size), rows, ends, strict=True):
+            # Empty for a block after the snapshot, which leaves its row 0.
             taken = share[start : min(start + _BLOCK, end + 1)]
             kept = np.cumprod(np.append(left[row], 1 - taken[::-1]))[::-1]
             block[row, : taken.size] = taken * kept[1:]
@@ -332,5 +358,6 @@ def _blocks(
 
 
 def _solution(*problem: Any) -> Solution:
+    """The solution of the arguments of `nearest`."""
     coefficients, residual = nearest(*problem)
     return Solution(coefficients, residual, float(np.linalg.norm(coefficients)))

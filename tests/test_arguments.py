@@ -2,9 +2,9 @@
 
 import inspect
 import os
+import pathlib
 import re
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from nonsense import CALLS, FUNCTIONS, NONSENSE, RETURNED, TABLE, call
 
 import emaopt
 from emaopt import checkpoint, posthoc, tf1
+from emaopt._types import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +44,7 @@ def root(tmp_path_factory):
     return path
 
 
-def assert_answered(name: str, argument: str, root: Path, value: Any) -> None:
+def assert_answered(name: str, argument: str, root: pathlib.Path, value: Any) -> None:
     try:
         call(name, root, {**CALLS[name], argument: value})
     except jax.errors.JAXTypeError:
@@ -101,7 +102,7 @@ NEVER = {  # what arguments of an annotation do not take
     float: ["None", "text", "nan", "True", "list", "object", "complex", "len"],
     str: ["None", "negative", "True", "list", "dict", "object", "len", "vector"],
     str | None: ["negative", "True", "list", "dict", "object", "len", "vector"],
-    str | os.PathLike: ["None", "negative", "True", "list", "object", "len", "vector"],
+    Path: ["None", "negative", "True", "list", "object", "len", "vector"],
 }
 NEVER_OF = {  # and what those of a name do not, whatever the function
     "optimizer": [*NONSENSE],
@@ -132,6 +133,12 @@ def refused(name: str, argument: str) -> list[str]:
         is_count = type(CALLS[name][argument]) is int
         return ["text", "fraction", "True", "list", "len"] if is_count else []
     return NEVER.get(parameter.annotation, [])
+
+
+def test_every_annotation_of_the_table_is_one_of_an_argument():
+    signatures = map(inspect.signature, FUNCTIONS.values())
+    there = [p.annotation for s in signatures for p in s.parameters.values()]
+    assert not [annotation for annotation in NEVER if annotation not in there]
 
 
 STRICT = [(name, argument) for name, argument in TABLE if refused(name, argument)]
@@ -168,8 +175,9 @@ def test_errors_of_a_users_own_function_are_left_alone():
 
 def test_public_functions_are_not_wrapped():
     methods = {"agn", "block_momentum", "diloco", "easgd", "local_sgd"}
+    methods |= {"averaged", "average_tree"}
     for name, function in FUNCTIONS.items():
-        if hasattr(function, "__wrapped__"):  # readers begin again, methods show options
+        if hasattr(function, "__wrapped__"):  # readers begin again, others show options
             assert name.startswith("checkpoint.") or name in methods, name
 
 
@@ -207,19 +215,19 @@ def as_nobody():
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_directory_that_may_not_be_entered_is_named(name, argument, below, as_nobody):
     with tempfile.TemporaryDirectory() as there:
-        locked = Path(there, "locked")
+        locked = pathlib.Path(there, "locked")
         locked.mkdir()
         locked.chmod(0)
         given = {**CALLS[name], argument: locked / (below or "file")}
         given = {
-            k: Path(there) if isinstance(v, nonsense.Here) else v
+            k: pathlib.Path(there) if isinstance(v, nonsense.Here) else v
             for k, v in given.items()
         }
         if "axes" in given:
             given["axes"] = emaopt.plots.new_axes()
         if argument == "out":
-            checkpoint.save(Path(there, "saved"), nonsense.TRAINING)
-            given["path"] = Path(there, "saved")
+            checkpoint.save(pathlib.Path(there, "saved"), nonsense.TRAINING)
+            given["path"] = pathlib.Path(there, "saved")
         try:
             short = nonsense.shown_name(name)
             with pytest.raises(PermissionError, match=rf"\b{short}: {argument} "):

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _files, _read, _stream
+from emaopt.checkpoint import _items, _read, _stream
 
 TX = emaopt.averaged(optax.sgd(1.0), 0.5)
 
@@ -53,10 +53,10 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("where", ["read", "_directories"])
+@pytest.mark.parametrize("where", ["read", "directories_of"])
 @pytest.mark.parametrize("checksums", [False, True])
 def test_a_reader_gets_one_whole_state(reader, where, checksums, path, monkeypatch):
-    module = _read if where == "read" else _files
+    module = _read if where == "read" else _items
     if where == "read" and reader in (exported, averaged):
         module = _stream
 
@@ -92,7 +92,7 @@ def test_an_average_of_what_was_replaced_is_not_written(path, monkeypatch):
 
 def test_an_error_that_has_another_reason_stays_and_comes_at_once(path, monkeypatch):
     count = []
-    before(monkeypatch, _files, "_directories", 100, lambda: count.append(1))
+    before(monkeypatch, _items, "directories_of", 100, lambda: count.append(1))
     (path / "_METADATA").write_text("{")
     with pytest.raises(ValueError, match=r"the metadata in .* cannot be read"):
         checkpoint.load_averaged(path)

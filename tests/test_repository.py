@@ -79,6 +79,12 @@ def test_no_registry_and_no_private_path_is_named():
             assert not re.search(r"index[-_]url\s*=|/(work|root)/", text), file
 
 
+def test_types_have_names():
+    """`Any` is for what really is anything: trees are `PyTree`, and so on."""
+    lines = [line for path in MODULES.values() for line in path.read_text().splitlines()]
+    assert sum(len(re.findall(r"\bAny\b", line)) for line in lines) <= len(lines) / 40
+
+
 LATE = {
     "batch_stats",
     "checkpoint",

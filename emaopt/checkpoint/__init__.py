@@ -1,16 +1,16 @@
 """Checkpoints that serve the average: Orbax files with the averages under the names.
 
-On disk stands the user's own tree, written through Orbax's stock handlers, in which the
-averages and the raw parameters have changed places: `params/...` holds the averages, the
-average's own slot the raw parameters. Any reader of the parameters serves the average;
-`restore` changes them back and resumes bit for bit.
+A checkpoint holds the user's own tree, written by Orbax's stock handlers, with the
+averages and the raw parameters exchanged: `params/...` holds the averages, the average's
+own slot the raw parameters. Any reader of the parameters serves the average; `restore`
+exchanges them back and resumes bit for bit.
 """
 
-import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
+import jax
 import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
 
 from emaopt._checks import (
     check_callable,
@@ -24,6 +24,7 @@ from emaopt._output import naming
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
 from emaopt._swap import swap_state
+from emaopt._types import Json, Path, PyTree, Report
 from emaopt.checkpoint import (
     _checksums,
     _files,
@@ -58,14 +59,14 @@ __all__ = [
 
 
 def save(
-    path: str | os.PathLike,
-    state: Any,
+    path: Path,
+    state: PyTree,
     *,
     name: Choice = None,
     params: Ways = None,
     optional: bool = False,
     force: bool = False,
-    custom_metadata: dict[str, Any] | None = None,
+    custom_metadata: Json | None = None,
     checksums: bool = True,
 ) -> None:
     """Saves a training state with the averages under the parameters' names.
@@ -74,39 +75,40 @@ def save(
     directory and renames it, so `path` never holds half a checkpoint.
 
     Args:
-      path: Directory to make; local, or any URL that Orbax takes.
-      state: The training state: any pytree that holds the parameters and an optimizer
-        state with an average of them, or with the center of local updates: a dict, a
-        tuple (params, opt_state), a Flax TrainState, an NNX model and its `nnx.Optimizer`
-        or the `nnx.state` of them. A center without an average of it stands under the
-        names in its own shapes, without the axis of workers.
-      name: Which average, if the state holds several: a key on the way to it, or all of
-        them joined with "/"; "center" for that of local updates. A tuple of names serves
-        several averages of different parameters: ("actor", "critic").
-      params: Where the parameters stand, as keys joined with "/": "model/params", "0" in
-        a tuple; one for each name, one for all, or a dict {way to an average: way to its
-        parameters}. None: the one tree outside of the optimizer state that has the
-        average's names and shapes; if there are several, the one called "params" beside
-        the optimizer state, else an error that lists them.
-      optional: Save a state that holds no average as it is, in place of an error: for
-        programs whose configuration may switch it off.
-      force: Replace what stands at `path`, whatever it is; of a link, what it leads to.
-        Of a CheckpointManager's directory these are all of its steps. It is removed when
-        the new checkpoint is complete beside it, as `path`.replacement. A kill at any
-        moment leaves one of the two complete, there or as `path`.replaced, which
-        `restore` finds. A save by a run that has not restored it keeps it, as
-        `path`.kept1, and says so.
+      path: Directory to make: local, or any URL that Orbax takes.
+      state: The training state: any pytree with the parameters and an optimizer state
+        that holds an average (EMA, Polyak average) of them, or the center (slow weights,
+        global parameters) of local updates. Such as a dict, a tuple (params, opt_state),
+        a Flax TrainState, an NNX model and its `nnx.Optimizer`, or the `nnx.state` of
+        both. A center that has no average is saved under the parameters' names in its own
+        shapes, without the axis of workers.
+      name: Which average to serve, if the state holds several: a key that leads to it, or
+        all its keys joined with "/"; "center" for the center of local updates. A tuple of
+        names serves several averages of different parameters: ("actor", "critic").
+      params: Where the parameters are in the state, as keys joined with "/":
+        "model/params", or "0" in a tuple. One string for each name, one for all, or a
+        dict {keys of an average: keys of its parameters}. None: the one tree outside of
+        the optimizer state that has the average's names and shapes; of several, the one
+        called "params" beside the optimizer state, else an error that lists them.
+      optional: Save a state without an average as it is, in place of an error: for
+        programs whose configuration may switch averaging off.
+      force: Replace whatever is at `path`: of a link, its target; of a directory of
+        CheckpointManager, all its steps. The old content is removed once the new
+        checkpoint is complete beside it, as `path`.replacement. A kill at any moment
+        leaves one of the two complete, there, at `path` or at `path`.replaced, and
+        `restore` finds it. A later save by a run that has not restored such a leftover
+        keeps it as `path`.kept1, and logs a warning.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
-      checksums: Record a checksum of each array, by which whatever of emaopt reads it
-        notices a changed bit; without, most are read as other numbers. But not if it is
-        read split over devices in another dtype, or for another number of workers; none
-        of an array whose copies on several devices are not alike. Saving and reading each
-        go once more through what they save or read; of an array that is split over CPUs
-        they hold another copy, of 32 bits.
+      checksums: Record a checksum of each array, by which all readers of emaopt notice a
+        changed bit; without, most changed bits are read as other numbers. Not checked:
+        arrays that are read split over devices in another dtype, or for another number of
+        workers. Not recorded: arrays whose copies on several devices differ. Saving and
+        reading each go once more through their arrays; of an array split over CPUs they
+        hold another copy, as 32-bit words.
 
     Raises:
-      ValueError: If the state holds no average, several, or no parameters that it is the
-        average of; or if `path` exists and `force` is False.
+      ValueError: If the state holds no average, several, or no parameters that the
+        average is of; or if `path` exists and `force` is False.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -136,9 +138,12 @@ def save(
     taking_place = _replacement.taking_place(
         "save", place, force=force, report=_restore.log_warning
     )
+    # `naming` is outside, so that errors of the last renames name the user's path, too.
     with naming(place), taking_place as written:
         marker = {}
         if places:
+            # The marker lists the arrays of size 0, so it is made of the state that still
+            # has them; checksums are of what is written.
             stored, more = _trees.without_empty(state), {}
             if checksums:
                 more["checksums"] = _checksums.checksums(stored)
@@ -152,48 +157,48 @@ def save(
 
 @_replacement.whole
 def restore(
-    path: str | os.PathLike,
-    target: Any,
+    path: Path,
+    target: PyTree,
     *,
     params: Ways = None,
     rename: Mapping[str, str] | None = None,
     keep_missing: bool = False,
     ignore_extra: bool = False,
-    report: Callable[[str], Any] = _restore.log_warning,
-) -> Any:
+    report: Report = _restore.log_warning,
+) -> PyTree:
     """Restores a training state as it was when it was saved, bit for bit.
 
-    A checkpoint that never had an average restores into a target that has one: the
-    average starts anew from the restored parameters. A target without an average takes
-    the raw parameters of a checkpoint that has one. Optimizer slots that stand elsewhere
-    because the chain got or lost members or wrappers are found by what they are; where
-    several are alike, by their names in an `optax.named_chain` or by their places, if
-    these tell, else it is an error. What was done of this is reported.
+    A checkpoint without an average restores into a target with one: the average starts
+    anew from the restored parameters. A target without an average takes the raw
+    parameters. Optimizer slots whose place changed, because the chain got or lost members
+    or wrappers, are found by the names of their fields. Two alike slots are told apart by
+    their names in an `optax.named_chain`, or by position; if neither decides, `restore`
+    raises. All such changes are reported.
 
-    Local updates restore with another number of workers, or in a run without any, and a
-    run without any restores into local updates: all workers start from the center, which
-    is the parameters of a run without. Their own slots are dealt out by number: worker w
-    takes those of worker w % W, a run without any those of the first. What was added up
-    since the last exchange is left out. New local updates take the outer optimizer's
-    slots from the target, which must then have arrays.
+    Local updates restore with another number of workers, into a run without local
+    updates, and from one. All workers start from the center (slow weights); in a run
+    without local updates the parameters take its place. The inner optimizers' slots are
+    dealt out by number: worker w takes those of saved worker w % W, a run without workers
+    those of the first. Sums since the last exchange are dropped. New local updates take
+    the outer optimizer's slots from the target, which must then have arrays.
 
     Args:
-      path: A checkpoint that emaopt wrote, or any that Orbax did: raw parameters come
-        back raw, from wherever they stand. Of a CheckpointManager, a step's directory.
+      path: A checkpoint that emaopt or Orbax alone wrote; raw parameters come back raw,
+        wherever they are on disk. Of a CheckpointManager, a step's directory.
       target: A state like the saved one: arrays, or `jax.ShapeDtypeStruct`. Arrays are
-        restored to the target's dtypes and shardings, to the default device where it has
-        none. Shapes must agree.
-      params: Where the parameters of a new average stand in the target, as for `save`,
-        if it is not clear.
-      rename: Where a part of the saved state belongs in the target, if its place does not
-        tell: {"opt_state/1": "opt_state/2"}, keys joined with "/". Also where it stays,
-        of two that it could be, or with other fields: {"opt_state/1": "opt_state/1"}.
+        restored to the target's dtypes and shardings, and to the default device where it
+        has no sharding. Shapes must agree.
+      params: Where the parameters of a new average are in the target, as for `save`.
+        Needed if several trees fit.
+      rename: Where parts of the saved state belong in the target, if their places do not
+        tell, as {"opt_state/1": "opt_state/2"}, keys joined with "/". Also to say that a
+        part stays, if two fit or its fields changed: {"opt_state/1": "opt_state/1"}.
       keep_missing: Let leaves that the checkpoint lacks keep the target's values, which
-        must then be arrays. To start training from a file of parameters alone.
-      ignore_extra: Leave out what the target has no place for. With {"params": params}
-        as target: the raw parameters alone.
-      report: Called with each sentence on what was renamed, seeded, left out or kept; by
-        default the warning function of the logger "emaopt".
+        must then be arrays: to start training from a file of parameters alone.
+      ignore_extra: Leave out leaves that the target has no place for. With the target
+        {"params": params}: the raw parameters alone.
+      report: Called with a sentence on each part that was renamed, seeded, left out or
+        kept; by default the warning function of the logger "emaopt".
 
     Returns:
       A tree like `target`: raw parameters under their names, the average in its slot.
@@ -202,8 +207,8 @@ def restore(
       FileNotFoundError: If there is no checkpoint at `path`.
       ValueError: If the target has other names, shapes or kinds of numbers (complex,
         float, integer, bool; integers may be wider, not narrower); the message lists
-        them. If two averages or slots could be each other's. If the files are damaged.
-        Nothing is half-restored.
+        them. If two averages or slots could be taken for each other. If the files are
+        damaged. Nothing is half-restored.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -221,8 +226,11 @@ def restore(
     check_flag("restore", "keep_missing", keep_missing)
     check_flag("restore", "ignore_extra", ignore_extra)
     check_callable("restore", "report", report, 1)
+    # One string also says where the parameters are on disk, should the record be lost.
     at = params if isinstance(params, str) else None
     files = _files.open_files("restore", path, at=at)
+    # If a save over `path` was cut short, this run goes on from what that left; its next
+    # save may then move it back to `path`.
     _replacement.take_up(_files.absolute(path))
     return _restore.restored(
         files,
@@ -237,39 +245,40 @@ def restore(
 
 @_replacement.whole
 def load_averaged(
-    path: str | os.PathLike,
+    path: Path,
     *,
-    target: Any = None,
-    sharding: Any = None,
-    dtype: Any = None,
+    target: PyTree | None = None,
+    sharding: jax.sharding.Sharding | PyTree | None = None,
+    dtype: DTypeLike | None = None,
     name: str | None = None,
     at: str | None = None,
     ignore_extra: bool = False,
-) -> Any:
-    """Loads the averaged parameters for inference; reads nothing else of the checkpoint.
+) -> PyTree:
+    """Loads the averaged parameters (EMA) for inference, and reads nothing else.
 
     Args:
-      path: A checkpoint that emaopt wrote, or any of a training state with an average in
-        it. Of a CheckpointManager, a step's directory.
+      path: A checkpoint that emaopt wrote, or any other of a training state with an
+        average in it. Of a CheckpointManager, a step's directory.
       target: Parameters whose containers, shapes and dtypes the result takes (arrays or
         `jax.ShapeDtypeStruct`). None: nested dicts and lists, as on disk.
       sharding: A `jax.sharding.Sharding` for all arrays, or a tree of them like the
         parameters. None: the target's, where it has arrays with one, else the default
-        device. Where the checkpoint was written does not matter.
+        device. The shardings of the run that saved do not matter.
       dtype: Floating dtype to cast floating arrays to. None: the target's, else as saved
         (the accumulator's, float32 for bfloat16 parameters).
-      name: Which average, if there are several. None: the one under the names.
-      at: Where the parameters stand, as keys joined with "/", if nothing tells it; or
-        which of several, or which part of them is wanted: "params/backbone".
-      ignore_extra: Let the target have a part of the parameters only; no others are read.
+      name: Which average, if there are several. None: the served one, which is under the
+        parameters' names.
+      at: Where the parameters are, as keys joined with "/". Needed if nothing else tells;
+        also to choose one of several trees, or a part of one: "params/backbone".
+      ignore_extra: Let the target have a part of the parameters; the rest is not read.
 
     Returns:
       The parameters: averages, and the raw values of those that were not averaged.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
-      ValueError: If the checkpoint holds no average, or several, or nothing at `at`, or
-        the target has other names or shapes, or the files are damaged.
+      ValueError: If the checkpoint holds no average, or several, or nothing at `at`; if
+        the target has other names or shapes; or if the files are damaged.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -291,8 +300,8 @@ def load_averaged(
 
 
 def metadata(
-    state: Any, *, name: Choice = None, params: Ways = None, optional: bool = False
-) -> dict[str, Any]:
+    state: PyTree, *, name: Choice = None, params: Ways = None, optional: bool = False
+) -> Json:
     """Returns the record to save with `swap_state(state)`, as Orbax's custom_metadata.
 
     For writing by other means than `save`, such as Orbax's experimental v1 API:
@@ -300,16 +309,16 @@ def metadata(
         v1.save(path, swap_state(state), custom_metadata=metadata(state))
         state = swap_state(v1.load(path, swap_state(state)))  # or restore(path, state)
 
-    `restore` and `load_averaged` then read the checkpoint as one of their own. It has no
-    checksums.
+    `restore` and `load_averaged` then read the checkpoint as if `save` had written it,
+    without checksums.
 
     Args:
       state: The training state, swapped or not.
       name, params, optional: As for `save`.
 
     Returns:
-      A JSON-serializable dict with the one key "emaopt"; of a state without an average,
-      with `optional`, an empty one.
+      A JSON-serializable dict with the one key "emaopt"; an empty dict for a state
+      without an average, if `optional`.
 
     Raises:
       ValueError: As for `save`.

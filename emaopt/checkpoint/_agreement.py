@@ -1,26 +1,28 @@
-"""Whether our record says what stands on disk, where swapped states say it themselves."""
+"""Whether emaopt's record agrees with the tree on disk, where swapped states say so."""
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
+from etils import epath
 
 from emaopt._names import Names, is_below, leaves_with_keys
 from emaopt._nodes import average_nodes, center_nodes, field_of, is_swapped
+from emaopt._types import PyTree
 from emaopt.checkpoint._record import KEY, Marker, Served
 
 
 def agreed(
     function: str,
-    path: Any,
+    path: epath.Path,
     marker: Marker,
-    tree: Any,
+    tree: PyTree,
     saved: Collection[Names],
     items: Collection[Names],
 ) -> Marker:
-    """The record, without the empty arrays of items that are not there; or an error.
+    """Returns the record, without the empty arrays of missing items; or raises.
 
-    An average's state may be missing with its whole item: somebody kept the parameters.
+    The state of an average may be missing together with its whole item: somebody kept the
+    parameters alone.
     """
 
     def is_here(names: Names) -> bool:
@@ -29,6 +31,8 @@ def agreed(
     nodes = average_nodes(tree) | center_nodes(tree)
     swapped = [names for names, node in nodes.items() if is_swapped(node)]
     says = f"{function}: by its record in custom_metadata[{KEY!r}], {path} has"
+    # A wrong record would exchange raw parameters and averages in silence, so each of its
+    # statements is held against the fields by which a state tells that it was swapped.
     for served in marker.served:
         name = _joined(served.average)
         if served.average in nodes and served.average not in swapped:
@@ -59,6 +63,7 @@ def agreed(
                 f"{says} the averages of {name} at {_joined(served.params)}, but there "
                 f"is no {_joined(missing)}; {_OTHER_TREE}"
             )
+    # The other way round: what the tree says is swapped must be on record.
     ours = [served.average for served in marker.served]
     if others := [_joined(names) for names in swapped if names not in ours]:
         raise ValueError(
@@ -86,15 +91,16 @@ def _joined(names: Names) -> str:
 
 
 def _missing(served: Served, saved: Collection[Names]) -> Names | None:
-    """What the state holds the raw values of, but is not among the parameters."""
+    """A parameter that is not on disk though the state holds its raw value, or None."""
     cut = len(served.inside)
     ways = (served.params + n[cut:] for n in saved if is_below(n, served.inside))
     return next((way for way in ways if way not in saved), None)
 
 
-def holes(tree: Any) -> set[Names]:
-    """Where nothing is, which takes the place of an empty array."""
-    nothing = object()  # a leaf, to be named as the array would be
+def holes(tree: PyTree) -> set[Names]:
+    """The names at which a tree has None, as Orbax has for an array of size 0."""
+    # None is no leaf to JAX; a leaf in its place gets a name.
+    nothing = object()  # named as the array would be
     filled = jax.tree.map(
         lambda leaf: nothing if leaf is None else leaf,
         tree,

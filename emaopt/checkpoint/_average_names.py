@@ -1,27 +1,26 @@
 """Names as TensorFlow gives them to averages."""
 
-from typing import Any
-
 import numpy as np
 
 from emaopt._checks import check_arrays, check_callable, check_text
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
+from emaopt._types import Mask, PyTree
 from emaopt.checkpoint import _files
 
 
 def average_names(
-    params: Any,
+    params: PyTree,
     name: str = "ExponentialMovingAverage",
     *,
-    mask: Any = None,
+    mask: Mask = None,
     scope: str = "",
 ) -> dict[str, str]:
-    """Maps names as TensorFlow gives averages to the parameters' own.
+    """Maps TensorFlow's names of averages to the names of the parameters.
 
-    What `tf.train.ExponentialMovingAverage.variables_to_restore` returns: use it to
-    rename what a converted TensorFlow checkpoint holds. Unlike that, it makes up no
-    average for what has none.
+    The result is that of `tf.train.ExponentialMovingAverage.variables_to_restore`: use it
+    to rename the variables in a converted TensorFlow checkpoint. Unlike TensorFlow's, it
+    makes up no average for a parameter without one.
 
     Args:
       params: The parameters.
@@ -32,7 +31,7 @@ def average_names(
 
     Returns:
       {"<scope>/path/of/parameter/<name>": "path/of/parameter"}, keys joined with "/";
-      what has no average has its own name twice.
+      a parameter without an average has its own name twice.
 
     Raises:
       ValueError: If `mask` is not like `params`.
@@ -45,6 +44,7 @@ def average_names(
     check_arrays("average_names", "params", params)
     check_text("average_names", "name", name)
     check_text("average_names", "scope", scope)
+    # A callable model with a flag at each leaf is a tree, and no function.
     if callable(mask) and is_function(mask, params):
         check_callable("average_names", "mask", mask, 1)
     flags = mask(params) if is_function(mask, params) else mask

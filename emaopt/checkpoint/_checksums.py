@@ -1,9 +1,9 @@
-"""Checksums of arrays, so that a bit that changed on disk is noticed in reading.
+"""Checksums of arrays, by which a reader notices a bit that changed on disk.
 
-Orbax's files have none of values: most flipped bits make decompression fail, some give
-other numbers. A checksum here is Σ_j (2 (j mod 2³⁰) + 1) w_j mod 2³² over the words of 32
-bits that the array's bytes make in C order, little end first, the last one filled up with
-zeros. One flipped bit changes it for certain, because the factors are odd. It is a sum
+Orbax's files have no checksums of values: most flipped bits make decompression fail, some
+give other numbers. A checksum here is Σ_j (2 (j mod 2³⁰) + 1) w_j mod 2³². The w_j are
+the array's bytes in C order as little-endian words of 32 bits, the last one padded with
+zeros. The factors are odd, so one flipped bit always changes the checksum. It is a sum
 over all elements, so it does not depend on how an array is split over devices.
 """
 
@@ -12,38 +12,41 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 
 from emaopt._names import Names, leaves_with_keys
+from emaopt._types import Leaf, PyTree
 
 Checksum = tuple[str, int]  # the array's dtype, the sum
+Entry: TypeAlias = list[list[str] | str | int]  # names, dtype and sum, as JSON has them
 
-_COLUMNS = 1 << 12  # words in a row of what is summed at once
-_PART = 1 << 19  # words that are: as many as stay in a core's cache
+_COLUMNS = 1 << 12  # words in a row of the matrix of `_of_words`
+_PART = 1 << 19  # words that are summed at once: as many as stay in a core's cache
 _THREADS = min(4, os.cpu_count() or 1)  # more would wait for the memory
-_SMALL = 1 << 18  # bytes that are not worth a thread
+_SMALL = 1 << 18  # bytes below which an array is not worth a thread
 _FACTORS = 2 * np.arange(_COLUMNS, dtype=np.uint32) + 1
 
 
-def checksums(tree: Any) -> list[list[Any]]:
+def checksums(tree: PyTree) -> list[Entry]:
     """The checksum of each array, JSON-serializable: names, dtype, sum.
 
-    All processes call it. Arrays are not held when it returns.
+    All processes call it. It keeps no reference to an array.
     """
     return of_leaves(leaves_with_keys(tree), together=True)
 
 
-def of_leaves(leaves: Iterable[tuple[Names, Any]], *, together: bool) -> list[list[Any]]:
-    """The same of leaves with their names; by all processes, if they do it together.
+def of_leaves(leaves: Iterable[tuple[Names, Leaf]], *, together: bool) -> list[Entry]:
+    """The same for leaves with their names; `together`: all processes call it.
 
-    An array whose copies are not alike has none: which parts of which copies Orbax writes
-    is not known.
+    An array whose copies differ gets no checksum, because nothing tells which parts of
+    which copies Orbax writes.
     """
     leaves = list(leaves)
     names = [list(name) for name, _ in leaves]
@@ -55,6 +58,7 @@ def of_leaves(leaves: Iterable[tuple[Names, Any]], *, together: bool) -> list[li
         all_ = np.asarray(multihost_utils.process_allgather(own))
         for i, (sums, _) in enumerate(rows):
             sums |= {int(s) for count, s in all_[:, i] if count}
+            # Of copies that differ in one process only one sum came: no checksum, either.
             sums |= {-1, -2} if (all_[:, i, 0] > 1).any() else set()
     return [
         [name, dtype, sums.pop()]
@@ -64,15 +68,19 @@ def of_leaves(leaves: Iterable[tuple[Names, Any]], *, together: bool) -> list[li
 
 
 def recorded(entries: Iterable[Any]) -> dict[Names, Checksum]:
+    """The checksums of a record, whose fields were checked, by name."""
     return {tuple(names): (dtype, total) for names, dtype, total in entries}
 
 
 def check(
-    function: str, path: Any, sums: dict[Names, Checksum], values: dict[Names, Any]
+    function: str,
+    path: epath.Path,
+    sums: dict[Names, Checksum],
+    values: dict[Names, Leaf],
 ) -> None:
     """Raises if an array that was read is not the one that was saved.
 
-    One of another dtype than was saved was converted, and cannot be checked.
+    An array in another dtype than it was saved in was cast, and cannot be checked.
     """
     names = [n for n in values if n in sums]
     odd = []
@@ -89,15 +97,16 @@ def check(
         )
 
 
-def _sums(leaves: Iterable[Any]) -> list[tuple[str, list[int]]]:
+def _sums(leaves: Iterable[Leaf]) -> list[tuple[str, list[int]]]:
     """The dtype of each array or number, and the sums of the copies in this process."""
+    # Two passes: devices and threads have work of all leaves before any is awaited.
     with ThreadPoolExecutor(_THREADS) as pool:
         begun = [_begin(leaf, pool) for leaf in leaves]
         return [(dtype, [int(end()) for end in ends]) for dtype, ends in begun]
 
 
-def _begin(leaf: Any, pool: Executor) -> tuple[str, list[Callable[[], Any]]]:
-    """The dtype of one, and what gives its sums."""
+def _begin(leaf: Leaf, pool: Executor) -> tuple[str, list[Callable[[], int]]]:
+    """The dtype of a leaf, and a function for each copy that returns its sum."""
     if isinstance(leaf, jax.Array):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)  # what Orbax writes
@@ -105,7 +114,7 @@ def _begin(leaf: Any, pool: Executor) -> tuple[str, list[Callable[[], Any]]]:
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         leaf = np.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype != np.bool_:
-            return "", []  # text, objects, integers that are too large
+            return "", []  # text, objects, integers beyond 64 bits
         return str(leaf.dtype), [_begin_numpy(leaf, pool)]
     return "", []
 
@@ -116,14 +125,15 @@ def _begin_numpy(array: np.ndarray, pool: Executor) -> Callable[[], int]:
     return pool.submit(_of_numpy, array).result  # NumPy lets go of the GIL
 
 
-def _of_copies(leaf: jax.Array, pool: Executor) -> list[Callable[[], Any]]:
+def _of_copies(leaf: jax.Array, pool: Executor) -> list[Callable[[], int]]:
+    """A function for each copy in this process that returns its sum."""
     devices = leaf.sharding.addressable_devices
     platforms = {device.platform for device in devices}
     if not devices:
         return []
     if platforms == {"cpu"} and leaf.is_fully_replicated:
-        # Views for NumPy, which takes a tenth of XLA's time. Of other jax.Arrays: one
-        # that NumPy has seen keeps its view, and is not donated any more.
+        # NumPy takes a tenth of XLA's time. It sees each shard's own jax.Array: the leaf
+        # itself would keep NumPy's view, and could not be donated any more.
         shards = leaf.addressable_shards
         return [_begin_numpy(np.asarray(shard.data), pool) for shard in shards]
     if not platforms <= {"cpu", "gpu"} and leaf.dtype in (np.float64, np.complex128):
@@ -131,13 +141,14 @@ def _of_copies(leaf: jax.Array, pool: Executor) -> list[Callable[[], Any]]:
     there = _on_device(leaf)
     sums = [shard.data for shard in _of_array(there).addressable_shards]
     if platforms == {"cpu"} or there is not leaf:
-        # Awaited, for XLA makes the products of a whole array on CPUs, and what is kept
-        # in the host's memory may not fit a device.
+        # One array after the other: on CPUs XLA holds the products of a whole array, and
+        # arrays of the host's memory may not fit on a device together.
         jax.block_until_ready(sums)
     return [functools.partial(int, one) for one in sums]
 
 
 def _on_device(leaf: jax.Array) -> jax.Array:
+    """The array in its devices' own memory, brought from the host's if it is there."""
     kind = next(iter(leaf.sharding.addressable_devices)).default_memory().kind
     if leaf.sharding.memory_kind in (None, kind):
         return leaf
@@ -146,20 +157,23 @@ def _on_device(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def _of_array(array: jax.Array) -> jax.Array:
+    """The sum of an array, as XLA computes it on the devices that hold the parts."""
     # Not flattened: that would gather an array that is split over devices.
     values, in_word = _as_integers(array)
     strides = [math.prod(values.shape[i + 1 :]) for i in range(values.ndim)]
-    place: Any = np.uint32(0)
+    place: np.uint32 | jax.Array = np.uint32(0)
     for axis, stride in enumerate(strides):
         index = lax.broadcasted_iota(jnp.uint32, values.shape, axis)
         place += index * np.uint32(stride % 2**32)
-    # mod 2³² of a place among bytes is as good as the place: 2³⁰ words.
+    # `place` wraps at 2³² elements: 2³⁰ words if elements are bytes, else a multiple. The
+    # factor has the period 2³⁰ words, so it comes out the same.
     factor = 2 * (place // in_word % 2**30) + 1
     return jnp.sum(values * factor << place % in_word * (32 // in_word), dtype=jnp.uint32)
 
 
 def _as_integers(array: jax.Array) -> tuple[jax.Array, int]:
     """The bits of the elements, and how many of them make a word."""
+    # XLA takes no bits of complex numbers; NumPy's bytes have the real part first.
     if jnp.iscomplexobj(array):
         array = jnp.stack([array.real, array.imag], -1)
     in_word = max(1, 4 // np.dtype(array.dtype).itemsize)
@@ -170,6 +184,7 @@ def _as_integers(array: jax.Array) -> tuple[jax.Array, int]:
 
 
 def _of_numpy(array: np.ndarray) -> int:
+    """The sum of an array, as NumPy computes it."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if (bits := jax.dtypes.itemsize_bits(array.dtype)) < 8:
         content = content & np.uint8(2**bits - 1)  # the rest of a byte is undefined
@@ -178,17 +193,18 @@ def _of_numpy(array: np.ndarray) -> int:
     last = np.zeros(4, np.uint8)
     last[: content.size % 4] = content[4 * size :]
     total = int(last.view("<u4")[0]) * (2 * (size % 2**30) + 1)
+    # _PART divides 2³⁰, so no part crosses a place where the factors begin anew.
     for begin in range(0, size, _PART):
         total += _of_words(words[begin : begin + _PART], begin % 2**30)
     return total % 2**32
 
 
 def _of_words(words: np.ndarray, begin: int) -> int:
-    """The sum over words from the place `begin` on.
+    """The sum over words whose first one is the array's word number `begin`.
 
-    In a matrix of so many columns, the factor of row r and column c is the sum of one of
-    the row and one of the column, 2 (begin + columns r) and 2 c + 1. So plain sums over
-    rows and over columns are enough, which NumPy takes at the speed of memory.
+    In a matrix with C columns, the factor of row r and column c is 2 (begin + C r) +
+    (2 c + 1): one term for the row, one for the column. So plain sums over rows and over
+    columns are enough, which NumPy computes at the speed of memory.
     """
     rows = words.size // _COLUMNS
     rest = words[rows * _COLUMNS :]

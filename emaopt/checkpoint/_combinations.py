@@ -1,8 +1,8 @@
 """Checkpoints of a run, added up: by given coefficients, or by a profile."""
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+
+from jax.typing import DTypeLike
 
 from emaopt._checks import (
     check_callable,
@@ -16,59 +16,61 @@ from emaopt._checks import (
 )
 from emaopt._paths import check_readable, check_writable
 from emaopt._profiles import BadProfile, merge_weights
+from emaopt._types import Json, Path, Report, Vector
 from emaopt.checkpoint import _merge, _record, _replacement, _restore, _selection
 from emaopt.checkpoint._merge import Progress
 
 
 @_replacement.whole
 def combine(
-    paths: Sequence[str | os.PathLike],
-    coefficients: Any,
-    out: str | os.PathLike,
+    paths: Sequence[Path],
+    coefficients: Vector,
+    out: Path,
     *,
     weights: str | None = None,
     at: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     force: bool = False,
-    custom_metadata: dict[str, Any] | None = None,
+    custom_metadata: Json | None = None,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restore.log_warning,
+    report: Report = _restore.log_warning,
 ) -> None:
     """Writes Σ_i c_i θ_i of the weights in several checkpoints, as a checkpoint.
 
-    It goes leaf by leaf: memory holds a few arrays, or about 100 MB of small ones, not a
-    model. Sums are in float64, the result has the leaves' dtypes. What is not floating
-    (step counters) is taken from the last checkpoint; what weighs 0 is not read.
+    Leaves are summed one after another: memory holds a few arrays, or about 100 MB of
+    small ones, not a model. Sums are in float64; the result has the leaves' dtypes.
+    Leaves that are not floating (step counters) are the last checkpoint's. Leaves that
+    weigh 0 are not read.
 
-    The result is a checkpoint of Orbax's of the parameters alone, under their original
-    names, as NumPy arrays, so that it restores on any devices. `load_averaged` reads it,
-    too. custom_metadata["emaopt_combination"] says what it was made of.
+    The result is an Orbax checkpoint of the parameters alone, under their original names,
+    as NumPy arrays, so that it restores on any devices; `load_averaged` reads it as well.
+    custom_metadata["emaopt_combination"] says what it was made of.
 
-    The coefficients are yours: `average` and `synthesize` choose them by a profile, and
-    `posthoc.combine` adds up trees in memory.
+    Here the caller chooses the coefficients; `average` and `synthesize` compute them from
+    a profile. `posthoc.combine` adds up trees in memory.
 
     Args:
-      paths: Checkpoints of emaopt's or of Orbax's, oldest first; of a CheckpointManager,
+      paths: Checkpoints of emaopt or of Orbax, oldest first; of a CheckpointManager, the
         directories of steps.
       coefficients: float [n].
       out: Directory to make. It never holds half a checkpoint.
-      weights: None: what stands under the parameters' names, in a checkpoint of emaopt's
-        the averages. "raw": the raw parameters. "average": the only average, wherever it
-        stands. Else the average of that name.
+      weights: None: the served weights, under the parameters' names: in a checkpoint of
+        emaopt the averages. "raw": the raw parameters. "average": the only average,
+        wherever it stands. Else the average of that name.
       at: The names that lead to the parameters, as in "model/params", or to a part of
-        them. None: found by the average of them, or "params", or all of a checkpoint that
-        holds no optimizer's state.
+        them. None: the parameters of the average, or "params", or all of a checkpoint
+        without an optimizer's state.
       dtype: Floating dtype to cast floating arrays to. None: as saved.
-      force: Replace what stands at `out`, as `save` does; never what is combined.
+      force: Replace what stands at `out`, as `save` does; never one of `paths`.
       custom_metadata: Further entries for the record.
-      progress: Called with the bytes that are read and those that there are.
+      progress: Called with the bytes read so far and the bytes to read in all.
       report: Called with a sentence for each leaf that comes out with NaN or inf.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at a path.
-      ValueError: If checkpoints differ in names, shapes, dtypes or which weights stand
-        under the names (both are named), are not complete or damaged, do not hold the
-        weights; or if `out` exists, or holds what is combined.
+      ValueError: If two checkpoints differ in names, shapes, dtypes or in which weights
+        are served (the message names both); if one is incomplete or damaged, or lacks the
+        weights; if `out` exists, or holds one of `paths`.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -87,6 +89,7 @@ def combine(
     paths = _checked_paths("combine", paths)
     check_text("combine", "weights", weights, optional=True)
     check_json("combine", "custom_metadata", custom_metadata)
+    # These entries describe the result, and its readers rely on them.
     if odd := sorted(_record.OF_COMBINATIONS.intersection(custom_metadata or {})):
         raise ValueError(
             f"combine: custom_metadata has {odd}, which the record has of its own; take "
@@ -113,33 +116,33 @@ def combine(
 
 @_replacement.whole
 def average(
-    paths: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
+    paths: Sequence[Path],
+    out: Path,
     *,
     profile: str = "uniform",
     steps: Sequence[int] | None = None,
     weights: str | None = None,
     at: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restore.log_warning,
+    report: Report = _restore.log_warning,
 ) -> dict[str, float]:
-    """Averages checkpoints of a run, instead of a decay of its learning rate.
+    """Averages checkpoints of a run, in place of a decay of its learning rate.
 
     Profiles:
-      "uniform": all alike, as LAWA and PMA do.
+      "uniform": all weigh the same, as in LAWA and PMA.
       "linear:f", "cosine:f", "1-sqrt:f": as if the learning rate had been brought to 0 in
-        that way over the last fraction f of the run, as WSM does
+        that shape over the last fraction f of the run, as in WSM
         (`posthoc.annealing_weights`). Without ":f", from the oldest checkpoint on.
-      "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": as near to
-        that average of all the steps up to the newest as these checkpoints allow.
-    All but the first weigh the steps of training; an iterate's weight goes to
-    the two checkpoints around it, the nearer one getting more.
+      "ema:β", "half-life:steps", "power:σ_rel", "polynomial:η", "warmup:β": what comes
+        near to that average of all steps up to the newest checkpoint's.
+    All but the first weigh the steps of training. The weight of a step is split between
+    the two checkpoints around it, and the nearer one gets more.
 
     Args:
-      paths: Checkpoints, or directories of a CheckpointManager: all its steps. In the
-        order of their steps if these are known, else oldest first.
+      paths: Checkpoints, or directories of a CheckpointManager for all of its steps. They
+        are sorted by their steps if these are known, and must else be oldest first.
       out: Directory to make, as for `combine`.
       profile: One of the above.
       steps: The step of each path. None: the numbers in which the paths end.
@@ -149,8 +152,8 @@ def average(
       {checkpoint: its weight}, oldest first.
 
     Raises:
-      FileNotFoundError, ValueError: As `combine` does; if the profile is none, or needs
-        steps and there are none, or two checkpoints have the same.
+      FileNotFoundError, ValueError: As `combine` does; if there is no such profile, or it
+        needs steps that are not known, or two checkpoints have the same step.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -201,9 +204,15 @@ def average(
 
 
 def check_merging(
-    function: str, out: Any, at: Any, dtype: Any, force: Any, progress: Any, report: Any
+    function: str,
+    out: Path,
+    at: object,
+    dtype: object,
+    force: object,
+    progress: object,
+    report: object,
 ) -> None:
-    """Checks what all three take."""
+    """Checks the arguments that `combine`, `average` and `synthesize` have in common."""
     check_writable(function, "out", out)
     check_text(function, "at", at, optional=True)
     check_dtype(function, "dtype", dtype)
@@ -212,8 +221,9 @@ def check_merging(
     check_callable(function, "report", report, 1)
 
 
-def _checked_paths(function: str, paths: Any) -> list[Any]:
+def _checked_paths(function: str, paths: Iterable[Path]) -> list[Path]:
     check_iterable(function, "paths", paths, "paths")
+    # An iterator gives its paths only once.
     paths = [*paths]
     for path in paths:
         check_readable(function, "each of paths", path)

@@ -1,8 +1,8 @@
-"""What stands where in a checkpoint: averages, raw parameters, other arrays."""
+"""Where averages, raw parameters and other arrays are in a checkpoint."""
 
 import itertools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import jax
 
@@ -15,37 +15,41 @@ from emaopt._nodes import (
     refuse_unknown_name,
     served_nodes,
 )
+from emaopt._places import Place
+from emaopt._types import PyTree
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, located_in
 
 
 class Average(NamedTuple):
-    """An average, where its own state keeps it and whose parameters it is of."""
+    """An average in a checkpoint: its state, and the parameters that it averages."""
 
-    params: Names
-    average: Names
-    field: str
-    served: bool  # whether it stands in the parameters' place, and they in its own
-    alone: bool = False  # whether they are not there at all
+    params: Names  # names that lead to the parameters; () if they are not known
+    average: Names  # names that lead to its state
+    field: str  # the field of that state: "average" or "center"
+    served: bool  # whether it is under the parameters' names, and they are in its field
+    alone: bool = False  # whether the raw parameters are not there at all
 
     @property
     def inside(self) -> Names:
+        """The names of the state's field: of the average, or, if served, of the raw."""
         return (*self.average, self.field)
 
 
 class Averaged(NamedTuple):
-    """Parameters, by name, of which some or all are averages."""
+    """Parameters by name, some or all of them averages."""
 
     prefix: Names  # the names that lead to them
-    averaged: set[Names]  # which of them are averages
-    places: dict[Names, Names]  # where on disk each stands
+    averaged: set[Names]  # those that are averages
+    places: dict[Names, Names]  # name below the prefix -> name on disk
 
 
 def way_to(function: str, files: _files.Files, at: str | None) -> Names:
-    """The names that `at` says, or an error if nothing stands there; () for None."""
+    """The names in `at`, or an error if the checkpoint has nothing there; () for None."""
     names, present = split(at), _files.all_leaves(files)
     if not names or any(is_below(n, names) for n in present):
         return names
+    # Users are shown a leaf of their own that is called "value" with that name.
     if names[-1] == "value" and names[:-1] in files.values:
         return names[:-1]
     depth = max((num_common(n, names) for n in present), default=0)
@@ -65,9 +69,10 @@ def averages_at(
     *,
     option: str,
 ) -> Averaged:
-    """The averages of a name, or the only one, of what stands at a place.
+    """The averages of a name, or the only one, for the parameters at a place.
 
-    What they leave out is taken raw. Errors name the option that gives the name.
+    Parameters that an average leaves out (masked) are taken raw. Errors name the `option`
+    that gives the name.
     """
     way, present = way_to(function, files, at), _files.all_leaves(files)
     if name is None and files.marker is None and files.combination:
@@ -76,11 +81,13 @@ def averages_at(
         return Averaged(prefix, set(places), places)
     chosen = _chosen(function, files, name, at, way, option)
     if own := [one for one in chosen if way and is_below(way, one.inside)]:
-        (one,) = own  # the place that its state keeps it in
+        (one,) = own  # the average into whose state `at` leads
         there = one.params if one.served else one.inside
         cut = len(one.inside)
         places = {n[len(way) :]: there + n[cut:] for n in present if is_below(n, way)}
         return Averaged(way, set(places), places)
+    # First all parameters, raw, from wherever the swap put them; then, over them, those
+    # of which a chosen average has a leaf.
     prefix = way or chosen[0].params
     states = [*average_nodes(_files.whole_tree(files))]
     states += center_nodes(_files.whole_tree(files))
@@ -101,7 +108,7 @@ def averages_at(
 
 
 def parameters(function: str, files: _files.Files) -> list[Names]:
-    """The ways to the parameters of each average in a checkpoint, or [] without any."""
+    """The names that lead to the parameters of each average, or [] without averages."""
     if files.marker is not None:
         return sorted({one.params for one in files.marker.served})
     if files.combination:
@@ -113,14 +120,14 @@ def parameters(function: str, files: _files.Files) -> list[Names]:
 def said_of(
     files: _files.Files, prefix: Names, places: Iterable[Names], *, raw: bool = False
 ) -> tuple[str, tuple[str, ...]]:
-    """What stands at places on disk, in words, and the averages among it by name.
+    """The weights at places on disk, in words, and the averages among them by name.
 
-    Parameters that an average leaves out are not mentioned beside it. `raw` says that
-    without any average they are all parameters.
+    Parameters that an average leaves out are not mentioned beside it. With `raw`, arrays
+    are called parameters where there is no average.
     """
     everything, present = _everything(files), _files.all_leaves(files)
     averages: dict[Average, None] = {}
-    of_others, left = False, []  # the raw ones in the place of averages; the rest
+    of_others, left = False, []  # raw ones in a served average's state; all the others
     for n in places:
         if holds := [one for one in everything if _holds(one, n, present)]:
             averages |= dict.fromkeys(holds)
@@ -129,7 +136,7 @@ def said_of(
         elif not any(one.params and is_below(n, one.params) for one in everything):
             left.append(n)
     others = bool(left) and not (raw and not averages)
-    if others:  # found out at last, because it is slow
+    if others:  # found out last, because it is slow
         trees = [_parameters_of(files, one) for one in everything if not one.served]
         others = not all(any(is_below(n, tree) for tree in trees if tree) for n in left)
     if not averages:
@@ -147,7 +154,10 @@ def said_of(
 
 
 def refuse_averages(function: str, files: _files.Files, at: str, way: Names) -> bool:
-    """Whether raw parameters stand in an average's place; raises if averages do."""
+    """Whether raw parameters are at a place in an average's state.
+
+    Raises if the average itself is there: who asks for raw weights must not get it.
+    """
     for one in _everything(files):
         if is_below(way, one.inside) and not one.served:
             raise advised(
@@ -161,7 +171,7 @@ def refuse_averages(function: str, files: _files.Files, at: str, way: Names) -> 
 
 
 def _everything(files: _files.Files) -> list[Average]:
-    """All averages in a checkpoint, without the parameters of those not served."""
+    """All averages in a checkpoint; of those not served, `params` is left empty."""
     found, tree = _served(files), _files.whole_tree(files)
     ours = {one.average for one in found}
     return found + [
@@ -172,21 +182,24 @@ def _everything(files: _files.Files) -> list[Average]:
 
 
 def _parameters_of(files: _files.Files, one: Average) -> Names:
+    """The names that lead to an average's parameters, or () if several trees fit."""
     try:
         return _located("emaopt", files, one.average, ()).params
     except ValueError:
-        return ()  # not clear
+        return ()
 
 
-def _holds(one: Average, n: Names, present: Any) -> bool:
-    """Whether what stands at a name is of the average."""
+def _holds(one: Average, n: Names, present: Collection[Names]) -> bool:
+    """Whether the leaf at a name is one of the average."""
     if not one.served:
         return is_below(n, one.inside)
+    # A parameter without a raw twin in the average's state was masked: it is raw itself.
     there = one.alone or one.inside + n[len(one.params) :] in present
     return is_below(n, one.params) and there
 
 
 def _served(files: _files.Files) -> list[Average]:
+    """The averages that are served, by the record."""
     served, alone = files.marker.served if files.marker else (), files.without_raw
     return [Average(s.params, s.average, s.field, True, s in alone) for s in served]
 
@@ -199,14 +212,14 @@ def _chosen(
     way: Names,
     option: str,
 ) -> list[Average]:
-    """The averages that are meant: one, or several that are served of one tree.
+    """The averages that a name and a place choose: one, or several served of one tree.
 
-    Without a name, those that are served go before those that are not.
+    Without a name, served averages go before others.
     """
     tree, present = _files.whole_tree(files), _files.all_leaves(files)
     nodes, ours = served_nodes(tree, name), _served(files)
     served = [s for s in ours if name is None or s.average in nodes]
-    # One that is masked everywhere decides nothing where there are others.
+    # An average of no leaf at all (masked everywhere) does not make the choice unclear.
     full = [s for s in served if any(is_below(n, s.inside) for n in present)]
     served = full or [s._replace(params=s.params or way) for s in served]
     served = [s for s in served if s.params]
@@ -257,7 +270,7 @@ def _chosen_at(
     others: list[Names],
     option: str,
 ) -> list[Average]:
-    """Those of what stands at a place."""
+    """The averages whose parameters are at a place, above it or below it."""
     found = ours = [s for s in served if _related(way, s)]
     nodes = served_nodes(_files.whole_tree(files), name)
     errors = []
@@ -269,9 +282,11 @@ def _chosen_at(
             one = one._replace(params=_located(function, files, names, way).params)
         except ValueError as error:
             errors.append(error)
-        else:  # of the same parameters the one that is served is meant, if none is named
+        else:
+            # Without a name, the served one of two averages of the same parameters.
             beside = name is None and any(_overlap(one, s) for s in ours)
             found = found + [one] * (_related(way, one) and not beside)
+    # If a served average has the place, those whose parameters are unclear do no harm.
     if errors and not any(is_below(way, one.params) for one in ours):
         raise errors[0]
     if not found:
@@ -281,6 +296,7 @@ def _chosen_at(
             f"holds the averages of {there}.",
             "at",
         )
+    # Two served averages of one tree have no leaf in common; others may.
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if _overlap(a, b)]
     if not all(a.served and b.served for a, b in pairs):
         which = ", ".join("/".join(one.average) for one in found)
@@ -293,29 +309,31 @@ def _chosen_at(
 
 
 def _several(what: str, option: str) -> ValueError:
-    """The error that several averages can be meant."""
+    """The error for a choice between several averages that nothing decides."""
     advice = f"Say with {option}= which."
     return advised(ValueError, what, advice, "Say with --weights which.")
 
 
 def _related(way: Names, one: Average) -> bool:
-    """Whether a place is above, in or below an average's parameters, or in its own."""
+    """Whether a place is at, above or below an average's parameters, or in its state."""
     near = is_below(way, one.params) or is_below(one.params, way)
     return near or is_below(way, one.inside)
 
 
 def _overlap(a: Average, b: Average) -> bool:
+    """Whether the parameters of one average contain those of the other."""
     return is_below(a.params, b.params) or is_below(b.params, a.params)
 
 
-def _located(function: str, files: _files.Files, average: Names, way: Names) -> Any:
-    """The parameters of one that is not served, as if none were."""
+def _located(function: str, files: _files.Files, average: Names, way: Names) -> Place:
+    """The parameters of an average that is not served, found as if none were served."""
     served = files.marker.served if files.marker else ()
     known = [one.params for one in served]
     tree = _logical(files)
     return located_in(function, tree, average, at=way, known=known, option="at")
 
 
-def _logical(files: _files.Files) -> Any:
+def _logical(files: _files.Files) -> PyTree:
+    """The saved training state, not swapped, as a tree of `_trees.as_array` leaves."""
     physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
     return _trees.raw_by(physical, files.marker)

@@ -1,11 +1,13 @@
-"""What a checkpoint holds, in numbers and names; arrays are not read."""
+"""Describes what a checkpoint holds, in numbers and names, without reading arrays."""
 
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from etils import epath
 
 from emaopt._checks import check_text
 from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
+from emaopt._types import DecayLike, Json, Path
 from emaopt._weights import MOST, WeightSummary, weight_summary
 from emaopt.checkpoint import _files, _replacement, _selection, _synthesis
 
@@ -25,39 +27,39 @@ class AverageDescription(NamedTuple):
     name: str
     num_updates: int
     served: bool  # whether it stands under the parameters' names
-    summary: WeightSummary | None  # of its profile, if its name says its decay
+    summary: WeightSummary | None  # of its weights, if its name tells its decay
 
 
 class Description(NamedTuple):
-    """What `describe` finds."""
+    """What `describe` returns."""
 
     path: str
-    parameters: str  # the names that lead to them, joined with "/"; of several with ", "
-    served: str  # which weights stand there, in words
+    parameters: str  # the names that lead to them, joined with "/"; several with ", "
+    served: str  # which weights stand under these names, in words
     leaves: list[Leaf]
     averages: list[AverageDescription]
-    record: dict[str, Any]  # what a combination was made of, else empty
+    record: Json  # how a combination was made; of other checkpoints, empty
     nbytes_on_disk: int
 
 
 @_replacement.whole
-def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
-    """Describes a checkpoint: its arrays, its averages, and what is served.
+def describe(path: Path, *, at: str | None = None) -> Description:
+    """Describes a checkpoint: its arrays, its averages, and which weights it serves.
 
-    Reads metadata and step counters.
+    Reads metadata and step counters, and no other arrays.
 
     Args:
-      path: A checkpoint, as for `load_averaged`, or any of Orbax's.
-      at: Where the parameters stand, as for `combine`; of several averages' parameters,
-        without it, all.
+      path: A checkpoint, as for `load_averaged`, or any that Orbax wrote.
+      at: Where the parameters are, as for `combine`. None: the parameters of all averages
+        in it.
 
     Returns:
-      A `Description`. The summary of an average is that of its decay without `every` and
-      `start`, which no checkpoint tells.
+      A `Description`. The summary of an average (EMA) is that of its decay β alone:
+      checkpoints do not record `every` and `start`.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
-      ValueError: If it is not complete or damaged, or has nothing at `at`.
+      ValueError: If the checkpoint is incomplete or damaged, or has nothing at `at`.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -83,6 +85,7 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     for one in _selection.averages_in(files):
         updates = _synthesis.updates("describe", files, one)
         summary = None
+        # Nothing on disk tells a decay but a name that somebody chose, as "power:0.1".
         if (spec := _selection.decay_said(one.names)) is not None:
             summary = _summary(decay_of(spec), updates, one.debias)
         name = "/".join(one.names)
@@ -98,15 +101,17 @@ def describe(path: str | os.PathLike, *, at: str | None = None) -> Description:
     )
 
 
-def _summary(decay: Any, updates: int, debias: bool) -> WeightSummary | None:
+def _summary(decay: DecayLike, updates: int, debias: bool) -> WeightSummary | None:
+    """The summary of a decay's weights, or None if it would take too long."""
     try:
         return weight_summary(decay, updates, debias=debias)
     except ValueError:
+        # A decay without a closed form, after too many updates to go through.
         if updates <= MOST:
             raise
-        return None  # of a decay without a closed form, nothing to fail for
+        return None
 
 
-def _size(path: Any) -> int:
-    """The bytes of the files in a directory."""
+def _size(path: epath.Path) -> int:
+    """The bytes of the files in a directory, and in those below it."""
     return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length

@@ -1,7 +1,7 @@
-"""What stands on disk: names, shapes, our record.
+"""Opens a checkpoint: names, shapes and dtypes of its leaves, and emaopt's record.
 
-A checkpoint is a tree. Orbax keeps it in one directory, or, as CheckpointManager's
-Composite does, in a directory for each of its top-level keys; here both are one tree.
+A checkpoint is a tree. Orbax keeps it in one directory, or, in a Composite of
+CheckpointManager, in a directory for each top-level key. Here both are one tree.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._output import is_url, url
 from emaopt._places import Names, Place, fitting, has_namesake, located_at
+from emaopt._types import Json, Leaf, Path, PyTree
 from emaopt.checkpoint import (
     _arrays,
     _checksums,
@@ -32,29 +33,32 @@ from emaopt.checkpoint import (
 from emaopt.checkpoint._agreement import agreed, holes
 from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP
 
+if TYPE_CHECKING:
+    from emaopt.checkpoint._orbax import TreeMetadata
+
 _log_warning = logging.getLogger("emaopt").warning
 
 
 class Files(NamedTuple):
     """A checkpoint on disk."""
 
-    path: Any  # as given
-    items: dict[Names, tuple[Any, Any]]  # () or (item,) -> directory, tree of metadata
-    saved: dict[Names, Any]  # metadata of every leaf
+    path: epath.Path  # where it is read from
+    items: dict[Names, tuple[epath.Path, PyTree]]  # () or (item,) -> directory, metadata
+    saved: dict[Names, Leaf]  # metadata of every leaf
     marker: _record.Marker | None
-    combination: dict[str, Any] | None  # the record of what `combine` wrote
+    combination: Json | None  # the record of what `combine` wrote
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
-    values: frozenset[Names]  # leaves whose users call them "value", on record
+    values: frozenset[Names]  # leaves that their users call "value", by the record
 
     @property
     def without_raw(self) -> list[_record.Served]:
-        """Served averages whose raw parameters went with the item of their state."""
+        """Served averages without raw parameters: the item of their state is missing."""
         if self.marker is None or () in self.items:
             return []
         return [one for one in self.marker.served if one.average[:1] not in self.items]
 
     def refuse_without_raw(self, function: str, below: Names) -> None:
-        """Raises if raw parameters are meant that are not there."""
+        """Raises if raw parameters at, above or below some names are missing."""
         for one in self.without_raw:
             if is_below(one.params, below) or is_below(below, one.params):
                 raise ValueError(
@@ -66,24 +70,26 @@ class Files(NamedTuple):
                 )
 
 
-def absolute(path: str | os.PathLike) -> Any:
+def absolute(path: Path) -> epath.Path:
+    """What a user gave as a path, as one that Orbax takes: absolute, or a URL."""
     path = os.fspath(path)
     return url(path) if is_url(path) else epath.Path(os.path.abspath(path))
 
 
 def open_files(
     function: str,
-    given: str | os.PathLike,
+    given: Path,
     *,
     at: str | None = None,
     option: str = "params",
     lazy: bool = False,
 ) -> Files:
-    """Reads the metadata of a checkpoint, or says what stands there instead.
+    """Reads the metadata of a checkpoint, or raises and says what there is instead.
 
-    If its record is lost, `at` says where the parameters stand, by the caller's `option`.
-    With `lazy`, arrays are not opened before something is asked of them.
+    If its record is lost, `at` tells where the parameters are; errors name the caller's
+    `option` for that. With `lazy`, arrays are opened only when their shapes are needed.
     """
+    # Before anything is read: `whole` compares with this when the reader is done.
     _replacement.opening(absolute(given))
     path, found = absolute(given), _replacement.standing(absolute(given))
     if found is None:
@@ -98,6 +104,7 @@ def open_files(
         )
         path = found
     _completion.refuse_unfinished(function, path)
+    # Whether a lone directory is an item or a whole tree depends on the step's record.
     step = path / STEP
     custom = _step_metadata(function, step)
     directories = _items.directories_of(
@@ -117,7 +124,8 @@ def open_files(
     _items.refuse_bare(function, path, directories)
     items, saved = {}, {}
     lost: set[Names] = set()
-    said: list[tuple[Names, Any, dict[str, Any]]] = [((), step, custom)]
+    # The record may be with the step, with each item, or both: all must agree.
+    said: list[tuple[Names, epath.Path, Json]] = [((), step, custom)]
     for prefix, directory in directories.items():
         metadata = _metadata(function, directory, lazy)
         said.append((prefix, directory / ITEM, metadata.custom_metadata or {}))
@@ -127,6 +135,8 @@ def open_files(
         lost |= {prefix + names for names in own_values(metadata.tree)}
     record, checksums = _one_of(function, said, _record.KEY)
     combination, sums = _one_of(function, said, _record.RECORD)
+    # What lost "value" in the names is a Flax variable, unless the record calls it a leaf
+    # of that name: True is all of them.
     own = (record or combination or {}).get("values", ())
     values = frozenset(lost if own is True else lost & set(map(tuple, own)))
     combination = _record.content(combination) if combination else None
@@ -135,19 +145,21 @@ def open_files(
         marker = _lost_marker(function, files, at, option)
     else:
         marker = _record.as_marker(record)
+        # Given one item of a step, with a record of the whole step: if that speaks of the
+        # item, the step is opened in its place, for the swap goes across items.
         one_of_step = () in items and _completion.is_item(path)
         if one_of_step and _speaks_of(marker, [(path.name,)]):
             return open_files(function, path.parent, at=at, option=option, lazy=lazy)
         if one_of_step and not _speaks_of(marker, saved):
-            marker = None  # it is of other items of the step
+            marker = None  # the record is of other items of the step
         else:
             marker = agreed(function, path, marker, whole_tree(files), saved, items)
     _refuse_lost(function, files)
     return files._replace(marker=marker)
 
 
-def _metadata(function: str, directory: Any, lazy: bool) -> Any:
-    """Orbax's metadata of an item; with all arrays opened, if it is not lazy."""
+def _metadata(function: str, directory: epath.Path, lazy: bool) -> "TreeMetadata":
+    """Orbax's metadata of an item; unless `lazy`, its arrays are opened, all at once."""
     with explained(function, f"the metadata in {directory}"):
         metadata = _arrays.metadata(directory)
         if not lazy:
@@ -156,27 +168,29 @@ def _metadata(function: str, directory: Any, lazy: bool) -> Any:
 
 
 def _few(steps: list[int]) -> str:
-    """Some of a run's steps, the first and the last."""
+    """The steps of a run in words: of more than eight the first and the last three."""
     few = [str(step) for step in steps]
     return ", ".join(few if len(few) <= 8 else [*few[:3], "...", *few[-3:]])
 
 
 def _one_of(
-    function: str, said: list[tuple[Names, Any, dict[str, Any]]], key: str
-) -> tuple[dict[str, Any] | None, dict[Names, _checksums.Checksum]]:
-    """The record of a step, which each of its items may have, and all its checksums.
+    function: str, said: list[tuple[Names, epath.Path, Json]], key: str
+) -> tuple[Json | None, dict[Names, _checksums.Checksum]]:
+    """The record of a step, which each item may have a copy of, and all checksums.
 
-    Those of an item name what is in the item.
+    The checksums of an item have names below the item.
     """
     checksums: dict[Names, _checksums.Checksum] = {}
-    found: list[tuple[Any, dict[str, Any]]] = []
+    found: list[tuple[epath.Path, Json]] = []
     for prefix, file, custom in said:
         if (record := _record.checked(function, file, custom, key)) is None:
             continue
         found.append((file, record))
-        if record["version"] > 2:  # before, they were others
+        if record["version"] > 2:  # before, checksums had another definition
             entries = _checksums.recorded(record.get("checksums", ()))
             checksums |= {prefix + names: entry for names, entry in entries.items()}
+        # A manager writes one token in all records of a save: items of two saves differ
+        # here even if the averages are at the same places.
         first, other = found[0]
         if _record.content(record) != _record.content(other):
             raise ValueError(
@@ -187,7 +201,7 @@ def _one_of(
 
 
 def _refuse_lost(function: str, files: Files) -> None:
-    """Raises if something is not there whose checksum is on record."""
+    """Raises if an array is not there whose checksum is on record."""
     if odd := [names for names in files.checksums if names not in files.saved]:
         raise ValueError(
             f"{function}: {files.path} lacks {listed(odd)}, of which its record has "
@@ -196,13 +210,13 @@ def _refuse_lost(function: str, files: Files) -> None:
 
 
 def _speaks_of(marker: _record.Marker, names: Iterable[Names]) -> bool:
-    """Whether a record's averages or parameters are below one of the first names."""
+    """Whether a record's averages or parameters share their first key with some names."""
     ways = [way for one in marker.served for way in (one.params, one.average)]
     return bool({way[:1] for way in ways} & {name[:1] for name in names})
 
 
-def whole_tree(files: Files) -> Any:
-    """The metadata as one tree, as it stands on disk."""
+def whole_tree(files: Files) -> PyTree:
+    """The metadata as one tree, in the layout on disk."""
     tree = {}
     for prefix, (_, subtree) in files.items.items():
         tree = subtree if prefix == () else tree | {prefix[0]: subtree}
@@ -212,14 +226,15 @@ def whole_tree(files: Files) -> Any:
 def _lost_marker(
     function: str, files: Files, at: str | None, option: str
 ) -> _record.Marker | None:
-    """The marker again, if it is lost: a swapped state says itself what it is."""
+    """The marker without a record, from the tree: swapped states have other fields."""
     tree = whole_tree(files)
     places = [
         located_in(function, tree, names, at=split(at), option=option)
         for names in swapped_nodes(tree)
     ]
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
-    # Orbax always writes it, with this entry.
+    # Orbax writes this entry in every step's metadata. If it is missing, so may be the
+    # record, and with it the shapes of arrays of size 0: None may stand for one.
     found = [_completion.json_of(p / STEP) for p in (files.path, files.path.parent)]
     is_damaged = not any(CUSTOM in content for content in found)
     nothing = holes(tree) if served and is_damaged and not at else ()
@@ -237,7 +252,7 @@ def _lost_marker(
 
 def located_in(
     function: str,
-    tree: Any,
+    tree: PyTree,
     average: Names,
     *,
     at: Names = (),
@@ -246,9 +261,10 @@ def located_in(
 ) -> Place:
     """The parameters of an average in a checkpoint's tree.
 
-    They are what leads to `at` and fits, or the one of the `known` that does, or the only
-    ones that they can be. Those of another average are not taken where its twin's are
-    called as this average is. An error names the option by which the caller is told.
+    They are the tree at `at`, or the next one above it, that fits; else the only one of
+    the `known` trees that fits; else the only tree that they can be. A known tree is left
+    out if another one shares a name with the average that the known one lacks. Errors
+    name the caller's `option` that tells where the parameters are.
     """
     told = (at[:i] for i in range(len(at), 0, -1))
     found = fitting(tree, average, told)[:1]
@@ -262,8 +278,8 @@ def located_in(
     return located_at(function, tree, average, option=option)
 
 
-def _step_metadata(function: str, file: Any) -> dict[str, Any]:
-    """What `custom_metadata=` of Orbax's checkpointers wrote; items have their own."""
+def _step_metadata(function: str, file: epath.Path) -> Json:
+    """The `custom_metadata=` given to Orbax's checkpointers; items have their own."""
     if not file.exists():
         return {}
     try:
@@ -278,8 +294,8 @@ def _step_metadata(function: str, file: Any) -> dict[str, Any]:
     return custom
 
 
-def _refuse_misplaced(function: str, file: Any, found: dict[str, Any]) -> None:
-    """Raises if our record is under another key."""
+def _refuse_misplaced(function: str, file: epath.Path, found: Json) -> None:
+    """Raises if emaopt's record is under another key, as after a flipped bit."""
     for key in found.keys() - {CUSTOM, _record.KEY}:
         if _record.looks_like_one(found[key]):
             raise ValueError(
@@ -298,18 +314,18 @@ def logical_names(files: Files) -> dict[Names, Names]:
     }
 
 
-def all_leaves(files: Files) -> dict[Names, Any]:
-    """Metadata of every leaf, those of size 0 too, by name on disk."""
+def all_leaves(files: Files) -> dict[Names, Leaf]:
+    """Metadata of every leaf, also of arrays of size 0, by name on disk."""
     return files.saved | files.marker.empty if files.marker else files.saved
 
 
 @contextlib.contextmanager
-def explained(function: str, place: Any) -> Iterator[None]:
-    """Says of what goes wrong in reading where it did."""
+def explained(function: str, place: object) -> Iterator[None]:
+    """Turns an error in reading into a ValueError that names the place."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # not of the files
+        raise  # the files are not at fault
     except Exception as error:
         raise ValueError(
             f"{function}: {place} cannot be read, {_brief(error)}. If its files are "
@@ -318,36 +334,38 @@ def explained(function: str, place: Any) -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
+    """The kind of an error and the first line of its innermost cause."""
     while error.__cause__ is not None:  # the innermost names the file
         error = error.__cause__
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def names_of(tree: Any) -> dict[Names, Any]:
+def names_of(tree: PyTree) -> dict[Names, Leaf]:
     """The leaves by name, the same in memory and on disk."""
     return dict(leaves_with_keys(tree))
 
 
-def shape(leaf: Any) -> tuple[int, ...]:
-    """The shape that a leaf's metadata tells; text has none."""
+def shape(leaf: Leaf) -> tuple[int, ...]:
+    """The shape in a leaf's metadata; () for text, which has none."""
     return tuple(getattr(leaf, "shape", ()))
 
 
-def nbytes(leaf: Any) -> int:
-    """The size in memory of what a leaf's metadata describes."""
+def nbytes(leaf: Leaf) -> int:
+    """The size in memory of an array, by its metadata; 0 for text."""
     if not hasattr(leaf, "dtype"):
         return 0
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def shown(files: Files, names: Names, place: Names | None = None) -> Names:
-    """A leaf's name as its users know it; `place`: where it stands, if elsewhere."""
+    """A leaf's name as its users know it; `place` is its name on disk, if another."""
     known = place if place is not None else names
     return (*names, "value") if known in files.values else names
 
 
-def listed(paths: Any) -> str:
+def listed(paths: Iterable[Names]) -> str:
+    """Names in words, of more than ten the first ten and how many more there are."""
     names = ["/".join(path) for path in sorted(paths)]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more

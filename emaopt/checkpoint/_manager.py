@@ -2,11 +2,12 @@
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from emaopt._checks import (
     check_callable,
@@ -16,8 +17,9 @@ from emaopt._checks import (
     check_mapping,
     check_text,
 )
-from emaopt._places import Choice, Ways, check_choices
+from emaopt._places import Choice, Place, Ways, check_choices
 from emaopt._swap import exchange
+from emaopt._types import Json, PyTree, Report
 from emaopt.checkpoint import (
     _checksums,
     _files,
@@ -29,6 +31,10 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._files import Names
 
+Save: TypeAlias = ocp.args.StandardSave | ocp.args.PyTreeSave
+Restore: TypeAlias = ocp.args.StandardRestore | ocp.args.PyTreeRestore
+Measured: TypeAlias = Literal["raw", "averaged"] | None
+
 
 def handler_registry(
     *,
@@ -37,8 +43,8 @@ def handler_registry(
     optional: bool = False,
     rename: Mapping[str, str] | None = None,
     items: Iterable[str] = (),
-    metrics_of: Literal["raw", "averaged"] | None = None,
-    report: Callable[[str], Any] | None = None,
+    metrics_of: Measured = None,
+    report: Report | None = None,
     checksums: bool = True,
 ) -> ocp.handlers.CheckpointHandlerRegistry:
     """Makes a CheckpointManager serve the average; its calls stay as they are.
@@ -47,12 +53,13 @@ def handler_registry(
         manager.save(step, args=ocp.args.StandardSave(state))
         state = manager.restore(step, args=ocp.args.StandardRestore(state))
 
-    also with PyTreeSave, and with Composite(params=StandardSave(...),
-    train_state=PyTreeSave(...)), where the swap goes across the items, and whatever
-    options the manager has: asynchronous saves, max_to_keep, best_fn, preemption. The
-    files are those of Orbax's stock handlers: a manager without the registry restores the
-    averages under the parameters' names. PyTreeSave's save_args and PyTreeRestore's
-    restore_args hold for the leaves that they are given for; transforms are refused.
+    PyTreeSave works as well, and so does Composite(params=StandardSave(...),
+    train_state=PyTreeSave(...)), where the swap goes across the items. All options of the
+    manager work: asynchronous saves, max_to_keep, best_fn, preemption. The files are
+    those of Orbax's stock handlers, so a manager without the registry restores the served
+    weights: the averages, under the parameters' names. PyTreeSave's save_args and
+    PyTreeRestore's restore_args hold for the leaves that they are given for; transforms
+    are refused.
 
     A manager with item_handlers of its own takes no registry. Swap before and after it:
 
@@ -62,29 +69,29 @@ def handler_registry(
             step, args=ocp.args.Composite(**args), custom_metadata=metadata(swapped)
         )
 
-    What to watch: one registry for one manager; an error in saving comes from
-    `manager.save`, or from `wait_until_finished` and the next save if saves are
-    asynchronous. To adopt or to drop an average by a manager, keep the registry, with
-    optional=True, as long as steps of before are restored.
+    What to watch: each manager needs a registry of its own. An error in saving is raised
+    by `manager.save`, or, if saves are asynchronous, by `wait_until_finished` and the
+    next save. A run that adopts or drops an average keeps the registry, with
+    optional=True, as long as it restores older steps.
 
     Args:
-      name, params: As for `save`. The names of items are a part of the way.
+      name, params: As for `save`. In a Composite, ways begin with the item's name.
       optional: Save a state without an average as it is, in place of an error.
       rename: As for `restore`.
       items: Names of items, besides "default", that `manager.restore(step)` without
-        arguments shall return as they were saved, not as they are on disk.
-      metrics_of: Which weights the metrics given to `manager.save` were measured on; goes
-        on record, in custom_metadata["emaopt"]["metrics_of"] of each item.
-      report: As for `restore`; default the warning function of the logger "emaopt".
-      checksums: As for `save`, computed before `manager.save` returns; none of what
-        save_args cast.
+        arguments returns as they were saved, not as they are on disk.
+      metrics_of: Which weights the metrics given to `manager.save` were measured on. It
+        is recorded in custom_metadata["emaopt"]["metrics_of"] of each item.
+      report: As for `restore`; by default the warning function of the logger "emaopt".
+      checksums: As for `save`, computed before `manager.save` returns. Arrays that
+        save_args cast have none.
 
     Returns:
       A registry for `ocp.CheckpointManager(..., handler_registry=...)`.
 
     Raises:
-      ValueError: If `metrics_of` is something else. From the manager: as `save` and
-        `restore` do.
+      ValueError: If `metrics_of` is none of these. From the manager: as `save` and
+        `restore` raise it.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -122,7 +129,7 @@ def handler_registry(
         checksums,
         rename,
     )
-    # One for all arguments, for Orbax writes down one handler for an item.
+    # One handler for all kinds of arguments: Orbax records one handler for each item.
     handler = ocp.StandardCheckpointHandler()
     swapping.saves = {
         ocp.args.StandardSave: handler.async_save,
@@ -132,6 +139,7 @@ def handler_registry(
         handler, async_save=swapping.async_save, restore=swapping.restore
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    # The entry None is for items of all other names.
     for item in (None, "default", *items):
         for args in (*swapping.saves, ocp.args.StandardRestore, ocp.args.PyTreeRestore):
             registry.add(item, args, handler)
@@ -141,8 +149,8 @@ def handler_registry(
 class _Step(NamedTuple):
     """A step that is being saved."""
 
-    items: dict[str, Any]  # -> args
-    save: str  # tells its items from those of other saves, which may come among them
+    items: dict[str, Any]  # name of the item -> its `Save`
+    save: str  # an id: on disk it tells its items from those of another save
 
 
 class _Swapping:
@@ -153,8 +161,8 @@ class _Swapping:
         name: Choice,
         params: Ways,
         optional: bool,
-        metrics_of: Any,
-        report: Any,
+        metrics_of: Measured,
+        report: Report,
         checksums: bool,
         rename: Mapping[str, str] | None,
     ):
@@ -162,16 +170,20 @@ class _Swapping:
         self._rename = rename
         self._metrics_of, self._report = metrics_of, report
         self._checksums = checksums
-        self.saves: dict[type, Callable[..., Any]] = {}  # by the arguments that they take
+        self.saves: dict[type, Callable[..., Awaitable[Any]]] = {}  # by their args
         self._steps: dict[str, _Step] = {}  # by the directory of the step
 
     def async_save(
-        self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
-    ) -> Any:
+        self,
+        directory: epath.Path,
+        item: PyTree = None,
+        save_args: PyTree = None,
+        args: Save | None = None,
+    ) -> Awaitable[Any]:
         """Notes the item, and returns the coroutine that saves it.
 
-        Orbax calls this for all items of a step before it runs any of the coroutines, so
-        each of them knows the whole step.
+        Orbax calls this for all items of a step before it runs any of the coroutines.
+        Each coroutine therefore knows the whole step.
         """
         args = args or ocp.args.StandardSave(item, save_args)
         new = _Step({}, secrets.token_hex(8))
@@ -180,8 +192,10 @@ class _Swapping:
         step.items[key] = args
         return self._save_item(directory, key, step)
 
-    async def _save_item(self, directory: Any, key: str, step: _Step) -> Any:
+    async def _save_item(self, directory: epath.Path, key: str, step: _Step) -> Any:
+        # All items are noted now. A step that is kept would keep its arrays in memory.
         self._steps.pop(str(directory.parent), None)
+        # Where Orbax renames finished steps, this one still has its temporary name.
         in_place = _orbax.UNFINISHED not in directory.parent.name
         try:
             args = self._swapped(key, step, in_place)
@@ -191,8 +205,8 @@ class _Swapping:
             # process could not end.
             return [_Failed(error)]
 
-    def _swapped(self, key: str, step: _Step, in_place: bool) -> Any:
-        """What to save of an item: averages under the names, with the marker."""
+    def _swapped(self, key: str, step: _Step, in_place: bool) -> Save:
+        """The arguments that save an item with averages under the parameters' names."""
         args = step.items[key]
         items = {k: _trees.plain(args.item) for k, args in step.items.items()}
         state, prefix = _as_one(items)
@@ -203,19 +217,20 @@ class _Swapping:
         if not places:
             return args  # no average: as it is
         item = _trees.without_empty(state[key] if prefix else state)
-        more: dict[str, Any] = {"save": step.save} if prefix else {}
+        more: Json = {"save": step.save} if prefix else {}
         if in_place:
             more[_record.IN_PLACE] = True
         if self._metrics_of is not None:
             more["metrics_of"] = self._metrics_of
         each = args.save_args
+        # save_args are like the user's tree, whose leaves have changed places since.
         if each is not None and not places[0].swapped:
             each = _exchanged_args(each, key if prefix else None, step.items, places)
         if self._checksums:
             told = _files.names_of(each).items()
             cast = {names for names, one in told if getattr(one, "dtype", None)}
             kept = [x for x in _files.names_of(item).items() if x[0] not in cast]
-            # Orbax casts the others.
+            # Orbax casts the others on their way: their bits on disk are not these.
             more["checksums"] = _checksums.of_leaves(kept, together=True)
         marker = _trees.marker(function, state, places, **more)
         return dataclasses.replace(
@@ -227,10 +242,15 @@ class _Swapping:
 
     @_replacement.whole
     def restore(
-        self, directory: Any, item: Any = None, restore_args: Any = None, args: Any = None
-    ) -> Any:
+        self,
+        directory: epath.Path,
+        item: PyTree = None,
+        restore_args: PyTree = None,
+        args: Restore | None = None,
+    ) -> PyTree:
+        """Restores an item with raw parameters, and from its step what else it needs."""
         target = item if args is None else args.item
-        # The step, and not the item: beside others, `default` or `state` is one as any.
+        # The step is opened, not the item, which may be called `default` beside others.
         files = _files.open_files(
             "CheckpointManager.restore",
             directory.parent,
@@ -271,9 +291,9 @@ class _Swapping:
 
 
 def _exchanged_args(
-    each: Any, key: str | None, step: dict[str, Any], places: list[Any]
-) -> Any:
-    """How to save each leaf, where it stands after the exchange."""
+    each: PyTree, key: str | None, step: dict[str, Any], places: list[Place]
+) -> PyTree:
+    """The save_args of each leaf, where the leaf stands after the exchange."""
     if key is None:
         return exchange(each, places)
     items = {k: _trees.plain(args.item) for k, args in step.items()}
@@ -291,9 +311,13 @@ class _Failed:
         del timeout
         raise self.error
 
+    def cancel(self) -> bool:
+        """Nothing is under way that could be cancelled."""
+        return False
 
-def _as_one(items: dict[str, Any]) -> tuple[Any, bool]:
-    """The items of a step as one tree, and whether their names are a part of it."""
+
+def _as_one(items: dict[str, PyTree]) -> tuple[PyTree, bool]:
+    """The items of a step as one tree, and whether the tree has their names as keys."""
     if len(items) == 1 and (key := next(iter(items))) in _orbax.WHOLE:
         return items[key], False
     return items, True

@@ -1,7 +1,7 @@
-"""Which leaf of a checkpoint goes where in the target, and what has to be made up."""
+"""Which leaf of a checkpoint fills which leaf of the target, and what is made up."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,16 @@ from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, located_at, shape_of
 from emaopt._states import AverageState
+from emaopt._types import Leaf, Path, PyTree
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._units import Group, paired, units
 from emaopt.checkpoint._worker_rows import fit_workers
 
 Rename = Mapping[str, str] | None
-
+Leaves: TypeAlias = Mapping[Names, Leaf]
+Shape: TypeAlias = tuple[int, ...]
+T = TypeVar("T")
 
 _ADVICE = "Give a target with the names, shapes and kinds of numbers that were saved."
 
@@ -35,10 +38,10 @@ class Match(NamedTuple):
 
 def match(
     function: str,
-    path: Any,
-    target: Any,
-    saved: dict[Names, Any],
-    disk: Any,
+    path: Path,
+    target: PyTree,
+    saved: dict[Names, Leaf],
+    disk: PyTree,
     *,
     scope: Names = (),
     keep_missing: bool = False,
@@ -50,19 +53,19 @@ def match(
     """Finds every leaf of the target in the saved state, or says which are missing.
 
     Args:
-      function: For messages.
-      path: For messages.
+      function: The caller's name, for messages.
+      path: The checkpoint, for messages.
       target: The state to fill, not swapped.
       saved: Metadata by name in the saved state.
-      disk: The saved state, not swapped, as a tree of what its leaves are.
-      scope: Only the leaves whose names begin with this are wanted; a new average's
-        parameters may stand outside.
-      keep_missing: Whether leaves that are not there may keep the target's values.
+      disk: The saved state, not swapped, as a tree that describes each leaf.
+      scope: Only leaves whose names begin with this are restored.
+      keep_missing: Whether leaves that the checkpoint lacks may keep the target's values.
       ignore_extra: Whether leaves that the target has no place for may be left out.
       params: Where the parameters of a new average stand in the target.
-      known: Where the parameters of averages in the saved state stand, by its record.
-      rename: Where what stands at some name now belongs.
+      known: {average: its parameters}, names in the saved state, by its record.
+      rename: {name in the saved state: the name where its leaves now belong}.
     """
+    # All of the state is matched: a new average may start from outside of the scope.
     everything = names_of(target)
     sources, changed = _sources(
         function, path, target, disk, {*everything}, {*saved}, rename
@@ -89,6 +92,7 @@ def match(
             f"{listed(seeds)}, are not in the checkpoint"
         )
     kept = left - seeds.keys() if keep_missing else left & rows.kept
+    # A leaf that is a shape and a dtype alone has no value that could be kept.
     abstract = {n for n in kept if isinstance(wanted[n], jax.ShapeDtypeStruct)}
     kept -= abstract
     if kept:
@@ -99,6 +103,7 @@ def match(
     }
     if dropped:
         why = "the target has none"
+        # An average that is left out beside one that begins is perhaps the same, renamed.
         if seeds and (new := _counted(seeds)):
             same = {joined(_counted(dropped)[0]): joined(new[0])}
             why = f"and began another; if they are the same, say rename={same}"
@@ -118,7 +123,7 @@ def match(
     return Match(sources, seeds, rows.rows & wanted.keys(), report)
 
 
-def check_fit(function: str, path: Any, wanted: dict, saved: dict) -> None:
+def check_fit(function: str, path: Path, wanted: Leaves, saved: Leaves) -> None:
     """Raises unless names, shapes and kinds of numbers agree."""
     both = {names: names for names in wanted.keys() & saved.keys()}
     missing, extra = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
@@ -126,7 +131,12 @@ def check_fit(function: str, path: Any, wanted: dict, saved: dict) -> None:
 
 
 def _complain(
-    function: str, path: Any, missing: Any, extra: Any, misfits: list, advice: str = ""
+    function: str,
+    path: Path,
+    missing: set[Names],
+    extra: set[Names],
+    misfits: list[str],
+    advice: str = "",
 ) -> None:
     complaints = []
     if missing:
@@ -142,25 +152,28 @@ def _complain(
 
 def _sources(
     function: str,
-    path: Any,
-    target: Any,
-    disk: Any,
+    path: Path,
+    target: PyTree,
+    disk: PyTree,
     wanted: set[Names],
     saved: set[Names],
     rename: Rename,
 ) -> tuple[dict[Names, Names], list[Names]]:
     """Where each leaf of the target stands: under its name, or where its unit moved.
 
-    Returns the sources, and where states stand that have other fields than there.
+    Returns the sources, and the ways to states that have other fields on the two sides.
     """
     told = _told(function, path, wanted, saved, rename or {})
     wanted, saved = wanted - told.keys(), saved - {*told.values()}
+    # Names decide outside of optimizer states, and where both sides have the same.
     sources = told | {names: names for names in wanted & saved}
     if wanted == saved:
         return sources, []
     roots = _outermost(
         optimizer_roots(target, typed=True), optimizer_roots(disk, typed=False)
     )
+    # Inside, a position says little: opt_state/1 may be another member of a chain now.
+    # There, whole units are paired.
     inside = {n for n in wanted | saved if any(is_below(n, r) for r in roots)}
     sources = {new: old for new, old in sources.items() if new not in inside - {*told}}
     outside = (names_of(target).keys() | names_of(disk).keys()) - inside
@@ -171,6 +184,7 @@ def _sources(
     for unit, other in pairs:
         both = unit.leaves & other.leaves
         sources |= {unit.way + rest: other.way + rest for rest in both}
+    # What is left without a pair at one way on both sides has other fields there.
     new, old = ({unit.way for unit in side} for side in (here, there))
     new -= {unit.way for unit, _ in pairs}
     old -= {unit.way for _, unit in pairs}
@@ -178,9 +192,13 @@ def _sources(
 
 
 def _told(
-    function: str, path: Any, wanted: set[Names], saved: set[Names], rename: Any
+    function: str,
+    path: Path,
+    wanted: set[Names],
+    saved: set[Names],
+    rename: Mapping[str, str],
 ) -> dict[Names, Names]:
-    """The leaves that `rename` speaks of."""
+    """The sources that `rename` gives, by name in the target."""
     told: dict[Names, Names] = {}
     for old, new in rename.items():
         before, after = split(old), split(new)
@@ -201,7 +219,7 @@ def _told(
 
 
 def _outermost(some: list[Names], others: list[Names]) -> list[Names]:
-    """The ways of both, but for those of others that hold one of some, or are below."""
+    """The ways of both, but for those of `others` above or below one of `some`."""
     return some + [
         way
         for way in others
@@ -209,8 +227,8 @@ def _outermost(some: list[Names], others: list[Names]) -> list[Names]:
     ]
 
 
-def _unclear(function: str, path: Any, group: Group) -> str:
-    """What names and places do not tell, and the argument that does."""
+def _unclear(function: str, path: Path, group: Group) -> str:
+    """The message for units that names and places do not tell apart."""
     here, there = ([joined(unit.way) for unit in side] for side in group)
     fields = sorted(group[0][0].kind)
     what = "averages" if fields == ["average"] else f"states of {', '.join(fields)}"
@@ -224,19 +242,21 @@ def _unclear(function: str, path: Any, group: Group) -> str:
 
 
 def _move(new: Names, old: Names) -> tuple[str, str]:
-    """The parts of two names that differ, with what stands before them."""
+    """Two names without the end that they share: where something moved to, and from."""
     same = 0
     while same < min(len(new), len(old)) - 1 and new[-1 - same] == old[-1 - same]:
         same += 1
     return joined(new[: len(new) - same]), joined(old[: len(old) - same])
 
 
-def _within(scope: Names, leaves: dict[Names, Any]) -> dict[Names, Any]:
+def _within(scope: Names, leaves: dict[Names, T]) -> dict[Names, T]:
     return {names: x for names, x in leaves.items() if is_below(names, scope)}
 
 
-def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> str:
-    """What to do about leaves that do not fit, where it is known."""
+def _advice(
+    target: PyTree, missing: set[Names], changed: list[Names], abstract: set[Names]
+) -> str:
+    """What to do about leaves that do not fit, where a remedy is known."""
     if changed:
         way = joined(changed[0])
         return (
@@ -251,6 +271,7 @@ def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> s
     for average, node in average_nodes(target).items():
         averaged = (*average, field_of(node))
         whole = {names for names in names_of(target) if is_below(names, averaged)}
+        # An average that is there in part was saved with a mask of fewer leaves.
         if whole & missing and not whole <= missing:
             return (
                 f"The average at {joined(average)} is of fewer leaves there: restore "
@@ -262,16 +283,16 @@ def _advice(target: Any, missing: Any, changed: list[Names], abstract: Any) -> s
 
 def _seeds(
     function: str,
-    target: Any,
-    missing: Any,
+    target: PyTree,
+    missing: set[Names],
     sources: dict[Names, Names],
     told: Ways,
     in_part: bool,
 ) -> dict[Names, Names | None]:
-    """What a new average starts from: its parameters, its counters from zero.
+    """What a new average starts from: its leaves from parameters, its counters from zero.
 
-    An average of which a part is there is a damaged or a foreign one, unless what is
-    missing may be made up: then leaves that it lacks start from their parameters.
+    An average of which some leaves are missing is damaged or foreign. With `in_part`, the
+    averaged leaves that it lacks start from their parameters all the same.
     """
     seeds: dict[Names, Names | None] = {}
     for average, node in average_nodes(target).items():
@@ -290,21 +311,23 @@ def _seeds(
     return seeds
 
 
-def _origin(function: str, target: Any, average: Names, told: Ways) -> Names:
+def _origin(function: str, target: PyTree, average: Names, told: Ways) -> Names:
     """The names of what a new average starts from: its parameters or its center."""
+    # The outer optimizer of local updates has the center for parameters.
     for center in center_nodes(target):
         if (*center, "outer_state") == average[: len(center) + 1]:
             return (*center, "center")
     return located_at(function, target, average, told).params
 
 
-def _counted(leaves: Any) -> list[Names]:
+def _counted(leaves: Iterable[Names]) -> list[Names]:
     """The averages whose counters are among the leaves."""
     return sorted(n[:-1] for n in leaves if n[-1] == AverageState._fields[0])
 
 
-def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:
-    """Whether a leaf is of an average of which the target has no part at all."""
+def _belongs_to_dropped_average(names: Names, saved: Leaves, extra: set[Names]) -> bool:
+    """Whether a leaf belongs to a saved average of which the target has no part."""
+    # A checkpoint keeps no types: an average is told by its counters and `pending`.
     for i in range(len(names)):
         counters = {(*names[:i], field) for field in AverageState._fields[:2]}
         if counters <= extra and (*names[:i], "pending") in saved:
@@ -312,7 +335,9 @@ def _belongs_to_dropped_average(names: Names, saved: dict, extra: Any) -> bool:
     return False
 
 
-def _misfits(sources: dict, wanted: dict, saved: dict, rows: Any) -> list[str]:
+def _misfits(
+    sources: Mapping[Names, Names], wanted: Leaves, saved: Leaves, rows: set[Names]
+) -> list[str]:
     """What differs in shape or kind, in words; `rows` may have another first axis."""
     said = []
     for new, old in sorted(sources.items()):
@@ -325,12 +350,13 @@ def _misfits(sources: dict, wanted: dict, saved: dict, rows: Any) -> list[str]:
                 f"{name} has shape {tuple(shape_of(there))} there and "
                 f"{tuple(shape_of(here))} in the target"
             )
+        # On disk only text is without a shape.
         elif isinstance(here, str) != (shapes[1] is None) or not _keeps_kind(here, there):
             said.append(f"{name} is {_kind(there)} there and {_kind(here)} in the target")
     return said
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Leaf) -> str:
     if shape_of(leaf) is None:
         return "text"
     if isinstance(leaf, DiskArray) and not leaf.whole:
@@ -338,23 +364,23 @@ def _kind(leaf: Any) -> str:
     return str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
-def _shape(leaf: Any) -> Any:
-    """The shape on disk of a leaf of the target: of a key, that of the integers in it."""
+def _shape(leaf: Leaf) -> Any:
+    """The shape on disk of a leaf of the target; of a key, that of its integers."""
     if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     shape = shape_of(leaf)
     return None if shape is None else tuple(shape)
 
 
-def _without_rows(here: tuple, there: tuple) -> tuple[tuple, tuple]:
-    """Two shapes without the axis of workers that one of them has, or both."""
+def _without_rows(here: Shape, there: Shape) -> tuple[Shape, Shape]:
+    """Two shapes without the axis of workers, which one of them or both have."""
     if len(here) == len(there):
         return here[1:], there[1:]
     return (here[1:], there) if len(here) > len(there) else (here, there[1:])
 
 
-def _keeps_kind(here: Any, there: Any) -> bool:
-    """Whether numbers on disk can be had as the target's: of one kind, integers whole."""
+def _keeps_kind(here: Leaf, there: Leaf) -> bool:
+    """Whether a leaf on disk can be read as the target's kind, and no integer is cut."""
     kinds = kind_of(here), kind_of(there)
     if None in kinds:
         return True
@@ -362,9 +388,11 @@ def _keeps_kind(here: Any, there: Any) -> bool:
         return not (isinstance(there, DiskArray) and there.whole)
     if kinds[0] != kinds[1]:
         return False
+    # Floats are cast either way; a lone number's range is checked when it is read.
     arrays = hasattr(here, "dtype") and isinstance(there, DiskArray)
     if kinds[0] != "integer" or not arrays:
         return True
+    # Without jax_enable_x64 a jax.Array of int64 is one of int32; NumPy keeps all bits.
     held = here.dtype
     if not isinstance(here, (np.ndarray, np.generic)):
         held = jax.dtypes.canonicalize_dtype(held)

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from emaopt._checks import check_dtype
 from emaopt._combination import add, weighted_sum
 from emaopt._names import own_values
+from emaopt._types import Json, Path, Report
 from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selection import Weights
@@ -23,29 +25,32 @@ def combined(
     function: str,
     weights: Sequence[Weights],
     coefficients: np.ndarray,
-    out: str | os.PathLike,
+    out: Path,
     *,
-    dtype: Any,
+    dtype: DTypeLike | None,
     force: bool,
-    record: dict[str, Any],
+    record: Json,
     progress: Progress,
-    report: Callable[[str], Any],
+    report: Report,
 ) -> None:
     """Writes Σ_i c_i weights_i as a checkpoint of the parameters alone.
 
-    The last one is the newest: what is not averaged is taken from it.
+    The last weights are the newest: leaves that are not averaged are taken from them.
     """
     cast = caster(function, dtype)
     _selection.check_alike(function, weights)
     newest = weights[-1]
     _selection.refuse_optimizer_state(function, newest)
+    # Through a link, the directory that it leads to is replaced: it must be no source.
     place = _replacement.followed(_files.absolute(out))
     for one in weights:
         refuse_own(function, place, one.files.path, "combined")
     empty = newest.files.marker.empty if newest.files.marker else {}
+    # Orbax has no files for arrays of size 0; their shapes stand in the record.
     names = [n for n, there in newest.places.items() if there not in empty]
     if not names:
         raise ValueError(f"{function}: {newest.files.path} holds no weights.")
+    # What weighs 0 is not opened, except for the newest, which has the other leaves.
     opened = {
         i: _stream.stored(function, one.files, [one.places[n] for n in names])
         for i, one in enumerate(weights)
@@ -77,6 +82,7 @@ def combined(
         function, place, force=force, report=report
     ) as written:
         _stream.write(written, tree, arrays, said, newest.prefix, place)
+        # Before the result takes its place: a replaced source may have been half read.
         _replacement.refuse_replaced()
 
 
@@ -88,7 +94,7 @@ def _sums(
     coefficients: np.ndarray,
     cast: Callable[[np.dtype], np.dtype],
     progress: Progress,
-    report: Callable[[str], Any],
+    report: Report,
 ) -> Iterator[dict[Names, np.ndarray]]:
     """The leaves of the combination, batch by batch, while the next ones are read."""
     newest = max(opened)
@@ -98,6 +104,7 @@ def _sums(
         """The leaves of a batch that are read from checkpoint i."""
         return [k for k in batch if (coefficients[i] if summed[k] else i == newest) != 0]
 
+    # The reads run ahead in the order of the loops below: all checkpoints of each batch.
     plan = [(i, wanted(i, b)) for b in _stream.batches(leaves) for i in opened]
     total = sum(leaves[k].nbytes for _, rows in plan for k in rows)
     arrays = _stream.prefetched(
@@ -118,6 +125,7 @@ def _sums(
             progress(done, total)
         for k in batch:
             if (wide := sums.pop(k)) is not None and summed[k]:
+                # A sum that overflows in its leaf's dtype is reported by name instead.
                 with np.errstate(over="ignore"):
                     values[k] = wide.astype(cast(leaves[k].dtype))
                 values[k] = values[k].reshape(leaves[k].shape)
@@ -129,8 +137,8 @@ def _sums(
         }
 
 
-def refuse_own(function: str, out: Any, source: Any, what_is: str) -> None:
-    """Raises if what is to be written would replace, or stand in, what is read."""
+def refuse_own(function: str, out: Path, source: Path, what_is: str) -> None:
+    """Raises if what is written would replace what is read, or stand in it."""
     if _holds(source, out) or _holds(out, source):
         raise ValueError(
             f"{function}: {out} is, holds, or stands in what is {what_is}: {source}. "
@@ -138,7 +146,7 @@ def refuse_own(function: str, out: Any, source: Any, what_is: str) -> None:
         )
 
 
-def _holds(outer: Any, inner: Any) -> bool:
+def _holds(outer: Path, inner: Path) -> bool:
     """Whether a path is another, or a directory above it, however they are spelled."""
     outer, inner = os.fspath(outer), os.path.realpath(os.fspath(inner))
     above = inner
@@ -153,8 +161,8 @@ def _holds(outer: Any, inner: Any) -> bool:
         above = parent
 
 
-def caster(function: str, dtype: Any) -> Callable[[np.dtype], np.dtype]:
-    """What a leaf of a dtype is written as: floating ones in `dtype`, if there is one."""
+def caster(function: str, dtype: DTypeLike | None) -> Callable[[np.dtype], np.dtype]:
+    """What dtype a leaf is written in: a floating one in `dtype`, if there is one."""
     if (wanted := check_dtype(function, "dtype", dtype)) is None:
         return lambda kind: kind
     return lambda kind: wanted if jnp.issubdtype(kind, jnp.floating) else kind

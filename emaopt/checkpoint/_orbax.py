@@ -1,40 +1,51 @@
-"""What is asked of Orbax beside its documented interface: here, and nowhere else.
+"""All that emaopt uses of Orbax beside its documented interface.
 
-The names of its files and what stands in them; the handlers of single arrays, which it
-lets others replace; a stock handler with two methods of ours. Any release of Orbax may
-change these. Seen alike in orbax-checkpoint 0.12.0 to 0.12.8; tests/test_internals.py
-saves and reads with plain Orbax, and fails where a release differs.
+These are the names of its files and their content; the handlers of single arrays, which
+Orbax lets others replace; a stock handler with two methods replaced. Any release of Orbax
+may change these. They are the same in orbax-checkpoint 0.12.0 to 0.12.8;
+tests/test_internals.py saves and reads with plain Orbax, and fails where a release
+differs.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from orbax.checkpoint import type_handlers
 
 from emaopt._names import Names
+from emaopt._types import Leaf, PyTree
+
+if TYPE_CHECKING:
+    from orbax.checkpoint._src.metadata.tree import TreeMetadata
+    from orbax.checkpoint.future import Future
+
+# What Orbax would read an array by: name, parent_dir, ts_context, is_ocdbt_checkpoint.
+Info: TypeAlias = type_handlers.ParamInfo
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in a name, until Orbax renames the directory
-MARK = "commit_success.txt"  # is there, once it has finished what it writes in place
-STEP, ITEM = "_CHECKPOINT_METADATA", "_METADATA"  # what it writes of each, as JSON
+MARK = "commit_success.txt"  # written last, where Orbax writes in place
+STEP, ITEM = "_CHECKPOINT_METADATA", "_METADATA"  # JSON, in the directory of each
 BEGUN, COMMITTED = "init_timestamp_nsecs", "commit_timestamp_nsecs"  # in STEP
 CUSTOM = "custom_metadata"  # in STEP, and in ITEM of emaopt's
 TREE = "tree_metadata"  # in ITEM: the names of all leaves
 ARRAYS = "manifest.ocdbt"  # beside ITEM, where there are arrays
-WHOLE = ("default", "state", "pytree")  # what it calls the only item of a step
+WHOLE = ("default", "state", "pytree")  # names that Orbax gives the only item of a step
 
 
-def is_finalized(path: Any) -> bool:
-    """Whether Orbax takes a directory for one that is finished, by its own marks."""
+def is_finalized(path: epath.Path) -> bool:
+    """Whether Orbax takes a directory for a finished one, by its own marks."""
     return ocp.utils.is_checkpoint_finalized(path)
 
 
-def typed_keys(directory: Any) -> set[str]:
-    """The names of arrays of which Orbax makes something else: typed PRNG keys."""
+def typed_keys(directory: epath.Path) -> set[str]:
+    """The names of arrays that Orbax turns into something else: typed PRNG keys."""
+    # Their data are stored as plain integers; these files alone name the kind of key.
     found = set()
     for file in directory.glob("array_metadatas/process_*"):
         for entry in json.loads(file.read_text())["array_metadatas"]:
@@ -43,13 +54,13 @@ def typed_keys(directory: Any) -> set[str]:
     return found
 
 
-def is_number(leaf: Any) -> bool:
-    """Whether a leaf of its metadata is a Python number."""
+def is_number(leaf: object) -> bool:
+    """Whether a leaf of Orbax's metadata is a Python number."""
     return isinstance(leaf, ocp.metadata.value.ScalarMetadata)
 
 
-def opened(infos: Sequence[Any]) -> list[Any]:
-    """Futures of the TensorStores that arrays are read by, all under way at once."""
+def opened(infos: Sequence[Any]) -> list[ts.Future[ts.TensorStore]]:
+    """Starts to open the TensorStores of arrays, all at once, and returns the futures."""
     return [
         ts.open(
             ts.Spec(type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)),
@@ -61,46 +72,51 @@ def opened(infos: Sequence[Any]) -> list[Any]:
 
 
 class _Arrays(type_handlers.ArrayHandler):
-    """Gives for the metadata of arrays what is made of their infos."""
+    """Returns, as the metadata of arrays, what `kept` makes of their infos."""
 
-    def __init__(self, kept: Callable[[Sequence[Any]], list[Any]]):
+    def __init__(self, kept: Callable[[Sequence[Info]], list[Leaf]]):
         super().__init__()
         self._kept = kept
 
-    async def metadata(self, infos: Sequence[Any]) -> Any:
+    async def metadata(self, infos: Sequence[Info]) -> Sequence[Leaf]:
         return self._kept(infos)
 
 
 class _NumpyArrays(type_handlers.NumpyHandler):
-    """The same, of what was saved as NumPy arrays."""
+    """The same, for arrays that were saved as NumPy arrays."""
 
-    def __init__(self, kept: Callable[[Sequence[Any]], list[Any]]):
+    def __init__(self, kept: Callable[[Sequence[Info]], list[Leaf]]):
         super().__init__()
         self._kept = kept
 
-    async def metadata(self, infos: Sequence[Any]) -> Any:
+    async def metadata(self, infos: Sequence[Info]) -> Sequence[Leaf]:
         return self._kept(infos)
 
 
-def metadata(directory: Any, kept: Callable[[Sequence[Any]], list[Any]]) -> Any:
-    """Its metadata of a tree, with what `kept` makes of the infos of arrays.
+def metadata(
+    directory: epath.Path, kept: Callable[[Sequence[Info]], list[Leaf]]
+) -> "TreeMetadata":
+    """Orbax's metadata of a tree, with what `kept` makes of the infos of arrays.
 
     Orbax itself opens every array for its metadata, and again to read it, one coroutine
-    for each. An info is what it would read an array by: name, parent_dir, ts_context and
-    is_ocdbt_checkpoint.
+    for each array.
     """
-    kinds: dict[type, Any] = {jax.Array: _Arrays(kept), np.ndarray: _NumpyArrays(kept)}
+    # On disk a leaf has the type string of its handler; that of int is of all scalars.
+    kinds: dict[type, type_handlers.TypeHandler] = {
+        jax.Array: _Arrays(kept),
+        np.ndarray: _NumpyArrays(kept),
+    }
     kinds |= {int: type_handlers.ScalarHandler(), str: type_handlers.StringHandler()}
     registry = type_handlers.create_type_handler_registry(*kinds.items())
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     try:
         return handler.metadata(directory)
-    except ValueError:  # a type that somebody registered, or it is damaged
+    except ValueError:  # a type that a user registered with Orbax, or damage
         return ocp.PyTreeCheckpointHandler().metadata(directory)
 
 
-def restored(directory: Any, plan: Any) -> Any:
-    """The leaves of a tree that are not PLACEHOLDER, as its own handlers read them."""
+def restored(directory: epath.Path, plan: PyTree) -> PyTree:
+    """Reads the leaves of a tree that are not PLACEHOLDER by Orbax's own handlers."""
     args = ocp.args.PyTreeRestore(
         item=plan, restore_args=ocp.checkpoint_utils.construct_restore_args(plan)
     )
@@ -108,7 +124,7 @@ def restored(directory: Any, plan: Any) -> Any:
 
 
 class Pending:
-    """A leaf that is to be written, without its array."""
+    """A leaf to be written, without its array: shape and dtype, and its names."""
 
     def __init__(self, names: Names, shape: tuple[int, ...], dtype: np.dtype):
         self.names, self.shape, self.dtype = names, shape, dtype
@@ -119,26 +135,28 @@ class Pending:
 def writer(arrays: Iterator[dict[Names, np.ndarray]]) -> ocp.PyTreeCheckpointHandler:
     """A handler that saves a tree of `Pending`, whose arrays come in batches.
 
-    Orbax saves whole trees, but it writes each leaf by a handler of its type, and takes
-    other handlers for other types. What this one writes are its files of NumPy arrays.
+    Orbax saves whole trees, but it writes each leaf by the handler of its type, and takes
+    handlers for further types. The files are those that Orbax writes of NumPy arrays.
     """
-    # It warns of a registry that lacks jax.Array.
+    # Orbax warns of a registry without jax.Array, though no leaf here is one.
     stock = jax.Array, type_handlers.ArrayHandler()
-    ours: tuple[type, Any] = Pending, _Writing(arrays)
+    ours: tuple[type, type_handlers.TypeHandler] = Pending, _Writing(arrays)
     registry = type_handlers.create_type_handler_registry(stock, ours)
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _Writing(type_handlers.NumpyHandler):
-    """Writes a batch while the next one is made, and no more."""
+    """Writes one batch while the next one is computed, and never two at once."""
 
     def __init__(self, arrays: Iterator[dict[Names, np.ndarray]]):
         super().__init__()
         self._arrays = arrays
 
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+    async def serialize(
+        self, values: Sequence[Leaf], infos: Sequence[Info], args: Any = None
+    ) -> "Sequence[Future]":
         where = {value.names: i for i, value in enumerate(values)}
-        futures: Any = []
+        futures: Sequence[Future] = []
         for batch in self._arrays:
             for future in futures:
                 future.result()
@@ -146,19 +164,19 @@ class _Writing(type_handlers.NumpyHandler):
             futures = await super().serialize(
                 list(batch.values()), [infos[i] for i in rows], [args[i] for i in rows]
             )
-        return futures
+        return futures  # of the last batch, which Orbax waits for
 
 
 def replace_methods(
     handler: ocp.StandardCheckpointHandler,
     *,
-    async_save: Callable[..., Any],
-    restore: Callable[..., Any],
+    async_save: "Callable[..., Awaitable[list[Future] | None]]",
+    restore: Callable[..., PyTree],
 ) -> None:
-    """Lets a stock handler save and restore by other methods.
+    """Replaces the two methods by which a stock handler saves and restores.
 
-    In place of a subclass: Orbax writes the handler's type into the checkpoint and looks
-    it up again to restore, and a type of ours would keep readers without emaopt out.
+    A subclass would not do. Orbax writes the handler's type into the checkpoint and looks
+    it up to restore, so a type of emaopt's would keep readers without emaopt out.
     """
     for name, method in (("async_save", async_save), ("restore", restore)):
         setattr(handler, name, method)

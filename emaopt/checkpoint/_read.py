@@ -1,8 +1,7 @@
-"""Reading of chosen leaves, each checked against what was saved."""
+"""Reads chosen leaves, and checks each against its recorded checksum."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from emaopt._types import Leaf
 from emaopt.checkpoint import _arrays, _checksums, _files, _orbax
 from emaopt.checkpoint._files import Names
 
-MIN_IN_FLIGHT = 2**25  # bytes that a restore may have under way, of however small a state
+MIN_IN_FLIGHT = 2**25  # bytes that may be under way in a restore, however small the state
 
 
 def read(
-    function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Any]]
-) -> Any:
-    """Reads leaves, and nothing else: where each stands and as what, by any names."""
+    function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Leaf]]
+) -> dict[Names, Leaf]:
+    """Reads the leaves in `wanted`, and nothing else.
+
+    `wanted` maps any names, by which the result has the leaves, to the place on disk and
+    the plan: what to read the leaf as.
+    """
     with _all_together(function, files, [plan for _, plan in wanted.values()]):
         values, whole = _read(function, files, wanted)
     _checksums.check(function, files.path, files.checksums, whole)
@@ -27,8 +31,11 @@ def read(
 
 
 @contextlib.contextmanager
-def _all_together(function: str, files: _files.Files, plans: list[Any]) -> Iterator[None]:
-    """Lets none of several processes go on to what they do together if one has failed."""
+def _all_together(
+    function: str, files: _files.Files, plans: Sequence[Leaf]
+) -> Iterator[None]:
+    """Raises in all processes if one has failed, before they go on together."""
+    # With arrays of this process alone the others may not be reading: they are not asked.
     places = [getattr(plan, "sharding", None) for plan in plans]
     if all(place is None or place.is_fully_addressable for place in places):
         yield
@@ -38,6 +45,8 @@ def _all_together(function: str, files: _files.Files, plans: list[Any]) -> Itera
         yield
     except Exception as error:
         failed = error
+    # All processes compute the checksums that follow together. Were one of them missing,
+    # the others would wait for ever.
     any_failed = multihost_utils.process_allgather(np.asarray(failed is not None))
     if failed is not None:
         raise failed
@@ -46,9 +55,9 @@ def _all_together(function: str, files: _files.Files, plans: list[Any]) -> Itera
 
 
 def _read(
-    function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Any]]
-) -> tuple[dict[Names, Any], dict[Names, Any]]:
-    """The values, and those of whole arrays by where they stand."""
+    function: str, files: _files.Files, wanted: dict[Names, tuple[Names, Leaf]]
+) -> tuple[dict[Names, Leaf], dict[Names, Leaf]]:
+    """The values by name, and those of whole arrays by their place on disk."""
     with _files.explained(function, files.path):
         _arrays.open_all(files.saved[place] for place, _ in wanted.values())
     here = {
@@ -57,8 +66,10 @@ def _read(
         if _arrays.can_read(files.saved[place], plan)
     }
     sizes = [_arrays.nbytes_read(*leaf) for leaf in here.values()]
+    # A 32nd of all bytes at a time, but never less than the largest array.
     limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])
-    # What is cast is read as it was saved, to be checked, if all of it is read.
+    # A checksum is of the saved dtype. If all of an array is read, to be cast, it is read
+    # as it was saved, checked, and then cast. Parts of an array are cast unchecked.
     raw = {
         names: np.empty(leaf.shape, leaf.dtype)
         for names, (leaf, plan) in here.items()
@@ -78,8 +89,9 @@ def _read(
     numbers = {
         n: plan for n, (place, plan) in others.items() if _cuts(files, place, plan)
     }
-    others |= {n: (wanted[n][0], 0) for n in numbers}  # as it is, to see whether it fits
-    while others:  # of one that is wanted twice, once more
+    others |= {n: (wanted[n][0], 0) for n in numbers}  # as Python's, to see if it fits
+    # Orbax reads a leaf once for each place: one that is wanted twice takes another turn.
+    while others:
         now = {place: (names, plan) for names, (place, plan) in others.items()}
         they = _read_others(function, files, {p: plan for p, (_, plan) in now.items()})
         values |= {names: they[place] for place, (names, _) in now.items()}
@@ -93,14 +105,14 @@ def _read(
     whole = {
         wanted[n][0]: value
         for n, value in values.items()
-        if n not in here or _files.shape(value) == here[n][0].shape  # not of other rows
+        if n not in here or _files.shape(value) == here[n][0].shape  # not with other rows
     }
-    # In one order in all processes, which go through the checksums together.
+    # In the same order in all processes, because they compute the checksums together.
     return values, {place: whole[place] for place in files.saved if place in whole}
 
 
-def _cuts(files: _files.Files, place: Names, plan: Any) -> bool:
-    """Whether a Python integer is wanted in an array, which Orbax would cut it to."""
+def _cuts(files: _files.Files, place: Names, plan: Leaf) -> bool:
+    """Whether a Python integer is wanted as an array: Orbax would cut it to the dtype."""
     saved = files.saved[place]
     number = _orbax.is_number(saved)
     dtypes = [getattr(leaf, "dtype", None) or float for leaf in (saved, plan)]
@@ -108,9 +120,9 @@ def _cuts(files: _files.Files, place: Names, plan: Any) -> bool:
 
 
 def _read_others(
-    function: str, files: _files.Files, wanted: dict[Names, Any]
-) -> dict[Names, Any]:
-    """Reads numbers, text, and whatever else Orbax knows."""
+    function: str, files: _files.Files, wanted: dict[Names, Leaf]
+) -> dict[Names, Leaf]:
+    """Reads numbers, text, typed keys, and whatever else Orbax knows, by its handlers."""
     values = {}
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in _files.names_of(tree)]

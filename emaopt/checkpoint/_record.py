@@ -1,30 +1,34 @@
-"""Our record in a checkpoint: that the averages stand under the names, and where.
+"""emaopt's record in a checkpoint: that the averages stand under the names, and where.
 
-It decides what is taken for the average and what for raw, so it is not believed: it has a
-checksum of its own, each field is checked, and what it says must be what stands on disk,
-where a state that was swapped says so itself.
+The record decides what is read as the average and what as raw parameters, so it is not
+trusted. It has a checksum of its own, each field is checked, and it must agree with the
+tree on disk, where a swapped state can be told from one that was not.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
+from etils import epath
 
 from emaopt._nodes import (
     counter_of,
 )
 from emaopt._places import Names, Place
+from emaopt._types import Json
 
 KEY = "emaopt"  # in custom_metadata
-RECORD = "emaopt_combination"  # there, too, of what `combine` writes
+RECORD = "emaopt_combination"  # the key of the record that `combine` writes there
 VERSION = 3  # 2: several averages, in "more"; 3: a checksum over the record, in "sum"
 IN_PLACE = "in_place"  # of a save whose directory never had another name
 
+Check: TypeAlias = Callable[[object], bool]  # whether a value can be that of a field
+
 
 class Served(NamedTuple):
-    """What stands under which parameters' names."""
+    """An average, or a center, that stands under the names of its parameters."""
 
     params: Names  # names that lead to the parameters
     average: Names  # names that lead to the state that held it
@@ -32,6 +36,7 @@ class Served(NamedTuple):
 
     @property
     def inside(self) -> Names:
+        """The names that lead to the raw parameters."""
         return (*self.average, self.field)
 
 
@@ -45,10 +50,10 @@ class Marker(NamedTuple):
 def marker(
     function: str,
     places: Sequence[Place],
-    empty: list[Any],
-    values: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
+    empty: list[list[list[str] | list[int] | str]],
+    values: Mapping[str, object],
+    more: Mapping[str, object],
+) -> Json:
     """The record as custom_metadata; `values` as `_trees.values` makes it."""
     first, *others = (
         {
@@ -60,6 +65,7 @@ def marker(
     )
     record = {**first, "empty": empty, **values, **more}
     record = sealed(record | {"more": others} if others else record)
+    # By the readers' own checks, so that nothing is saved that they would refuse.
     if fault := _fault(record, _FIELDS):
         raise ValueError(
             f"{function}: what stands where cannot be put on record: {fault}. Leave it "
@@ -68,28 +74,30 @@ def marker(
     return {KEY: record}
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(record: Mapping[str, object]) -> Json:
     """A record with its version and the checksum over it."""
+    # As JSON gives it back: the checksum is of what is read, with lists for tuples.
     read = json.loads(json.dumps({"version": VERSION, **record}))
     return {**read, "sum": _sum(read)}
 
 
-def _sum(record: Mapping[str, Any]) -> str:
+def _sum(record: Mapping[str, object]) -> str:
+    """The checksum over all fields but itself, in one order and spelling."""
     content = {key: value for key, value in record.items() if key != "sum"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says, without the checksums, which are of one item."""
+def content(record: Mapping[str, object]) -> Json:
+    """The fields of a record that are the same in all items; checksums are of one."""
     own = ("checksums", "sum")
     return {key: value for key, value in record.items() if key not in own}
 
 
 def checked(
-    function: str, file: Any, custom: Mapping[str, Any], key: str
-) -> dict[str, Any] | None:
-    """A record that stands under a key of custom_metadata, or an error."""
+    function: str, file: epath.Path, custom: Mapping[str, object], key: str
+) -> Json | None:
+    """The record under a key of custom_metadata, None if there is none, or an error."""
     record = custom.get(key)
     if record is None:
         return None
@@ -104,6 +112,7 @@ def checked(
             f"{where} of format {record['version']}, as if it was written by a newer "
             f"emaopt; this one reads up to {VERSION}. Upgrade emaopt."
         )
+    # JSON may nest deeper than Python's checks can follow.
     try:
         fault = _fault(record, _FIELDS if key == KEY else _COMBINATION)
     except RecursionError:
@@ -113,8 +122,9 @@ def checked(
     return record
 
 
-def looks_like_one(found: Any) -> bool:
-    """Whether something under another key is a record, or holds one under its key."""
+def looks_like_one(found: object) -> bool:
+    """Whether a value under another key is a record, or holds one under its key."""
+    # One flipped bit in the key would else hide the record, and averages pass for raw.
     needed = {"params", "average", "sum"}
     return isinstance(found, dict) and (
         needed <= found.keys()
@@ -128,10 +138,11 @@ _ADVICE = (
 )
 
 
-def _fault(record: dict[str, Any], fields: Mapping[str, Any]) -> str | None:
-    """What shows that a record is not as it was written."""
+def _fault(record: Json, fields: Mapping[str, tuple[Check, bool]]) -> str | None:
+    """What shows that a record is not as it was written, in words, or None."""
     if record["version"] > 2 and record.get("sum") != _sum(record):
         return "its checksum is of another content"
+    # A flipped bit in the version must not do away with the checksum.
     if record["version"] < 3 and "sum" in record:
         return f"of format {record['version']}, it has a checksum"
     for name, (is_right, needed) in fields.items():
@@ -144,23 +155,24 @@ def _fault(record: dict[str, Any], fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _is_count(value: Any) -> bool:
+# Types are compared, not asked by isinstance: True is an int to Python, and no count.
+def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _all(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _all(is_right: Check) -> Check:
     return lambda value: isinstance(value, list) and all(map(is_right, value))
 
 
-def _is_place(value: Any) -> bool:
+def _is_place(value: object) -> bool:
     fields = {"params": _is_names, "average": _is_names, "field": _is_field}
     return (
         isinstance(value, dict)
@@ -169,11 +181,13 @@ def _is_place(value: Any) -> bool:
     )
 
 
-def _is_field(value: Any) -> bool:
+def _is_field(value: object) -> bool:
     return value in ("average", "center")
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
+    """Whether a value is [names, shape, dtype] of an array of size 0."""
+    # One size is 0, so that no record can ask for memory.
     return (
         isinstance(value, list)
         and len(value) == 3
@@ -185,14 +199,15 @@ def _is_empty(value: Any) -> bool:
     )
 
 
-def _is_dtype(value: Any) -> bool:
+def _is_dtype(value: object) -> bool:
     try:
         return isinstance(value, str) and str(jax.numpy.dtype(value)) == value
     except TypeError:
         return False
 
 
-def _is_checksum(value: Any) -> bool:
+def _is_checksum(value: object) -> bool:
+    """Whether a value is [names, dtype, sum], as `_checksums.checksums` gives it."""
     return (
         isinstance(value, list)
         and len(value) == 3
@@ -203,11 +218,12 @@ def _is_checksum(value: Any) -> bool:
     )
 
 
-def _is_values(value: Any) -> bool:
+def _is_values(value: object) -> bool:
+    """Whether a value is True or a list of names, as `_trees.values` gives it."""
     return value is True or _all(_is_names)(value)
 
 
-_FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {  # and whether it is needed
+_FIELDS: dict[str, tuple[Check, bool]] = {  # its check, and whether it is needed
     "version": (_is_count, True),
     "params": (_is_names, True),
     "average": (_is_names, True),
@@ -221,7 +237,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {  # and whether it is 
     IN_PLACE: (lambda value: value is True, False),
     "sum": (_is_text, False),
 }
-_COMBINATION = {  # with what their users add
+_COMBINATION = {  # beside what the callers add
     "version": (_is_count, True),
     "params": (_is_names, True),
     "weights": (_is_text, True),
@@ -233,13 +249,13 @@ _COMBINATION = {  # with what their users add
 OF_COMBINATIONS = {*_COMBINATION, "checkpoints", "coefficients", "sum"}
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def as_marker(record: dict[str, Any]) -> Marker:
-    """What a record says that was checked."""
+def as_marker(record: Json) -> Marker:
+    """A record that was checked, as a `Marker`."""
     return Marker(
         served=tuple(
             Served(
@@ -254,8 +270,9 @@ def as_marker(record: dict[str, Any]) -> Marker:
     )
 
 
-def name_in_state(names: Names, marker: Marker, present: Any) -> Names:
-    """The name in the state of what stands at `names`: the swap, undone by name."""
+def name_in_state(names: Names, marker: Marker, present: Collection[Names]) -> Names:
+    """The name in the state of the leaf at `names` on disk: the swap, undone by name."""
+    # A masked parameter has no twin in the average's state, and keeps its name.
     for one in marker.served:
         if names == (*one.average, counter_of(one.field, swapped=True)):
             return (*one.average, counter_of(one.field, swapped=False))

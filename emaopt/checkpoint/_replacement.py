@@ -1,12 +1,12 @@
-"""A checkpoint that takes its place, or another's, and what a kill on the way leaves.
+"""How a checkpoint takes its place or replaces another, and what a kill leaves.
 
 It is written in a directory of its own, which no other writer touches while this one
-lives. If something stands at its path that it may replace, it becomes `path`.replacement
-when it is complete. Then `path` is moved aside, to `path`.replaced, the new one takes its
-place, and the old one is removed. Directories cannot be exchanged in one step everywhere,
+lives. If it replaces what stands at its path, it is renamed to `path`.replacement when it
+is complete. Then `path` is moved aside, to `path`.replaced, the new checkpoint takes its
+place, and the old one is removed. Not every system exchanges two directories in one step,
 so a kill may leave nothing at `path`; but at every moment one of the three is complete.
-What stands there is `path` if there is one, else the newest complete one. Of several
-writers one at a time does this, and the last one's stays.
+Readers take `path` if it exists, else the newest complete one. Of several writers one at
+a time does this, and the checkpoint of the last one stays.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from emaopt._output import (
     making_parents,
     own_name,
 )
+from emaopt._types import Report
 from emaopt.checkpoint import _completion
 
 try:
@@ -42,34 +43,35 @@ except ImportError:  # a system without such locks
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Identity: TypeAlias = tuple[str | int, ...] | None
 
 _log_warning = logging.getLogger("emaopt").warning
 _PATIENCE, _PAUSE = 60.0, 0.02  # seconds: for a lock, and between two tries
-_ATTEMPTS = 5  # to read what is replaced meanwhile
+_ATTEMPTS = 5  # to read a checkpoint that saves replace meanwhile
 _LONGEST = 1000  # bytes of an error that the first process tells the others
-# What was read beside its path: the run that saves there next has gone on from it.
+# Paths that this process has restored: its next save there goes on from what it read.
 _taken_up: set[str] = set()
 
 
-def followed(path: Any) -> Any:
-    """The directory that a link leads to: it is what is replaced, and the link stays."""
+def followed(path: epath.Path) -> epath.Path:
+    """The directory that a link leads to: a save replaces it, and the link stays."""
     if is_url(path) or not os.path.islink(path):
         return path
     return epath.Path(os.path.realpath(path))
 
 
-def _replacement(path: Any) -> Any:
+def _replacement(path: epath.Path) -> epath.Path:
     return path.with_name(path.name + ".replacement")
 
 
 @contextlib.contextmanager
 def taking_place(
-    function: str, path: Any, *, force: bool, report: Callable[[str], Any]
-) -> Iterator[Any]:
-    """Gives a place to write what is to stand at a path; it takes it at the end.
+    function: str, path: epath.Path, *, force: bool, report: Report
+) -> Iterator[epath.Path]:
+    """Yields a place to write a checkpoint to, which is moved to the path at the end.
 
-    All processes enter, and get the same place. With `force` what stands at the path is
-    replaced, and what an earlier run left beside it settled.
+    All processes enter, and get the same place. With `force`, what stands at the path is
+    replaced, and what an earlier run left beside it is settled.
     """
     if path.exists() and not force:
         raise exists_already(ValueError, function, path)
@@ -87,6 +89,8 @@ def taking_place(
 
         def make() -> str:
             held.enter_context(making_parents(path))
+            # The lock on the parent is held until `own` is locked: another writer would
+            # take a directory without a lock for a dead writer's.
             with _locked(path.parent):
                 _remove_dead(path)
                 own = epath.Path(own_name(os.fspath(path), _mark(path)))
@@ -101,6 +105,7 @@ def taking_place(
             yield (written := own / path.name)
             _take_place(function, path, written, force)
         except BaseException:
+            # Threads of TensorStore may still write there; `clear` waits for their end.
             if jax.process_index() == 0:
                 clear(own)
             raise
@@ -108,13 +113,13 @@ def taking_place(
             _remove(own)
 
 
-def _mark(path: Any) -> str:
-    """What tells the directories in which what is to stand at a path is written."""
+def _mark(path: epath.Path) -> str:
+    """The beginning of the names of the directories that a path's writers make."""
     return f"{zlib.crc32(os.fsencode(path.name)):08x}."
 
 
-def _remove_dead(path: Any) -> None:
-    """Removes what writers left that are no more: nobody has the lock on it."""
+def _remove_dead(path: epath.Path) -> None:
+    """Removes the directories of writers that are dead, on which nobody has a lock."""
     for left in path.parent.iterdir():
         if left.name.startswith(f".{_mark(path)}") and left.name.endswith(UNFINISHED):
             with _locked(left, wait=False) as alone:
@@ -122,19 +127,20 @@ def _remove_dead(path: Any) -> None:
                     _remove(left)
 
 
-def _remove(directory: Any) -> None:
-    """Removes what is in nobody's way, if that may be."""
+def _remove(directory: epath.Path) -> None:
+    """Removes a directory that is in nobody's way, if this user may."""
     with contextlib.suppress(OSError):
         directory.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _locked(directory: Any, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a directory for itself, and says whether it does; a kill ends it.
+def _locked(directory: epath.Path, *, wait: bool = True) -> Iterator[bool]:
+    """Locks a directory, and says whether it could; a kill ends the lock.
 
-    Where a file system has no locks, or somebody else keeps this one, all are let in, as
-    if nobody else was there.
+    Where a file system has no locks, or another process keeps this one for long, a writer
+    that waits goes on as if it were alone.
     """
+    # Who does not wait asks whether a writer is dead. Without locks nobody knows: False.
     if fcntl is None:
         yield wait
         return
@@ -150,14 +156,16 @@ def _locked(directory: Any, *, wait: bool = True) -> Iterator[bool]:
             alone = wait
         yield alone
     finally:
-        with contextlib.suppress(OSError):  # a process that was forked has it, too
+        # A forked process has the file open, too: closing it here would not unlock it.
+        with contextlib.suppress(OSError):
             fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 
-def _lock(number: int, directory: Any, patience: float) -> bool:
+def _lock(number: int, directory: epath.Path, patience: float) -> bool:
     began = time.monotonic()
     while True:
+        # flock knows no time limit, so it is asked again and again.
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -173,47 +181,49 @@ def _lock(number: int, directory: Any, patience: float) -> bool:
     return bool(patience)
 
 
-def _aside(path: Any) -> Any:
+def _aside(path: epath.Path) -> epath.Path:
     return path.with_name(path.name + ".replaced")
 
 
-def _complete(path: Any) -> bool:
+def _complete(path: epath.Path) -> bool:
     marks = ("_CHECKPOINT_METADATA", "_METADATA")
     there = any((path / mark).exists() for mark in marks)
     return there and _completion.unfinished(path) is None
 
 
-def standing(path: Any) -> Any:
+def standing(path: epath.Path) -> epath.Path | None:
     """Where the newest complete checkpoint of a path stands; None if nowhere.
 
-    A `path` that exists is what it is, complete or not.
+    A `path` that exists is returned, complete or not.
     """
     path = followed(path)
     if path.exists():
         return path
+    # In this order: the replacement was complete before `path` was moved aside.
     return next(filter(_complete, (_replacement(path), _aside(path))), None)
 
 
-def identity(path: Any) -> Any:
+def identity(path: epath.Path) -> Identity:
     """What tells the checkpoint at a path from the one that takes its place."""
     if (found := standing(path)) is None:
         return None
-    told = [os.fspath(found)]
+    told: list[str | int] = [os.fspath(found)]
     try:
         if not is_url(found):
             now = os.stat(found)
             told += [now.st_dev, now.st_ino]
         if (mark := found / "_CHECKPOINT_METADATA").exists():
-            told.append(mark.read_text())  # has the time of the save in it
+            told.append(mark.read_text())  # holds the time of the save
     except (OSError, ValueError):
         pass  # gone meanwhile, which is another identity, or damaged
     return tuple(told)
 
 
-_opened: ContextVar[dict[str, Any] | None] = ContextVar("opened", default=None)
+# What the reader in this context has opened; None outside of readers.
+_opened: ContextVar[dict[str, Identity] | None] = ContextVar("opened", default=None)
 
 
-def opening(path: Any) -> None:
+def opening(path: epath.Path) -> None:
     """Notes what stands at a path that is about to be read."""
     if (opened := _opened.get()) is not None:
         opened.setdefault(os.fspath(path), identity(path))
@@ -224,7 +234,7 @@ class Replaced(ValueError):
 
 
 def refuse_replaced() -> None:
-    """Raises if what was opened is no longer there: what was read may be of both."""
+    """Raises if a checkpoint was replaced since it was opened."""
     for path, before in (_opened.get() or {}).items():
         if identity(epath.Path(path)) != before:
             raise Replaced(
@@ -234,14 +244,14 @@ def refuse_replaced() -> None:
 
 
 def whole(read: Callable[P, T]) -> Callable[P, T]:
-    """Makes a reader begin again if what it reads is replaced, be there an error or not.
+    """Makes a reader start over if its checkpoint was replaced, be there an error or not.
 
-    Of several processes none begins again, as the others would not: it is an error.
+    With several processes it raises instead: one would start over without the others.
     """
 
     @functools.wraps(read)
     def reader(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _opened.get() is not None:  # within a reader, which begins again itself
+        if _opened.get() is not None:  # within a reader, which starts over itself
             return read(*args, **kwargs)
         attempts = _ATTEMPTS if jax.process_count() == 1 else 1
         for left in reversed(range(attempts)):
@@ -250,6 +260,7 @@ def whole(read: Callable[P, T]) -> Callable[P, T]:
                 try:
                     result = read(*args, **kwargs)
                 except Exception:
+                    # Files of two saves look damaged: a replacement is named first.
                     refuse_replaced()
                     raise
                 refuse_replaced()
@@ -264,20 +275,20 @@ def whole(read: Callable[P, T]) -> Callable[P, T]:
     return reader
 
 
-def take_up(path: Any) -> None:
-    """Notes that this process has read what stands beside `path`."""
+def take_up(path: epath.Path) -> None:
+    """Notes that this process has restored what stands at `path`, or beside it."""
     _taken_up.add(os.fspath(followed(path)))
 
 
-def settle(path: Any, report: Callable[[str], Any]) -> None:
-    """Brings what an earlier run left beside `path` in order, before it is saved over.
+def settle(path: epath.Path, report: Report) -> None:
+    """Settles what an earlier run left beside `path`, before a save replaces it.
 
-    A complete checkpoint whose path is empty, or holds none, is moved there if it was
-    read from: then it has been gone on from. If not, whoever saves has not seen it and
-    has perhaps started over: it is moved out of the way and stays.
+    If nothing complete stands at `path`, a complete checkpoint beside it is kept. If this
+    process has restored it, and so goes on from it, it is moved to `path`, if that is
+    free. If not, the run may have started over: it gets a name of its own.
     """
 
-    def act():
+    def act() -> None:
         beside = [p for p in (_replacement(path), _aside(path)) if _complete(p)]
         if not beside or _complete(path):
             return
@@ -294,7 +305,7 @@ def settle(path: Any, report: Callable[[str], Any]) -> None:
     _by_the_first(lambda: _in_turn(path, act), path)
 
 
-def _in_turn(path: Any, act: Callable[[], Any]) -> None:
+def _in_turn(path: epath.Path, act: Callable[[], T]) -> T:
     """Acts on what stands at a path and beside it while no other process does."""
     if is_url(path):
         return act()
@@ -302,7 +313,7 @@ def _in_turn(path: Any, act: Callable[[], Any]) -> None:
         return act()
 
 
-def _free(path: Any) -> Any:
+def _free(path: epath.Path) -> epath.Path:
     """A name beside a path that nothing has: path.kept1, path.kept2, and so on."""
     number = 1
     while (place := path.with_name(f"{path.name}.kept{number}")).exists():
@@ -310,10 +321,12 @@ def _free(path: Any) -> Any:
     return place
 
 
-def _take_place(function: str, path: Any, written: Any, force: bool) -> None:
-    """Puts what was written in a path's place; all wait for the first, or fail."""
+def _take_place(
+    function: str, path: epath.Path, written: epath.Path, force: bool
+) -> None:
+    """Moves what was written to the path; all processes wait for the first, or fail."""
 
-    def act():
+    def act() -> None:
         if not written.exists():
             raise OSError(
                 f"{function}: {written} was not completed; {path} is as it was."
@@ -325,22 +338,26 @@ def _take_place(function: str, path: Any, written: Any, force: bool) -> None:
             raise ValueError(
                 f"{function}: {path} has come to exist; it was left as it is."
             )
+        # A kill may come after any line: each leaves one of the three complete.
         aside, new = _aside(path), _replacement(path)
         if written != new:
-            new.rmtree(missing_ok=True)  # no complete one, which was settled
+            new.rmtree(missing_ok=True)  # `settle` has kept what is needed
             written.rename(new)
         aside.rmtree(missing_ok=True)
         path.rename(aside)
         new.rename(path)
         _remove(aside)
 
+    # The exception of a signal between two renames would leave nothing at the path.
     with undisturbed():
         _by_the_first(lambda: _in_turn(path, act), path)
+    # What another process leaves beside the path from now on has not been read.
     _taken_up.discard(os.fspath(path))
 
 
-def _by_the_first(act: Callable[[], Any], path: Any) -> str:
-    """Lets the first process act; what it says, or its error, is that of all."""
+def _by_the_first(act: Callable[[], object], path: epath.Path) -> str:
+    """Lets the first process act; all return what it says, or raise its error."""
+    # The text of a success begins with "=", that of an error with its type.
     failed, text = None, ""
     if jax.process_index() == 0:
         try:

@@ -1,14 +1,17 @@
 """From files to trees: the whole training state, or the averages alone."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 from emaopt._places import Ways, placed
 from emaopt._swap import exchange
+from emaopt._types import Leaf, Path, PyTree, Report
 from emaopt.checkpoint import _arrays, _contents, _files, _read, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._match import Rename, check_fit, match
@@ -19,22 +22,22 @@ log_warning = logging.getLogger("emaopt").warning
 
 def restored(
     files: _files.Files,
-    target: Any,
+    target: PyTree,
     *,
     keep_missing: bool = False,
     ignore_extra: bool = False,
-    report: Callable[[str], Any],
+    report: Report,
     scope: Names = (),
-    fallback: Any = None,
+    fallback: Sharding | None = None,
     params: Ways = None,
     rename: Rename = None,
     as_it_is: bool = False,
-) -> Any:
-    """Fills the target with the saved training state, raw parameters and average apart.
+) -> PyTree:
+    """Fills the target with the saved training state: raw parameters, averages in slots.
 
     With a scope, only the leaves below it are read; the others may be metadata. Leaves
-    without a sharding go to `fallback`, or the default device. If the target is metadata,
-    it is filled with what there is, `as_it_is`.
+    without a sharding go to `fallback`, or the default device. With `as_it_is`, a target
+    of metadata gets the leaves as they were read, unchecked.
     """
     for way in [scope] if scope else {names[:1] for names in names_of(target)}:
         files.refuse_without_raw("restore", way)
@@ -55,7 +58,7 @@ def restored(
         known={o.average: o.params for o in files.marker.served} if files.marker else {},
         rename=rename,
     )
-    # In the target's order, which is that of all processes.
+    # In the target's order: that of sets of names differs between processes.
     sources = {n: found.sources[n] for n in targets if n in found.sources}
     seeds = {n: found.seeds[n] for n in targets if n in found.seeds}
     wanted, dealt = {}, set()
@@ -65,7 +68,7 @@ def restored(
             leaf = saved[place]
             if name not in found.rows | seeds.keys() or _arrays.can_read(leaf, plan):
                 wanted[name] = logical[place], plan
-            else:  # of keys, say, whole
+            else:  # Orbax reads these, such as keys, whole; `refit` deals out the rows
                 plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
                 wanted[name] = logical[place], _trees.as_plan(plan, fallback)
                 dealt.add(name)
@@ -84,18 +87,21 @@ def restored(
     for sentence in found.report:
         report(f"restore: {files.path}: {sentence}.")
     state = _trees.fill(plain, values)
+    # A target that was swapped comes back swapped.
     state = exchange(state, [placed(state, *names) for names in swapped])
     return _trees.fill(target, names_of(state))
 
 
-def as_saved(files: _files.Files, scope: Names) -> Any:
-    """What a restore without a target gives: raw parameters in Orbax's containers."""
+def as_saved(files: _files.Files, scope: Names) -> PyTree:
+    """Restores without a target: raw parameters under their names, Orbax's containers."""
     target = with_other_items(files)
     logical = restored(files, target, report=log_warning, scope=scope, as_it_is=True)
     return logical[scope[0]] if scope else logical
 
 
-def with_other_items(files: _files.Files, item: str = "", target: Any = None) -> Any:
+def with_other_items(
+    files: _files.Files, item: str = "", target: PyTree = None
+) -> PyTree:
     """The saved state as metadata, raw parameters in their places, one item replaced."""
     physical = jax.tree.map(_trees.as_array, _files.whole_tree(files))
     for names, leaf in files.marker.empty.items() if files.marker else ():
@@ -106,24 +112,25 @@ def with_other_items(files: _files.Files, item: str = "", target: Any = None) ->
 
 def averages(
     files: _files.Files,
-    target: Any,
-    sharding: Any,
-    dtype: Any,
+    target: PyTree,
+    sharding: PyTree,
+    dtype: DTypeLike | None,
     name: str | None,
     at: str | None,
     ignore_extra: bool,
-) -> Any:
+) -> PyTree:
     """The averages, with the target's containers or those on disk."""
     prefix, averaged, there = _contents.averages_at(
         "load_averaged", files, name, at, option="name"
     )
     present = _files.all_leaves(files)
     if target is not None:
-        # A model's other variables, which no average is of, may be left out.
+        # The target may lack a model's other variables, which have no average.
         needed = set() if ignore_extra else averaged
         names = _below_a_key(target).keys() | needed
         there = {n: place for n, place in there.items() if n in names}
     saved = {n: present[place] for n, place in there.items()}
+    # The files were opened lazily; all arrays that are wanted are opened together here.
     with _files.explained("load_averaged", files.path):
         _arrays.open_all(saved.values())
     wanted = _wanted(files.path, saved, target, sharding, dtype)
@@ -137,12 +144,19 @@ def averages(
     return fill_as_on_disk(files, prefix, values)
 
 
-def _below_a_key(tree: Any) -> dict[Names, Any]:
-    """The leaves by the names that they have below a prefix: as in a checkpoint."""
+def _below_a_key(tree: PyTree) -> dict[Names, Leaf]:
+    """The leaves by the names that they have below a prefix, as in a checkpoint."""
+    # A lone "value" at the top keeps its name. Below a key, as on disk, it loses it.
     return {names[1:]: leaf for names, leaf in names_of({"": tree}).items()}
 
 
-def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> dict:
+def _wanted(
+    path: Path,
+    saved: dict[Names, Leaf],
+    target: PyTree,
+    sharding: PyTree,
+    dtype: DTypeLike | None,
+) -> dict[Names, Leaf]:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
     like = {} if target is None else _below_a_key(target)
     if target is not None:
@@ -164,7 +178,7 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
         shardings = dict.fromkeys(saved, sharding)
     default = _trees.default_sharding()
 
-    def want(names, leaf):
+    def want(names: Names, leaf: Leaf) -> Leaf:
         if not hasattr(leaf, "dtype"):
             return _trees.as_array(leaf)  # text
         here = like.get(names)
@@ -177,12 +191,14 @@ def _wanted(path: Any, saved: dict, target: Any, sharding: Any, dtype: Any) -> d
     return {names: want(names, leaf) for names, leaf in saved.items()}
 
 
-def fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
-    """The values in the nested dicts and lists that Orbax keeps the parameters in."""
+def fill_as_on_disk(
+    files: _files.Files, prefix: Names, values: Mapping[Names, Leaf]
+) -> PyTree:
+    """The values in the nested dicts and lists in which Orbax keeps the parameters."""
     tree = _files.whole_tree(files)
     for name in prefix:
         tree = child(tree, name)
-    # The containers: with None where a place holds more, such as an average's counters.
+    # Other leaves at the place, such as an average's counters, stay None.
     filled = jax.tree.map(lambda _: None, tree)
     if not isinstance(filled, (dict, list)):
         return values[()]
@@ -191,21 +207,24 @@ def fill_as_on_disk(files: _files.Files, prefix: Names, values: dict) -> Any:
     return filled
 
 
-def child(tree: Any, name: str) -> Any:
+def child(tree: PyTree, name: str) -> PyTree:
     return tree[_key(tree, name)]
 
 
-def _key(tree: Any, name: str) -> Any:
+def _key(tree: PyTree, name: str) -> Any:
+    """The key of a container that has this name: a position, or an object in a dict."""
     if isinstance(tree, (list, tuple)):
         return int(name)
     return next(key for key in tree if str(key) == name)
 
 
-def _put(tree: Any, names: Names, value: Any) -> None:
+def _put(tree: PyTree, names: Names, value: Leaf) -> None:
+    """Sets a leaf in nested dicts and lists, by its name in the checkpoint."""
     node, key = {"": tree}, ""
     for name in names:
         node = node[key]
         key = _key(node, name)
+    # A Flax variable is such a dict on disk; names of leaves do without its "value".
     if isinstance(node[key], dict) and set(node[key]) == {"value"}:
-        node, key = node[key], "value"  # whose name is dropped
+        node, key = node[key], "value"
     node[key] = value

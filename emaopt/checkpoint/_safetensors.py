@@ -3,16 +3,17 @@
 import functools
 import json
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from emaopt._advice import advised
 from emaopt._checks import check_callable, check_flag, check_text
 from emaopt._output import is_url, refuse_existing, writing
 from emaopt._paths import check_readable, check_writable
+from emaopt._types import Json, Path
 from emaopt.checkpoint import _files, _replacement, _selection, _stream
 from emaopt.checkpoint._merge import Progress, caster, refuse_own
 from emaopt.checkpoint._selection import Weights
@@ -42,40 +43,40 @@ _SAFETENSORS = {
 
 @_replacement.whole
 def export_safetensors(
-    path: str | os.PathLike,
-    out: str | os.PathLike,
+    path: Path,
+    out: Path,
     *,
     weights: str | None = "served",
     at: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     separator: str = "/",
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> str:
     """Exports the parameters to serve of a checkpoint to a safetensors file.
 
-    Leaf by leaf, as `combine`. The file is written beside its place and renamed, so `out`
-    never holds half of it.
+    Arrays are read and written leaf by leaf, as by `combine`. The file is written beside
+    its place and then renamed, so `out` never holds half of it.
 
     Args:
       path: A checkpoint, as for `load_averaged`.
       out: The file to make.
-      weights: "served": the average, wherever it stands, of a checkpoint that holds any,
-        else the parameters; several are an error. Others as for `combine`: None is what
-        stands under the parameters' names.
+      weights: "served": the average, wherever it stands, or the parameters if the
+        checkpoint holds no average; several averages are an error. Others as for
+        `combine`; None: the arrays under the parameters' names.
       at: Where the parameters stand, as for `combine`.
       dtype: Floating dtype to cast floating arrays to. None: as saved.
-      separator: What joins the names of nested parameters.
+      separator: Text that joins the names of nested parameters.
       force: Replace what stands at `out`.
       progress: As for `combine`.
 
     Returns:
-      Which weights they are, in words.
+      Which weights were exported, in words.
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
       FileExistsError: If `out` exists and `force` is False.
-      ValueError: As for `load_averaged`; or if two names are one with this separator.
+      ValueError: As for `load_averaged`; or if the separator makes two names alike.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -116,6 +117,7 @@ def export_safetensors(
         )
     if not force:
         refuse_existing(function, out)
+    # Arrays of size 0 have no files; their shapes and dtypes stand in the record.
     empty = found.files.marker.empty if found.files.marker else {}
     full = [n for n, there in found.places.items() if there not in empty]
     leaves = _stream.stored(function, found.files, [found.places[n] for n in full])
@@ -123,8 +125,10 @@ def export_safetensors(
     for names in found.places.keys() - set(full):
         nothing = empty[found.places[names]]
         kinds[names] = nothing.shape, nothing.dtype
+    # The header comes first in the file: all offsets follow from shapes and dtypes.
     header = _header(function, found, kinds, cast, separator)
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces, which the format allows here, let the arrays start at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     batches = list(_stream.batches(leaves))
     arrays = _stream.prefetched(
@@ -137,17 +141,23 @@ def export_safetensors(
         for batch, values in zip(batches, arrays, strict=True):
             for k, array in zip(batch, values, strict=True):
                 array = array.astype(cast(array.dtype), copy=False)
+                # As bytes: a scalar has no axis for that, and bfloat16 no buffer.
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 done += leaves[k].nbytes
             progress(done, sum(leaf.nbytes for leaf in leaves))
+        # Before the file gets its name: it may hold arrays of two saves.
         _replacement.refuse_replaced()
     return found.said
 
 
 def _header(
-    function: str, found: Weights, kinds: dict, cast: Callable, separator: str
-) -> dict[str, Any]:
-    """What the file says of its arrays: {name: dtype, shape, place}."""
+    function: str,
+    found: Weights,
+    kinds: Mapping[_files.Names, tuple[tuple[int, ...], np.dtype]],
+    cast: Callable[[np.dtype], np.dtype],
+    separator: str,
+) -> Json:
+    """The header of the file: {name: {dtype, shape, data_offsets}}."""
     header, end = {}, 0
     for names, (shape, kind) in kinds.items():
         kind = cast(kind)

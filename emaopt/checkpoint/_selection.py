@@ -1,17 +1,18 @@
 """Which leaves of a checkpoint are weights, and which checkpoints a run has."""
 
-import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from emaopt._advice import advised
 from emaopt._names import Unknown
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
+from emaopt._types import Leaf, Path, PyTree, Report
 from emaopt.checkpoint import (
     _completion,
     _contents,
@@ -30,21 +31,21 @@ class Weights(NamedTuple):
     files: _files.Files
     prefix: Names  # the names that lead to the parameters
     places: dict[Names, Names]  # name below the prefix -> name on disk
-    kept: frozenset[Names]  # of these, what is no average where one is asked for
-    said: str  # which they are, in words
+    kept: frozenset[Names]  # raw ones, where an average is asked for that leaves them out
+    said: str  # which weights they are, in words
     averages: tuple[str, ...]  # the averages among them
 
 
 def select(
-    function: str, path: str | os.PathLike, which: str | None, at: str | None = None
+    function: str, path: Path, which: str | None, at: str | None = None
 ) -> Weights:
     """Finds weights in a checkpoint.
 
     Args:
-      which: None: what stands under the parameters' names. "raw": the raw parameters.
-        "average": the only average. "served": that, if there is any, else None. Else the
-        average of that name.
-      at: The way to the parameters, or to some of them: "model/params".
+      which: None: the arrays under the parameters' names. "raw": the raw parameters.
+        "average": the only average. "served": as "average" if there is one, else as None.
+        Any other text: the average of that name.
+      at: Where the parameters are, or some of them, as keys joined with "/".
     """
     files = _files.open_files(function, path, at=at, option="at")
     present = _files.all_leaves(files)
@@ -68,6 +69,8 @@ def select(
     prefix = way or _parameters(function, files)
     if which == "raw":
         files.refuse_without_raw(function, prefix)
+    # A place in a served average's state holds raw parameters as it is. Elsewhere raw
+    # parameters are where the swap put them.
     as_raw = which == "raw" and not (
         way and _contents.refuse_averages(function, files, str(at), way)
     )
@@ -90,15 +93,15 @@ def weights_at(
     *,
     raw: bool = False,
 ) -> Weights:
-    """Weights at these places, labelled as what stands there."""
+    """The weights at these places, with words for what they are."""
     said, averages = _contents.said_of(files, prefix, places.values(), raw=raw)
     return Weights(files, prefix, places, kept, said, averages)
 
 
 def select_alike(
-    function: str, paths: Sequence[Any], which: str | None, at: str | None
+    function: str, paths: Sequence[Path], which: str | None, at: str | None
 ) -> list[Weights]:
-    """The weights in checkpoints; raises if not the same averages are served in all."""
+    """The weights in checkpoints, which without `which` must serve the same averages."""
     found = [select(function, path, which, at) for path in paths]
     for one in found:
         if which is None and one.averages != found[0].averages:
@@ -116,7 +119,7 @@ def select_alike(
 def what_stands(
     function: str, files: _files.Files, at: str | None
 ) -> tuple[list[Names], str]:
-    """The ways to the parameters in a checkpoint, and what stands there, in words."""
+    """The names that lead to the parameters, and which weights are there, in words."""
     present = _files.all_leaves(files)
     if not present:
         raise ValueError(f"{function}: {files.path} holds no arrays.")
@@ -125,7 +128,7 @@ def what_stands(
     else:
         try:
             ways = _contents.parameters(function, files)
-        except ValueError:  # not clear of which parameters an average is
+        except ValueError:  # an average fits several trees
             ways = [()]
         ways = ways or [_parameters(function, files)]
     places = [n for n in present if any(n[: len(way)] == way for way in ways)]
@@ -148,9 +151,11 @@ def _parameters(function: str, files: _files.Files) -> Names:
 
 
 def refuse_optimizer_state(function: str, weights: Weights) -> None:
-    """Raises if weights are all of a checkpoint that holds an optimizer's state, too."""
+    """Raises if weights are a whole checkpoint with an optimizer's state in it."""
+    # A checkpoint has names and no types. By custom the state is called opt_state; Optax
+    # calls Adam's first moment mu, beside a count.
     names = set() if weights.prefix else weights.places.keys()
-    counted = {n[:-1] for n in names if n[-1:] == ("count",)}  # Adam's and its kin's
+    counted = {n[:-1] for n in names if n[-1:] == ("count",)}
     if any("opt_state" in n for n in names) or any(
         (*parent, "mu") == n[: len(parent) + 1] for n in names for parent in counted
     ):
@@ -186,7 +191,8 @@ def check_alike(function: str, weights: Sequence[Weights]) -> None:
                 )
 
 
-def _kinds(weights: Weights) -> dict[Names, tuple]:
+def _kinds(weights: Weights) -> dict[Names, tuple[tuple[int, ...], str]]:
+    """The shape and dtype of each leaf, by its name below the prefix."""
     present = _files.all_leaves(weights.files)
     return {
         n: (_files.shape(present[there]), str(getattr(present[there], "dtype", "text")))
@@ -194,14 +200,17 @@ def _kinds(weights: Weights) -> dict[Names, tuple]:
     }
 
 
-def _kind(kind: tuple) -> str:
+def _kind(kind: tuple[tuple[int, ...], str]) -> str:
     return f"{kind[1]} of shape {kind[0]}"
 
 
 def in_order(
-    function: str, paths: Sequence[Any], steps: Sequence[int] | None, report: Any
-) -> tuple[list[Any], list[int] | None]:
-    """The checkpoints, oldest first, and their steps if all have one."""
+    function: str, paths: Sequence[Path], steps: Sequence[int] | None, report: Report
+) -> tuple[list[epath.Path], list[int] | None]:
+    """The checkpoints, oldest first, and their steps; in the given order if one has none.
+
+    A run's directory stands for all its finished steps.
+    """
     found = []
     for path in map(_files.absolute, paths):
         inside, unfinished = {}, []
@@ -229,7 +238,9 @@ def in_order(
     return found, numbers
 
 
-def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
+def steps_in(
+    function: str, directory: epath.Path
+) -> tuple[dict[int, epath.Path], list[str]]:
     """The steps of a run by number, and the names of those that were not finished."""
     steps, unfinished = {}, []
     for path in sorted(directory.iterdir(), key=lambda path: path.name):
@@ -251,8 +262,8 @@ def steps_in(function: str, directory: Any) -> tuple[dict[int, Any], list[str]]:
     return dict(sorted(steps.items())), unfinished
 
 
-def step_of(path: Any) -> int | None:
-    """The number that a directory's name is, or ends in after "_" or "-"."""
+def step_of(path: epath.Path) -> int | None:
+    """The step in a directory's name: a number alone, or at the end after "_" or "-"."""
     found = re.fullmatch(r"(?:.*[_-])?(\d+)", path.name)
     return int(found[1]) if found else None
 
@@ -260,10 +271,10 @@ def step_of(path: Any) -> int | None:
 class Average(NamedTuple):
     """An average in a checkpoint."""
 
-    names: Names  # that lead to its state
-    counter: Names  # where its num_updates stands
+    names: Names  # names that lead to its state
+    counter: Names  # the name on disk of its num_updates
     debias: bool
-    served: bool  # whether it stands under the parameters' names
+    served: bool  # whether it is under the parameters' names
 
 
 def averages_in(files: _files.Files) -> list[Average]:
@@ -278,16 +289,18 @@ def averages_in(files: _files.Files) -> list[Average]:
 
 
 def decay_said(names: Names) -> str | None:
-    """The last of the names of an average that says its decay, such as "power:0.1"."""
+    """The last of an average's names that is a decay, such as "power:0.1", or None."""
     return next((name for name in reversed(names) if says_decay(name)), None)
 
 
-def containers(weights: Weights, values: dict[Names, Any]) -> Any:
-    """The values under the original names, in the containers on disk.
+def containers(weights: Weights, values: dict[Names, Leaf]) -> PyTree:
+    """The values under their names on disk, in containers like those on disk.
 
     Arrays of size 0 become None, which Orbax can store.
     """
-    filled: Any = _restore.fill_as_on_disk(weights.files, weights.prefix, values)
+    filled: PyTree = _restore.fill_as_on_disk(weights.files, weights.prefix, values)
+    # Above the parameters, from the inside out: a dict, or a list where the parameters
+    # are the first member of one. At another position a list would have gaps.
     for i in reversed(range(len(weights.prefix))):
         parent = _files.whole_tree(weights.files)
         for name in weights.prefix[:i]:

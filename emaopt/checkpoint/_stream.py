@@ -3,12 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from emaopt._output import of_system
+from emaopt._types import Json, Leaf, Path, PyTree
 from emaopt.checkpoint import (
     _arrays,
     _checksums,
@@ -19,7 +21,7 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._files import Names
 
-BATCH = 1 << 24  # bytes: of small leaves as many are read and written at once
+BATCH = 1 << 24  # bytes of small leaves that are read and written at once
 _AHEAD = 2  # batches that are read while another is used
 
 T = TypeVar("T")
@@ -55,8 +57,8 @@ def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[
     ]
 
 
-def batches(leaves: Sequence[Any]) -> Iterator[list[int]]:
-    """The positions of leaves, in turn, by as many as make a batch; at least one."""
+def batches(leaves: Sequence[Stored]) -> Iterator[list[int]]:
+    """The positions of leaves, batch by batch; a large leaf is a batch by itself."""
     batch, size = [], 0
     for i, leaf in enumerate(leaves):
         if batch and size + leaf.nbytes > BATCH:
@@ -69,7 +71,7 @@ def batches(leaves: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
-    """Reads leaves at once, numbers as arrays. Also called in threads."""
+    """Reads leaves together, numbers as arrays. It may run in a thread."""
     files = leaves[0].files
     arrays = [leaf for leaf in leaves if isinstance(_on_disk(leaf), _arrays.DiskArray)]
     plans = [(_on_disk(leaf), np.empty(leaf.shape, leaf.dtype)) for leaf in arrays]
@@ -77,6 +79,7 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
         found = list(_arrays.read(plans, sum(leaf.nbytes for leaf in arrays)))
     values = {leaf.names: array for leaf, array in zip(arrays, found, strict=True)}
     _checksums.check(function, files.path, files.checksums, values)
+    # A Python number has no array on disk; Orbax's own handler reads it.
     numbers = {
         leaf.names: (leaf.names, np.zeros((), leaf.dtype).item())
         for leaf in leaves
@@ -87,12 +90,12 @@ def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
     return [np.asarray(values[leaf.names], leaf.dtype) for leaf in leaves]
 
 
-def _on_disk(leaf: Stored) -> Any:
+def _on_disk(leaf: Stored) -> Leaf:
     return leaf.files.saved[leaf.names]
 
 
 def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the calls return, in turn, while those that follow run in threads."""
+    """The results of calls, in turn, while the next calls run in threads."""
     running = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         for call in calls:
@@ -104,19 +107,20 @@ def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def write(
-    path: Any,
-    tree: Any,
+    path: epath.Path,
+    tree: PyTree,
     arrays: Iterator[dict[Names, np.ndarray]],
-    record: dict[str, Any],
+    record: Json,
     prefix: Names,
-    place: Any,
+    place: Path,
 ) -> None:
     """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
 
-    Their names on disk have the prefix before them. An error of the system in writing
-    names `place`, where the checkpoint is going to stand.
+    On disk, the prefix stands before their names. An error of the system in writing names
+    `place`, where the checkpoint is going to stand.
     """
-    custom_metadata: dict[str, Any] = {}
+    custom_metadata: Json = {}
+    # Errors in making the arrays are none of `place`, though they pass through Orbax.
     of_arrays: list[BaseException] = []
 
     def summed() -> Iterator[dict[Names, np.ndarray]]:
@@ -129,7 +133,7 @@ def write(
         except BaseException as error:
             of_arrays.append(error)
             raise
-        # Orbax writes it down after the arrays.
+        # In time: Orbax writes custom_metadata only after the last array.
         sealed = _record.sealed({**record, "checksums": checksums})
         custom_metadata[_record.RECORD] = sealed
 

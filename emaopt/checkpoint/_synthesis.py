@@ -1,16 +1,17 @@
 """Averages made after training, from the checkpoints of a run."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._advice import advised
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._profiles import BadProfile, decay_of, weights_of
+from emaopt._types import DecayLike, Path, Report
 from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,
@@ -28,58 +29,58 @@ _FAR = 0.1  # the residual from which on there is a warning
 
 
 class Synthesis(NamedTuple):
-    """What `synthesize` made, and of what."""
+    """What `synthesize` made, and from which snapshots."""
 
     solution: Solution
-    step: int  # the number of updates at which the run's average is meant
+    step: int  # the number of updates after which the average is meant
     snapshots: list[tuple[str, str, int]]  # checkpoint, average, its number of updates
 
 
 @_replacement.whole
 def synthesize(
-    directory: str | os.PathLike,
-    out: str | os.PathLike,
+    directory: Path,
+    out: Path,
     *,
-    target: Any,
+    target: DecayLike | str | ArrayLike,
     step: int | None = None,
-    recorded: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, DecayLike | str] | None = None,
     every: int = 1,
     start: int = 0,
     rcond: float | None = None,
     at: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-    report: Callable[[str], Any] = _restore.log_warning,
+    report: Report = _restore.log_warning,
 ) -> Synthesis:
-    """Synthesizes an average that was not recorded, from snapshots of those that were.
+    """Synthesizes an average that was not recorded, from snapshots of others that were.
 
     The checkpoints of a run hold averages of known decays; `posthoc.solve_recorded` says
-    how to combine them. What an average is, its name says: a member of an
-    `optax.named_chain` called "power:0.05" or "ema:0.999"; `recorded` says it for others.
-    How many updates it had is in the checkpoint.
+    how to combine them. The name of an average tells its decay, as that of a member of an
+    `optax.named_chain` called "power:0.05" or "ema:0.999"; `recorded` tells the decays of
+    others. The checkpoints tell how many updates an average has had.
 
     Args:
-      directory: Of a CheckpointManager, or any that holds checkpoints whose names end in
-        numbers.
+      directory: The directory of a CheckpointManager, or of checkpoints whose names end
+        in numbers.
       out: Directory to make, as for `combine`.
       target: The average to make: a decay, its name such as "power:0.1" or "cosine:0.2",
         or the weight of every iterate, float [T+1].
-      step: The number of updates at which it is meant, none later than the newest
-        snapshot's. None: those, or T.
-      recorded: {name of an average, as for `get_average`: its decay, or its name}. No
-        others are used then.
-      every, start: What the recorded averages were made with.
+      step: The number of updates after which the average is meant, at most the newest
+        snapshot's. None: the newest snapshot's, or T.
+      recorded: {name of an average, as for `get_average`: its decay, or the decay's
+        name}. If given, no other averages are used.
+      every, start: The arguments with which the recorded averages were made.
       rcond: As for `posthoc.solve`.
       at, dtype, force, progress: As for `combine`.
       report: As for `combine`; also called if the residual is over 10 %.
 
     Returns:
-      A `Synthesis`. See to its residual and noise gain.
+      A `Synthesis`. Look at the residual and the noise gain of its solution.
 
     Raises:
       FileNotFoundError, ValueError: As `combine` does; if there are no averages of known
-        decays, or not the same ones in all checkpoints.
+        decays, or the checkpoints hold different ones.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -115,12 +116,14 @@ def synthesize(
         check_integer(name, "step", step, 0)
     if rcond is not None:
         check_number(name, "rcond", rcond, 0)
-    _target(name, target, 1)  # whether it is a profile at all
+    # A target that is no profile is refused before any checkpoint is opened.
+    _target(name, target, 1)
     found, _ = _selection.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
-    names: dict[str, Any] = {}
-    snapshots: dict[str, list[tuple[int, Any]]] = {}
+    names: dict[str, DecayLike] = {}
+    snapshots: dict[str, list[tuple[int, _selection.Average]]] = {}
     first = None
+    # One snapshot of each average in each checkpoint: all must hold the same averages.
     for path in found:
         files = _files.open_files(name, path, at=at, option="at")
         averages = _known(name, files, decays)
@@ -163,7 +166,7 @@ def synthesize(
         for n in snapshots
         for path, (count, _) in zip(found, snapshots[n], strict=True)
     ]
-    # Oldest first: what is not averaged is the newest checkpoint's.
+    # Oldest first: the last one gives the leaves that are not averaged.
     order = sorted(range(len(sources)), key=lambda i: sources[i][2])
     chosen = {}
     for path, n, _ in sources:
@@ -190,7 +193,8 @@ def synthesize(
     return Synthesis(solution, len(wanted) - 1, said)
 
 
-def _decay(function: str, decay: Any) -> Any:
+def _decay(function: str, decay: DecayLike | str) -> DecayLike:
+    """The decay that an argument is or names, or an error of the function."""
     try:
         decay = decay_of(decay) if isinstance(decay, str) else decay
         check_decay(function, decay)
@@ -200,9 +204,9 @@ def _decay(function: str, decay: Any) -> Any:
 
 
 def _known(
-    function: str, files: _files.Files, decays: Mapping[str, Any]
-) -> dict[str, tuple[Any, _selection.Average]]:
-    """The averages of known decay in a checkpoint: name -> decay, where."""
+    function: str, files: _files.Files, decays: Mapping[str, DecayLike]
+) -> dict[str, tuple[DecayLike, _selection.Average]]:
+    """The averages of known decay in a checkpoint: {name: (decay, average)}."""
     averages = _selection.averages_in(files)
     if not averages:
         raise ValueError(
@@ -211,6 +215,7 @@ def _known(
         )
     found = {}
     for name, decay in decays.items():
+        # A whole name goes before one name on the way.
         fitting = [a for a in averages if name == "/".join(a.names)] or [
             a for a in averages if name in a.names
         ]
@@ -248,7 +253,8 @@ def updates(function: str, files: _files.Files, one: _selection.Average) -> int:
     return int(counter)
 
 
-def _target(function: str, target: Any, step: int) -> np.ndarray:
+def _target(function: str, target: DecayLike | str | ArrayLike, step: int) -> np.ndarray:
+    """The weights of all iterates in the average to make, float64 [T+1]."""
     decay: Any = target
     try:
         if isinstance(target, str):

@@ -2,26 +2,27 @@
 
 import sys
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from emaopt._names import joined, key_name, own_values, path_leaves
 from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swap import exchange
+from emaopt._types import Json, Leaf, PyTree
 from emaopt.checkpoint import _orbax, _record
 from emaopt.checkpoint._files import Names, names_of
 
 
 def served(
-    function: str, state: Any, name: Choice, params: Ways, optional: bool = False
-) -> tuple[Any, list[Place]]:
+    function: str, state: PyTree, name: Choice, params: Ways, optional: bool = False
+) -> tuple[PyTree, list[Place]]:
     """The state as it goes to disk, and where the averages stand in it.
 
-    With `optional`, a state that holds none comes back as it is.
+    With `optional`, a state without an average comes back as it is.
     """
     state = plain(state)
     _refuse_mixed_keys(function, state)
@@ -38,9 +39,12 @@ def served(
     return (state if places[0].swapped else exchange(state, places)), places
 
 
-def _refuse_mixed_keys(function: str, state: Any) -> None:
-    """Raises where Orbax would write what it cannot read: it sorts the keys of a node."""
-    kinds: dict[Any, bool] = {}  # whether the keys of a node are positions
+def _refuse_mixed_keys(function: str, state: PyTree) -> None:
+    """Raises if a node has positions and names for keys.
+
+    Orbax writes such a node, and fails to read it: it sorts the keys of a node.
+    """
+    kinds: dict[tuple[object, ...], bool] = {}  # whether the keys of a node are positions
     for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
         for i, key in enumerate(path):
             is_position = isinstance(key, jax.tree_util.SequenceKey)
@@ -53,61 +57,67 @@ def _refuse_mixed_keys(function: str, state: Any) -> None:
                 )
 
 
-def raw(state: Any, params: Ways) -> tuple[Any, list[tuple[Names, Names]]]:
-    """The state with its raw parameters, and (average, parameters) that were swapped."""
+def raw(state: PyTree, params: Ways) -> tuple[PyTree, list[tuple[Names, Names]]]:
+    """The state with its raw parameters, and the swapped pairs (average, parameters)."""
     found = list(swapped_nodes(state))
     places = [located_at("restore", state, names, params) for names in found]
     return exchange(state, places), [(p.average, p.params) for p in places]
 
 
-def raw_by(state: Any, marker: _record.Marker | None) -> Any:
-    """What stands on disk with its raw parameters, by its record, where they are."""
+def raw_by(state: PyTree, marker: _record.Marker | None) -> PyTree:
+    """The tree on disk with averages and raw parameters back in place, by its record."""
+    # Where an average's whole item is missing, there is nothing to exchange with.
     nodes = average_nodes(state) | center_nodes(state)
     served = [one for one in marker.served if one.average in nodes] if marker else []
     return exchange(state, [placed(state, one.average, one.params) for one in served])
 
 
-def marker(function: str, state: Any, places: list[Place], **more: Any) -> dict[str, Any]:
-    """The record of a state as it goes to disk, with more fields of it."""
+def marker(function: str, state: PyTree, places: list[Place], **more: object) -> Json:
+    """The record of a state as it goes to disk, with further fields."""
     empty = [
         [list(names), list(leaf.shape), str(leaf.dtype)]
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
+    # In memory Flax's variables have a type; on disk they are dicts as any other. So the
+    # record says which leaves called "value" are the user's own.
     own = own_values(state)
     lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
     return _record.marker(function, places, empty, values(own, lost), more)
 
 
-def values(own: Collection[Names], lost: Collection[Names]) -> dict[str, Any]:
-    """The entry of a record that says which of the leaves that lost "value" own it.
+def values(own: Collection[Names], lost: Collection[Names]) -> Json:
+    """The entry of a record for leaves that users call "value", of those that lost it.
 
-    All of them, or a list: on disk a Flax variable is a dict as any other.
+    True stands for all of them, a list for some; if there are none, there is no entry.
     """
     if not own:
         return {}
     return {"values": True if len(own) == len(lost) else [list(n) for n in sorted(own)]}
 
 
-def without_empty(state: Any) -> Any:
-    """Orbax stores no array of size 0: None takes its place, the marker has its shape."""
+def without_empty(state: PyTree) -> PyTree:
+    """The state with None for arrays of size 0, which Orbax does not store.
+
+    The marker has their shapes.
+    """
     return jax.tree.map(lambda leaf: None if is_empty(leaf) else leaf, state)
 
 
-def fill(target: Any, values: dict[Names, Any]) -> Any:
+def fill(target: PyTree, values: dict[Names, Leaf]) -> PyTree:
     """A tree with the target's containers and the values by name."""
     return jax.tree.unflatten(
         jax.tree.structure(target), [values[names] for names in names_of(target)]
     )
 
 
-def plain(state: Any) -> Any:
-    """NNX modules replaced by their `nnx.state`: Orbax cannot read modules back."""
-    nnx = sys.modules.get("flax.nnx")  # who has a module has imported it
+def plain(state: PyTree) -> PyTree:
+    """The state with NNX modules as their `nnx.state`: Orbax cannot read modules back."""
+    nnx = sys.modules.get("flax.nnx")  # imported by whoever has a module of it
     if nnx is None:
         return state
 
-    def is_module(node):
+    def is_module(node: object) -> bool:
         return isinstance(node, nnx.Pytree)
 
     return jax.tree.map(
@@ -117,23 +127,24 @@ def plain(state: Any) -> Any:
     )
 
 
-def is_empty(leaf: Any) -> bool:
+def is_empty(leaf: Leaf) -> bool:
+    """Whether a leaf is an array of size 0."""
     return 0 in (shape_of(leaf) or ())
 
 
-def as_plan(leaf: Any, fallback: Any = None) -> Any:
-    """What to ask Orbax for, to get something like the leaf."""
+def as_plan(leaf: Leaf, fallback: jax.sharding.Sharding | None = None) -> Leaf:
+    """What to ask Orbax for, to get a value like the leaf."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
-            sharding = None  # of a traced value: it tells no devices
+            sharding = None  # that of a traced value, which has no devices
         sharding = sharding or fallback or default_sharding()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
-def as_told(leaf: Any, told: Any) -> Any:
-    """A leaf of a target with what Orbax's RestoreArgs say of it."""
+def as_told(leaf: Leaf, told: Leaf) -> Leaf:
+    """A leaf of a target with the dtype and sharding that Orbax's RestoreArgs ask for."""
     if told is None or not hasattr(leaf, "shape"):
         return leaf
     dtype = getattr(told, "dtype", None) or leaf.dtype
@@ -147,30 +158,35 @@ def as_told(leaf: Any, told: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
-def as_array(leaf: Any) -> Any:
-    """A leaf of Orbax's metadata as what it describes."""
+def as_array(leaf: Leaf) -> Leaf:
+    """A leaf like the one that Orbax's metadata describes."""
     if _orbax.is_number(leaf):
         return np.zeros((), leaf.dtype).item()
     if not hasattr(leaf, "dtype"):
         return ""  # text has no metadata
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            return np.empty(leaf.shape, leaf.dtype)  # which JAX would cut
+            return np.empty(leaf.shape, leaf.dtype)  # without x64, JAX cuts 64 bits to 32
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def as_target(value: Any, leaf: Any) -> Any:
+def as_target(value: Leaf, leaf: Leaf) -> Leaf:
+    """The value as a scalar of NumPy's where the target's leaf is one."""
     return type(leaf)(value) if isinstance(leaf, np.generic) else value
 
 
 def check_kinds(
-    function: str, path: Any, values: dict[Names, Any], targets: dict[Names, Any]
+    function: str,
+    path: epath.Path,
+    values: dict[Names, Leaf],
+    targets: dict[Names, Leaf],
 ) -> None:
-    """Raises if what was read is not of the target's shape and dtype."""
+    """Raises if a value that was read differs from the target in shape or dtype."""
     for names, leaf in targets.items():
         value, dtype = values[names], getattr(leaf, "dtype", None)
         if value is leaf or dtype is None:
             continue
+        # Without x64 a value may have the 32 bits that JAX cuts the target's 64 to.
         if not jnp.issubdtype(dtype, jax.dtypes.extended):
             dtype = jax.dtypes.canonicalize_dtype(dtype)
         there = getattr(value, "dtype", None)
@@ -183,10 +199,12 @@ def check_kinds(
 
 
 def default_sharding() -> jax.sharding.Sharding:
+    """The sharding of an array on the first device of this process."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def zeros(like: Any) -> Any:
+def zeros(like: Leaf) -> np.ndarray | jax.Array:
+    """An array of zeros with the shape, dtype and sharding of another one."""
     if isinstance(like, np.ndarray):
         return np.zeros(like.shape, like.dtype)
     return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))

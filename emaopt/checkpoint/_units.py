@@ -1,19 +1,19 @@
-"""What an optimizer's state is made of, told by the names of its leaves alone.
+"""The units of an optimizer's state, told by the names of its leaves alone.
 
-On disk a state has lost its types. A unit is what one transformation keeps: the fields
-around which chains, wrappers and the user's names stand. Units keep their fields when a
-chain gets or loses members, or a wrapper; where they stand changes.
+On disk a state has lost its types. A unit is the state of one transformation, without the
+chains, wrappers and users' names around it. When a chain gains or loses members, or a
+wrapper, units keep their fields and change their places.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from emaopt._names import is_below, num_common
 from emaopt._nodes import as_state, field_of
 from emaopt.checkpoint._files import Names
 
-# The names that Optax's and our wrappers put on the way to the states of others.
+# The fields in which wrappers of Optax and of emaopt keep the states of others.
 WRAPPERS = {
     "adv_state",
     "averaging",
@@ -24,7 +24,7 @@ WRAPPERS = {
     "inner_states",
     "opt_state",
 }
-# And one that tells what is in it from the states of others.
+# The field for states of the outer optimizer, which are never those of a worker.
 _OUTER = "outer_state"
 
 
@@ -42,7 +42,9 @@ Pair = tuple[Unit, Unit]
 Group = tuple[list[Unit], list[Unit]]
 
 
-def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[Unit]:
+def units(
+    leaves: Iterable[Names], roots: Iterable[Names], others: Iterable[Names]
+) -> list[Unit]:
     """The units below the roots of optimizer states.
 
     Args:
@@ -53,7 +55,7 @@ def units(leaves: Iterable[Names], roots: Iterable[Names], others: Any) -> list[
     parameters = _like_parameters(others)
     found = []
     for root in roots:
-        tree: Any = {}
+        tree: dict = {}
         for names in leaves:
             if is_below(names, root):
                 _put(tree, names[len(root) :])
@@ -78,6 +80,7 @@ def _is_leaf(tree: dict) -> bool:
 def _walk(
     tree: dict, way: Names, parameters: Callable[[dict], bool]
 ) -> Iterator[tuple[Names, frozenset[str], list[Names]]]:
+    """Finds the units of a tree: the way to each, its fields, and its leaves below."""
     passages = _passages(tree, parameters)
     own = {name: child for name, child in tree.items() if name not in passages}
     if own:
@@ -89,7 +92,7 @@ def _walk(
 
 
 def _passages(tree: dict, parameters: Callable[[dict], bool]) -> set[str]:
-    """The names in a node that lead to states of others."""
+    """The names in a node that lead to states of other transformations."""
     if _is_leaf(tree):
         return set()
     if all(name.isdigit() for name in tree):
@@ -99,12 +102,12 @@ def _passages(tree: dict, parameters: Callable[[dict], bool]) -> set[str]:
     averages = {name for name, child in tree.items() if as_state(child)}
     if parameters(tree) or any(map(_is_leaf, tree.values())):
         return averages
-    # What holds neither leaves nor trees like the parameters holds states by name.
+    # A node without leaves and without trees like the parameters holds states by name.
     named = averages or not any(map(parameters, tree.values()))
     return set(tree) if named else set()
 
 
-def _like_parameters(others: Any) -> Callable[[dict], bool]:
+def _like_parameters(others: Iterable[Names]) -> Callable[[dict], bool]:
     """Tells whether a tree has the names of some other tree's leaves, or of a part."""
     known = set(others)
     ending = defaultdict(list)
@@ -115,6 +118,7 @@ def _like_parameters(others: Any) -> Callable[[dict], bool]:
         below = list(_leaves(tree))
         longest = max(below, key=len)
         length = len(longest)
+        # A lone leaf has no names: names[-0:] would be all of them.
         return any(
             names[-length:] == longest
             and all(names[:-length] + rest in known for rest in below)
@@ -136,8 +140,8 @@ def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Group]
     """Finds which unit is which: by its kind, the user's names, and where it stands.
 
     Returns:
-      The pairs, and groups of those that could be one another. What has no like on the
-      other side is in neither.
+      The pairs, and groups of units that could be each other's. A unit without a like on
+      the other side is in neither.
     """
     groups = defaultdict(lambda: ([], []))
     for side, found in enumerate((here, there)):
@@ -156,13 +160,14 @@ def paired(here: list[Unit], there: list[Unit]) -> tuple[list[Pair], list[Group]
 
 
 def _related(ours: list[Unit], theirs: list[Unit]) -> list[Group]:
-    """Groups of units that could be one another by the user's names.
+    """Groups of units that could be each other's by the user's names.
 
-    These are the same, or alike but for some that one side lacks: a named_chain in the
-    place of a chain puts one on the way.
+    The names are the same, or one side lacks some of them: a named_chain in the place of
+    a chain adds a name to the way.
     """
     groups = []
     ours, theirs = list(ours), list(theirs)
+    # Each group is a connected component: it grows on either side until nothing joins.
     while ours:
         some, others = [ours.pop()], []
         grown = True
@@ -180,7 +185,7 @@ def _related(ours: list[Unit], theirs: list[Unit]) -> list[Group]:
 
 
 def _could_be(a: Unit, b: Unit) -> bool:
-    """An average may be of the center here and of the parameters there, slots may not."""
+    """Whether two units may be one: slots of inner and outer optimizers may not."""
     is_average = a.kind == {"average"}
     sides = {_OUTER in a.labels, _OUTER in b.labels}
     return _nested(a.labels, b.labels) and (is_average or len(sides) == 1)
@@ -204,9 +209,8 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
     pairs = list(zip(ours, theirs, strict=True))
     if len(pairs) == 1 or _below_common(ours) == _below_common(theirs):
         return pairs  # where they were, or moved together
-    # In another chain, or in a chain of their own, each way holds the old one: accepted
-    # if they can be paired in this way alone, it keeps their order, and all ways got, or
-    # lost, the same.
+    # A chain around all units, or around each, makes their ways longer. It is accepted if
+    # all ways got, or lost, the same names, and only the pairing in order is possible.
     grown = {(_more(one, other), _more(other, one)) for one, other in pairs}
     if len(grown) > 1:
         return None
@@ -214,6 +218,7 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
         i: {j for j, other in enumerate(theirs) if _nested(one.short, other.short)}
         for i, one in enumerate(ours)
     }
+    # Forced pairs are taken off one by one; the pairing is the only one if none is left.
     while edges:
         i = next((i for i, ends in edges.items() if len(ends) == 1), None)
         if i is None or edges.pop(i) != {i}:
@@ -224,12 +229,12 @@ def _in_place(ours: list[Unit], theirs: list[Unit]) -> list[Pair] | None:
 
 
 def _more(a: Unit, b: Unit) -> frozenset[tuple[str, int]]:
-    """The names on the way to one that the way to the other lacks, and how often."""
+    """The names on the way to `a` that the way to `b` lacks, and how many of each."""
     return frozenset((Counter(a.short) - Counter(b.short)).items())
 
 
 def _below_common(group: list[Unit]) -> list[Names]:
-    """Where units stand below what leads to all of them."""
+    """The ways to units, without the names at their beginning that all have in common."""
     first, *_, last = sorted(unit.short for unit in group)
     common = num_common(first, last)
     return [unit.short[common:] for unit in group]

@@ -1,9 +1,9 @@
-"""Local updates restored by another number of workers, or by a run of none, and back.
+"""Local updates restored with another number of workers, without any, or as the first.
 
-What carries over is the center: workers start from it, as after an exchange, and a run
-without workers takes it for its parameters. Each worker's own slots go to the workers of
-the same number; if there are more than before, the slots are dealt out again from the
-first.
+The center (slow weights) carries over: new workers start from it, as after an exchange,
+and a run without workers takes it for its parameters. Each worker's own slots go to the
+worker of the same number; if there are more workers than before, the slots are dealt out
+again from the first.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,24 @@ import numpy as np
 from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, center_nodes
 from emaopt._places import Place, Ways, located_at, shape_of, told_ways
+from emaopt._types import Leaf, PyTree
 from emaopt.checkpoint._arrays import index_of
 from emaopt.checkpoint._files import Names, located_in, names_of
 
-# What the exchange that all of a new set of workers start from leaves at zero.
+# New workers start as after an exchange, which leaves these fields at zero.
 _SINCE_EXCHANGE = ("since_exchange", "has_missed", "accumulated", "residual")
 _COUNTS = ("num_steps", "num_left_out", "num_missed")
-_OWN = ("inner_state", "num_missed")  # rows that go to the workers of the same numbers
+_OWN = ("inner_state", "num_missed")  # row w goes to worker w
 
 
 class Rows(NamedTuple):
-    """What of a state changes with the number of its workers."""
+    """What changes in a state with the number of its workers."""
 
     sources: dict[Names, Names]  # name in the target -> name in the saved state
     rows: set[Names]  # leaves of the target with other rows than their sources
     fresh: set[Names]  # leaves of the target that start at zero
-    kept: set[Names]  # leaves that the saved state lacks: as a run begins
-    left: set[Names]  # leaves of the saved state that have no place any more
+    kept: set[Names]  # leaves that the saved state lacks: as in the target
+    left: set[Names]  # leaves of the saved state without a place in the target
     report: list[str]
 
 
@@ -50,23 +51,24 @@ class _Local(NamedTuple):
 
 def fit_workers(
     function: str,
-    target: Any,
-    disk: Any,
-    saved: dict[Names, Any],
+    target: PyTree,
+    disk: PyTree,
+    saved: dict[Names, Leaf],
     sources: dict[Names, Names],
     params: Ways,
     known: dict[Names, Names],
     ignore_extra: bool,
 ) -> Rows:
-    """The sources of a target's leaves, from a state with other workers.
+    """Finds the sources of a target's leaves in a state with other workers.
 
-    Where the parameters stand is told of the target, and `known` of the saved state.
+    `params` says where parameters stand in the target, `known` where in the saved state.
     """
     rows = Rows(dict(sources), set(), set(), set(), set(), [])
 
     def here(way: Names) -> Place:
         if params is not None:
             return located_at(function, target, way, params)
+        # Untold, they are looked for where the record has them in the saved state.
         at = known.get(way, ())
         return located_in(function, target, way, at=at, option="params")
 
@@ -80,18 +82,20 @@ def fit_workers(
         centers = [n for n in wanted if is_below(n, local.center)]
         if not centers:
             continue
-        # Any of them that is there: the first leaf of a center may be a new one.
+        # Any leaf of the center that was saved will do: its first one may be new.
         source = next((sources[n] for n in centers if n in sources), ())
         old = next((one for one in theirs if is_below(source, one.center)), None)
         theirs = [one for one in theirs if one is not old]
         if old is None or old.workers != local.workers:
             _start_workers(rows, local, old, wanted, saved)
+    # The target goes on with none of these.
     for old in theirs:
         _end_workers(rows, old, wanted, saved, ignore_extra)
     return rows
 
 
-def _locals(state: Any, located: Callable[[Names], Place]) -> list[_Local]:
+def _locals(state: PyTree, located: Callable[[Names], Place]) -> list[_Local]:
+    """The local updates in a state; the parameters' first axis tells the workers."""
     found = []
     for way, node in center_nodes(state).items():
         below = names_of(as_state(node).center)
@@ -100,6 +104,7 @@ def _locals(state: Any, located: Callable[[Names], Place]) -> list[_Local]:
         place = located(way)
         leaves = names_of(state)
         rest, center = next(iter(below.items()))
+        # Stacked parameters have one axis more than their center.
         shape: Any = shape_of(leaves[place.params + rest]) or ()
         stacked = len(shape) > len(shape_of(center) or ())
         found.append(_Local(way, place.params, shape[0] if stacked else None))
@@ -107,7 +112,11 @@ def _locals(state: Any, located: Callable[[Names], Place]) -> list[_Local]:
 
 
 def _start_workers(
-    rows: Rows, local: _Local, old: _Local | None, wanted: dict, saved: dict
+    rows: Rows,
+    local: _Local,
+    old: _Local | None,
+    wanted: dict[Names, Leaf],
+    saved: dict[Names, Leaf],
 ) -> None:
     """Starts all workers from the center, or from the parameters of a run without any."""
     for names in wanted:
@@ -117,6 +126,7 @@ def _start_workers(
             source = rows.sources.get(param if old is None else names)
             if source is None:
                 continue
+            # The workers' parameters, and what each has pulled, are copies of the center.
             for leaf in (param, (*local.way, "pulled", *rest)):
                 if leaf in wanted:
                     rows.sources[leaf] = source
@@ -146,12 +156,17 @@ def _start_workers(
 
 
 def _end_workers(
-    rows: Rows, old: _Local, wanted: dict, saved: dict, ignore_extra: bool
+    rows: Rows,
+    old: _Local,
+    wanted: dict[Names, Leaf],
+    saved: dict[Names, Leaf],
+    ignore_extra: bool,
 ) -> None:
-    """Gives the center to a run without workers, and the first worker's slots.
+    """Gives a run without workers the center, and the first worker's slots.
 
-    Not to who asks for the parameters alone, in the workers' shapes: they are those.
+    A target of the parameters alone, in the workers' shapes, gets those of the workers.
     """
+    # Only a target that takes slots over, or must take everything, is a run that goes on.
     inner = (*old.way, "inner_state")
     goes_on = not ignore_extra or any(is_below(s, inner) for s in rows.sources.values())
     ended = False
@@ -171,13 +186,13 @@ def _end_workers(
         )
 
 
-def _all_of(old: _Local, saved: dict) -> list[Names]:
+def _all_of(old: _Local, saved: dict[Names, Leaf]) -> list[Names]:
     """The leaves of local updates and of their workers."""
     return [n for n in saved if is_below(n, old.params) or is_below(n, old.way)]
 
 
-def refit(value: Any, like: Any) -> Any:
-    """An array with the rows of another number of workers, as `index_of` says."""
+def refit(value: jax.Array, like: Leaf) -> jax.Array:
+    """An array with the rows of another number of workers, as `index_of` has them."""
     shape = tuple(np.shape(like))
     part = tuple((0, n) for n in shape)
     value = jnp.broadcast_to(value[index_of(part, shape, np.shape(value))], shape)

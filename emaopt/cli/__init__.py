@@ -13,6 +13,8 @@ from emaopt.cli._terminal import progress_bar, report, stop, warn
 
 __all__ = ["app"]
 
+# Commands import what they need when they run: --help loads no Orbax, and only the demo
+# needs its extras.
 app = typer.Typer(
     name="emaopt",
     cls=Commands,
@@ -37,11 +39,12 @@ def root(
 ) -> None:
     """Averages of the weights, for JAX and Optax.
 
-    On checkpoint directories of Orbax's, with emaopt's averages in them or without.
+    The commands work on checkpoint directories of Orbax's, with or without averages of
+    emaopt's in them.
 
-    Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal. Of an
-    output nothing is left then, or all of it, if only the report could not be printed.
-    The last line on stderr says why.
+    Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal. After
+    a failure no part of an output is left; if only the report could not be printed, the
+    output is complete. The last line on stderr says why.
     """
 
 
@@ -78,7 +81,8 @@ def demo(
     A small network learns at a constant learning rate while emaopt averages its weights.
     You see whether the average classifies unseen digits better than the last weights do.
     Then a process that cannot import emaopt restores the checkpoint and must serve
-    exactly that average, and a resumed run must end exactly as the uninterrupted one.
+    exactly that average, and a resumed run must end in exactly the state of the
+    uninterrupted one.
 
     As JSON: *steps*, *seeds*, *loss* and *accuracy*, each {*raw*, *average*} with a
     number for each seed, *served* {*loss*, *accuracy*, *step*}, *written*.
@@ -105,9 +109,9 @@ def demo(
 def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
     """Show what a checkpoint holds, without reading its arrays.
 
-    Names, dtypes, shapes and sizes; which weights a reader finds under the parameters'
-    names; every average in it, with its number of updates and, if its name says its decay
-    (*power:0.1*), what that average is made of.
+    It shows names, dtypes, shapes and sizes; which weights a reader finds under the
+    parameters' names; and every average (EMA), with its number of updates and, if its
+    name is that of its decay (*power:0.1*), a summary of its weights.
 
     As JSON: *path*, *parameters*, *served*, *leaves* [{*name*, *dtype*, *shape*,
     *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*}], *record*,
@@ -153,10 +157,10 @@ def average(
     """Average checkpoints, instead of letting the learning rate decay.
 
     **uniform** weighs the checkpoints alike (LAWA, PMA). **linear**, **cosine** and
-    **1-sqrt** weigh them as if the learning rate had been brought to 0 in that way (WSM):
-    over the last fraction of the run, with *cosine:0.2* its last fifth, or over the span
-    of the checkpoints. The others come as near to that average of all steps as these
-    checkpoints allow. The weights are printed. The uniform mean of raw weights:
+    **1-sqrt** weigh them as if the learning rate had fallen to 0 in that shape (WSM):
+    over the last fraction of the run, for *cosine:0.2* its last fifth, or over the span
+    of the checkpoints. The other profiles are averages of all steps, which the
+    checkpoints approximate. The weights are printed. The uniform mean of raw weights:
 
         emaopt average run/800 run/900 run/1000 --weights raw --out mean
 
@@ -238,9 +242,9 @@ def synthesize(
 ) -> None:
     """Make an average after training that was not recorded during it.
 
-    From the snapshots of a run that recorded averages of known decay, best two power
-    averages, this finds the combination nearest to the average that you ask for, and
-    writes it. In the training script:
+    It takes the snapshots of a run that recorded averages of known decay, best two power
+    averages, finds the combination of them that is nearest to the average you ask for,
+    and writes it. In the training script:
 
         optax.named_chain(
             ("adam", optax.adam(1e-3)),
@@ -248,12 +252,12 @@ def synthesize(
             ("power:0.1", emaopt.average_params(emaopt.power_decay(sigma_rel=0.1))),
         )
 
-    and checkpoints of the training state every so often, in any way. Afterwards:
+    and checkpoints of the training state at some steps, saved in any way. Afterwards:
 
         emaopt synthesize run --sigma-rel 0.15 --out wide
 
-    It prints how far the profile got is from the one wanted (relative L2 error), and by
-    how much rounding errors of the snapshots are amplified.
+    It prints the relative L2 error of the profile, and the factor by which rounding
+    errors of the snapshots are amplified.
 
     As JSON: *record* {*target*, *step*, *checkpoints*, *averages*, *coefficients*,
     *residual*, *noise_gain*, ...}, as inspect shows it, and *written*.
@@ -315,12 +319,12 @@ def export(
 ) -> None:
     """Export the parameters of a checkpoint to a safetensors file.
 
-    The averages, of a checkpoint that holds any, by emaopt or by plain Orbax; of another,
-    the parameters. It goes array by array, and says which it exported.
+    If the checkpoint holds averages, written by emaopt or by plain Orbax, it exports
+    these, else the parameters, and says which. It goes array by array.
 
         emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
 
-    As JSON: *weights*, which they are in words, and *written*.
+    As JSON: *weights*, the exported weights in words, and *written*.
     """
     with failing("export"), progress_bar("exporting") as progress:
         from emaopt import checkpoint
@@ -368,8 +372,8 @@ def profile(
 ) -> None:
     """Show which iterates an average is made of.
 
-    Mean age and half-life in steps, the effective number of iterates 1/Σw², and the
-    weight of the initial parameters: *0.9999* still holds a third of them after 10,000
+    It shows mean age and half-life in steps, the effective number of iterates 1/Σw², and
+    the weight of the initial parameters: in *0.9999* it is still a third after 10,000
     steps.
 
         emaopt profile 0.9999 warmup:0.9999 power:0.1 --steps 10000 --plot weights.png

@@ -1,4 +1,4 @@
-"""How the commands begin and end: options that are wrong, failures, signals, pipes."""
+"""How commands begin and end: wrong options, failures, signals, broken pipes."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import typer
@@ -17,8 +18,8 @@ from emaopt._advice import said_in_shell
 from emaopt._interrupts import send_again
 from emaopt.cli._terminal import say, stop, take_any_text, warn
 
-_PIPE = 13  # SIGPIPE, which not all systems have
-_GRACE = 5.0  # seconds in which what was begun is taken back, whatever else is sent
+_PIPE = 13  # SIGPIPE, which the signal module lacks on some systems
+_GRACE = 5.0  # seconds to remove unfinished files, in which further signals are ignored
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,12 +36,14 @@ class Commands(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         take_any_text()
+        # Standalone, Typer would print errors itself, in a box of several lines.
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except Exception as error:
+            # A wrong call, known by its method, because Typer may have classes of its own
+            # in place of Click's. A call without any argument has printed the help.
             if (message_of := getattr(error, "format_message", None)) is None:
                 raise
-            # A wrong call; one without anything has printed the help.
             code = getattr(error, "exit_code", 2)
             if message := message_of():
                 context = getattr(error, "ctx", None)
@@ -48,7 +51,7 @@ class Commands(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """Reads the options; those of the group itself print and exit."""
+        """Reads the options of the group; --version and --help print and exit here."""
         with _ending():
             return super().make_context(*args, **kwargs)
 
@@ -59,8 +62,8 @@ class Commands(TyperGroup):
 
 
 @contextlib.contextmanager
-def _ending(ctx: Any = None) -> Iterator[None]:
-    """Turns signals and an output that takes no more into an exit status."""
+def _ending(ctx: object = None) -> Iterator[None]:
+    """Turns signals, and an output that cannot be written, into an exit status."""
     try:
         with _signals():
             yield
@@ -69,7 +72,7 @@ def _ending(ctx: Any = None) -> Iterator[None]:
         command = f"emaopt {getattr(ctx, 'invoked_subcommand', None) or ''}".strip()
         stop(f"{command}: stopped by {signal.Signals(number).name}.", 128 + number)
     except (BrokenPipeError, SystemExit) as error:
-        # rich exits by itself where a pipe is broken, with 1.
+        # Rich ends a broken pipe with SystemExit(1); the pipe's error is its context.
         broken = error if isinstance(error, BrokenPipeError) else error.__context__
         if not isinstance(broken, BrokenPipeError):
             raise
@@ -81,29 +84,32 @@ def _ending(ctx: Any = None) -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Keeps Python from writing at exit what could not be written."""
+    """Points stdout to the null device."""
+    # At exit Python flushes its buffer, which would fail again, with Python's message.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Makes of signals that end a process an exception, so that files are removed.
+    """Turns signals that end a process into an exception, so that files are removed.
 
-    What is ignored, as under nohup, stays so. Where Python drops an exception, as in a
-    callback of its garbage collector, the signal is sent again.
+    Signals that are ignored, as under nohup, stay ignored. If Python drops the exception,
+    as in a callback of its garbage collector, the signal is sent again.
     """
     last = -_GRACE
 
-    def dropped(what: Any) -> None:
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
         nonlocal last
         if not isinstance(what.exc_value, Stopped):
             return hook(what)
+        # The signal that is sent again comes within the grace of this one.
         last = -_GRACE
         send_again(what.exc_value.number)
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         nonlocal last
+        # A second signal would interrupt the removal of files that the first one began.
         if time.monotonic() - last >= _GRACE:
             last = time.monotonic()
             stopped = Stopped()
@@ -112,6 +118,7 @@ def _signals() -> Iterator[None]:
 
     hook, sys.unraisablehook = sys.unraisablehook, dropped
     before = {}
+    # Only the main thread may set handlers. Handlers of an embedding program are kept.
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
@@ -127,7 +134,7 @@ def _signals() -> Iterator[None]:
 
 
 def quiet_cpu() -> None:
-    """On the CPU, and without a line from Orbax on every file that it opens."""
+    """Sets JAX to the CPU, and silences what Orbax logs of every file that it opens."""
     import jax
     from absl import logging as absl_logging
 
@@ -136,7 +143,7 @@ def quiet_cpu() -> None:
 
 
 class _Warnings(logging.Handler):
-    """Prints what the library logs as the warnings that it reports."""
+    """Prints the library's log records as warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warn(record.getMessage())
@@ -144,6 +151,7 @@ class _Warnings(logging.Handler):
 
 @contextlib.contextmanager
 def _warning() -> Iterator[None]:
+    """Prints warnings that the library logs inside the block."""
     logger, handler = logging.getLogger("emaopt"), _Warnings(logging.WARNING)
     logger.addHandler(handler)
     try:
@@ -154,7 +162,8 @@ def _warning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing(command: str) -> Iterator[None]:
-    """Turns what a user can mend into one line and an exit status."""
+    """Turns errors that a user can mend into one line and an exit status."""
+    # Before JAX is used: it chooses its devices once.
     quiet_cpu()
     from emaopt._names import Unknown
     from emaopt._profiles import BadProfile
@@ -165,13 +174,14 @@ def failing(command: str) -> Iterator[None]:
     except BadProfile as error:
         stop(_as_said_here(command, error), 2)
     except Unknown as error:
+        # Where the option has another name than the argument of the function.
         named = {"name": "weights", "path": "plot"}
         option = named.get(error.argument, error.argument)
         stop(_as_said_here(command, error, f"--{option}: "), 2)
     except BrokenPipeError:
-        raise
+        raise  # an OSError, but one that `_ending` takes
     except ModuleNotFoundError:
-        raise  # of an extra: `main` says which
+        raise  # an extra is missing: `emaopt.__main__.main` says which
     except MemoryError as error:
         stop(f"emaopt {command}: out of memory: {error}", 1)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -181,6 +191,7 @@ def failing(command: str) -> Iterator[None]:
 def _as_said_here(command: str, error: Exception, option: str = "") -> str:
     """The message with the command in front, in the words of the shell."""
     said = said_in_shell(error)
+    # Messages open with the name of the Python function; the command stands in its place.
     first, colon, rest = said.partition(": ")
     said = rest if colon and first.isidentifier() else said
     return f"emaopt {command}: {option}{said}"

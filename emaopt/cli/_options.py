@@ -3,15 +3,18 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
 from emaopt._output import is_url
 
+# One path, several, or None.
+T = TypeVar("T")
 
-def path(value: Any) -> Any:
-    """Refuses an empty path, such as that of a variable that is not set."""
+
+def path(value: T) -> T:
+    """Refuses an empty path, as the shell makes of a variable that is not set."""
     if "" in (value if isinstance(value, list) else [value]):
         raise typer.BadParameter("takes a path, got ''.")
     return value
@@ -25,7 +28,7 @@ def file(value: str | None) -> str | None:
 
 
 def directory(value: str) -> str:
-    """Refuses a file or a URL where other programs are to run in a directory."""
+    """Refuses files and URLs: other programs run in a directory of this machine."""
     if is_url(path(value)):
         raise typer.BadParameter(f"takes a directory of this machine, got {value!r}.")
     if os.path.lexists(value) and not os.path.isdir(value):
@@ -88,13 +91,14 @@ At = Annotated[
 
 
 def _floating(value: str | None) -> str | None:
+    """Refuses a name of no floating dtype."""
     import jax.numpy as jnp
 
     try:
         if value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating):
             return value
     except TypeError:
-        pass
+        pass  # no dtype at all: refused below, too
     raise typer.BadParameter(f"{value!r} is no floating dtype, such as bfloat16.")
 
 
@@ -111,6 +115,7 @@ Dtype = Annotated[
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
+    """Refuses the value of an option if it is no profile."""
     from emaopt._profiles import BadProfile
 
     try:
@@ -120,9 +125,10 @@ def _refusing() -> Iterator[None]:
 
 
 def decays(values: list[str]) -> list[str]:
-    """Refuses what says no profile of a whole run."""
+    """Refuses strings that name no profile of a whole run."""
     from emaopt._profiles import weights_of
 
+    # One step is enough to tell: the number of steps does not decide it.
     with _refusing():
         for value in values:
             weights_of(value, 1)
@@ -130,7 +136,7 @@ def decays(values: list[str]) -> list[str]:
 
 
 def profile(value: str | None) -> str | None:
-    """Refuses what says no profile; an annealing needs no fraction."""
+    """Refuses a string that names no profile; an annealing needs no fraction here."""
     from emaopt._profiles import SHAPES
 
     if value is not None and value not in SHAPES:
@@ -139,18 +145,18 @@ def profile(value: str | None) -> str | None:
 
 
 def target(value: str | None) -> str | None:
-    """Refuses what says no profile of a whole run."""
+    """Refuses a string that names no profile of a whole run."""
     return decays([value])[0] if value is not None else None
 
 
 def width(value: float | None) -> float | None:
-    """Refuses what is no width of a power average."""
+    """Refuses a number that is no width of a power average."""
     target(None if value is None else f"power:{value}")
     return value
 
 
 def steps(value: str | None) -> str | None:
-    """Refuses what is not numbers as in "100,200"."""
+    """Refuses anything but whole numbers with commas, as in "100,200"."""
     if value is not None and not all(one.strip().isdecimal() for one in value.split(",")):
         raise typer.BadParameter(f"takes numbers as in 100,200, got {value!r}.")
     return value
@@ -168,10 +174,11 @@ Steps = Annotated[
 
 
 def recorded(values: list[str] | None) -> list[str] | None:
-    """Refuses what is not NAME=DECAY."""
+    """Refuses anything but NAME=DECAY."""
     from emaopt._profiles import decay_of
 
     for value in values or []:
+        # From the right: a name may hold "=", a decay does not.
         name, _, decay = value.rpartition("=")
         if not name or not decay:
             raise typer.BadParameter(f"takes NAME=DECAY, got {value!r}.")

@@ -1,25 +1,31 @@
-"""What the command line prints: tables and sentences, from what the library returns."""
+"""The tables and sentences that the command line prints of the library's results."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.markup import escape as without_markup
 from rich.table import Table
 
+from emaopt._types import Json
 from emaopt._weights import WeightSummary
 from emaopt.cli._terminal import in_letters, shown
+
+if TYPE_CHECKING:
+    from emaopt.checkpoint import Description
 
 _SUMMARY = ["mean age\n(steps)", "half-life\n(steps)", "effective\niterates"]
 _SUMMARY += ["weight\nof θ_0"]
 
 
-def escape(name: Any) -> str:
-    """A name of the user's: neither markup nor what steers a terminal."""
+def escape(name: object) -> str:
+    """A name of the user's, with markup and control characters escaped."""
     return without_markup(shown(name))
 
 
 def document(value: Any) -> Any:
-    """The same as JSON has it: tuples with names are objects."""
+    """A result in the types of JSON, in which NamedTuples become objects."""
+    # A NamedTuple is a tuple as well, so it is asked for first.
     if hasattr(value, "_asdict"):
         return document(value._asdict())
     if isinstance(value, Mapping):
@@ -30,7 +36,7 @@ def document(value: Any) -> Any:
 
 
 def summaries(found: Mapping[str, WeightSummary], steps: int) -> Table:
-    """A row for each profile."""
+    """A table with a row for each profile."""
     table = _table(
         f"averages after {steps:,} steps",
         ["", *_SUMMARY],
@@ -40,13 +46,13 @@ def summaries(found: Mapping[str, WeightSummary], steps: int) -> Table:
     return table
 
 
-def named(found: Mapping[str, WeightSummary]) -> list[dict[str, Any]]:
-    """The same for JSON, as the averages of a checkpoint are described."""
+def named(found: Mapping[str, WeightSummary]) -> list[Json]:
+    """The summaries for JSON, in the form of the averages of a checkpoint."""
     return [{"name": name, "summary": document(one)} for name, one in found.items()]
 
 
-def combination(record: Mapping[str, Any]) -> Iterator[Any]:
-    """What was combined, and if it is a synthesis, how good it is."""
+def combination(record: Json) -> Iterator[RenderableType]:
+    """What was combined, and the error of a synthesis."""
     kind = record.get("profile") or record.get("target") or "by coefficients"
     at = f" at step {record['step']:,}" if "step" in record else ""
     title = f"a combination ({kind}{at}) of {record['weights']}"
@@ -65,8 +71,8 @@ def combination(record: Mapping[str, Any]) -> Iterator[Any]:
         )
 
 
-def description(found: Any) -> Iterator[Any]:
-    """A checkpoint: its arrays, then its averages and what is served."""
+def description(found: "Description") -> Iterator[RenderableType]:
+    """A checkpoint: its arrays, what it serves, and its averages."""
     table = _table(escape(found.path), ["array", "dtype", "shape", "size"])
     for leaf in found.leaves:
         shape = in_letters(" × ").join(map(str, leaf.shape)) or "scalar"
@@ -95,6 +101,7 @@ def description(found: Any) -> Iterator[Any]:
 
 
 def _cells(summary: WeightSummary) -> list[str]:
+    """The columns of `_SUMMARY`."""
     return [
         f"{summary.mean_age:,.1f}",
         f"{summary.half_life:,.1f}",
@@ -106,7 +113,7 @@ def _cells(summary: WeightSummary) -> list[str]:
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        # Names are folded where the line ends, numbers never.
+        # Names are folded at the end of the line, numbers never.
         justify = "right" if i else "left"
         table.add_column(
             in_letters(column), justify=justify, overflow="fold", no_wrap=i > 0
@@ -115,6 +122,7 @@ def _table(title: str, columns: list[str]) -> Table:
 
 
 def _size(nbytes: float) -> str:
+    """A number of bytes in a unit that suits it."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
             return f"{nbytes:,.{unit != 'B':d}f} {unit}"

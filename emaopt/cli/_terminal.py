@@ -1,4 +1,4 @@
-"""What reaches the terminal: text that it can show, warnings, progress."""
+"""Output to the terminal: text that it can show, warnings, progress."""
 
 import codecs
 import contextlib
@@ -7,19 +7,21 @@ import pathlib
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_NAMES = 16  # letters of a name that a line of a table shows at least
+from emaopt._types import Json
+
+_NAMES = 16  # letters; a column of names is folded to this width, and no further
 _FOR = {"×": "x", "±": "+/-", "²": "^2", "√": "sqrt", "…": "...", "—": "-", "–": "-"}
 
 
 def _in_words(error: UnicodeError) -> tuple[str, int]:
-    """What stands for letters of ours that a terminal lacks: "theta" for "θ"."""
+    """Replaces letters of our own texts that a terminal lacks: "θ" by "theta"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     said = ""
@@ -40,27 +42,31 @@ codecs.register_error("emaopt.words", _in_words)
 
 
 def _escaped(letter: str) -> str:
+    """A letter as Python's repr writes it in ASCII."""
     return letter.encode("unicode_escape").decode()
 
 
 def take_any_text() -> None:
     """Lets the output take letters that it cannot show, instead of an error."""
+    # A stream is None where the process has none; a test's may be no TextIOWrapper.
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="emaopt.words")
 
 
 def in_letters(text: str) -> str:
-    """Our own words in the letters that the output has, so that tables are straight."""
+    """A text of our own in the letters that the output has."""
+    # Replaced before a table measures the text: "theta" is wider than "θ", and replaced
+    # on the way out it would push the lines of the table out of place.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "emaopt.words").decode(encoding)
 
 
-def shown(name: Any) -> str:
-    """A name or message of others' as it may be printed, with nothing lost.
+def shown(name: object) -> str:
+    """A text from outside in printable form, with nothing lost.
 
-    What would steer the terminal (escape codes, line ends) or what it has no letters for
-    is written as Python would in a string.
+    Characters that control the terminal (escape codes, line ends), and letters that it
+    lacks, are written as escapes of a Python string.
     """
     text = str(name)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -69,8 +75,8 @@ def shown(name: Any) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[int, int], Any]]:
-    """A bar on stderr, if that is a terminal; it takes bytes done and in all."""
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; it takes (bytes done, bytes in all)."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -95,13 +101,13 @@ def progress_bar(doing: str) -> Iterator[Callable[[int, int], Any]]:
 
 def report(
     as_json: bool,
-    document: dict[str, Any],
-    renderables: Iterable[Any] = (),
+    document: Json,
+    renderables: Iterable[RenderableType] = (),
     written: str | pathlib.Path | None = None,
 ) -> None:
-    """Prints what a command has found and made: a document, or tables and sentences.
+    """Prints the results of a command: a JSON document, or tables and sentences.
 
-    Into a pipe, names are not folded.
+    In a pipe names are not folded, so that programs find them whole.
     """
     if as_json:
         made = {} if written is None else {"written": str(written)}
@@ -109,6 +115,7 @@ def report(
         return
     width = None if sys.stdout and sys.stdout.isatty() else 10_000
     console = Console(soft_wrap=True, highlight=False, width=width)
+    # A table is given more room than the terminal has if its numbers need it.
     for renderable in renderables:
         room, console.width = console.width, _room(console, renderable)
         console.print(renderable)
@@ -117,10 +124,10 @@ def report(
         console.print(f"Written: {shown(written)}", markup=False)
 
 
-def _room(console: Console, renderable: Any) -> int:
-    """The terminal's width, or what a table needs to show all of its numbers.
+def _room(console: Console, renderable: RenderableType) -> int:
+    """The terminal's width, or the width that a table needs to show all of its numbers.
 
-    Names are folded, in the first column, but not to less than a few letters a line.
+    The names in its first column are folded, but not to less than `_NAMES` letters.
     """
     if not isinstance(renderable, Table):
         return console.width
@@ -143,7 +150,8 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Prints one line to stderr, if there is one."""
+    """Prints one line to stderr, if there is a stderr."""
     line = shown(message.strip())
+    # If stderr is closed or full, there is nowhere to report it.
     with contextlib.suppress(OSError):
         Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)

@@ -4,9 +4,9 @@ Steps:     minimize, compute_gradients, apply_gradients
 Slots:     get_slot, get_slot_names, variables
 Updates:   constrain, gate_gradients with GATE_NONE, GATE_OP, GATE_GRAPH
 
-For those who come from TensorFlow 1: gradients of chosen parameters, parameters without
-one that are left alone, sparse gradients of embeddings, the optimizer's variables by
-name. MIGRATING.md has each of its calls beside the one here.
+For users of TensorFlow 1: gradients of chosen parameters, no update of parameters without
+a gradient, sparse gradients of embeddings, an optimizer's variables by name. MIGRATING.md
+lists each call of TensorFlow's with its counterpart here.
 """
 
 from emaopt.tf1._constraint import constrain

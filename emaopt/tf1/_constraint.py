@@ -1,7 +1,6 @@
 """Constraints: parameters are projected after each update."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +9,26 @@ import optax
 from emaopt._checks import check_callable, refuse_unlike
 from emaopt._leaves import is_averaged
 from emaopt._rounding import applied, lead
+from emaopt._types import Leaf, PyTree
 
 
-def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
+def constrain(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
     """Projects the parameters after the update.
 
-    θ := projection(θ + u), through updates that lead there, so that an average behind it
-    in the chain is of the projected parameters. Up to the rounding of
-    `optax.apply_updates`: a bound may be passed by the last bit.
+    θ := projection(θ + u). It returns updates that lead there, so that an average behind
+    it in the chain is one of the projected parameters. `optax.apply_updates` rounds: a
+    bound may be exceeded in the last bit.
 
-    Updates of parameters narrower than float32 are float32: in 16 bits some bounds cannot
-    be reached. Wrappers that choose between updates of one dtype, as
-    `optax.apply_if_finite`, take the optimizer alone, with this behind them.
+    The updates of parameters narrower than float32 are float32, because in 16 bits some
+    bounds cannot be reached. Wrappers that choose between updates of one dtype, such as
+    `optax.apply_if_finite`, go around the optimizer alone, and `constrain` behind them.
 
     Args:
-      projection: A function of the parameters that returns a tree like them, such as
-        those of `optax.projections`. To constrain some leaves, return the others as they
-        are.
+      projection: A function from the parameters to a tree like them, such as those of
+        `optax.projections`. To constrain some leaves only, return the others unchanged.
 
     Returns:
-      A transformation without state; behind the optimizer in `optax.chain`.
+      A transformation without state, to stand behind the optimizer in `optax.chain`.
 
     Raises:
       TypeError: If `projection` is not a function.
@@ -45,13 +44,16 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
     """
     check_callable("constrain", "projection", projection, 1)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(
                 "constrain projects the parameters, but update was called without them: "
                 "call tx.update(grads, state, params)."
             )
         leaves, treedef = jax.tree.flatten(params)
+        # Trees are compared only after a failure: a comparison costs time at each step.
         try:
             moved = applied(params, updates)
         except (TypeError, ValueError, AttributeError) as error:
@@ -63,7 +65,7 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
         except (TypeError, ValueError) as error:
             refuse_unlike("constrain", params, error, projection=projected)
             raise
-        # In float32 at least: a bound is to be met, and 16 bits may miss it.
+        # In float32 at least: a difference that is rounded to 16 bits may miss a bound.
         leads = [
             lead(p, target, _wide(u), True) if is_averaged(p) and u is not None else u
             for p, target, u in zip(
@@ -75,6 +77,7 @@ def constrain(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def _wide(update: Any) -> jax.Array:
+def _wide(update: Leaf) -> jax.Array:
+    """The update, in float32 if it has 16 bits."""
     update = jnp.asarray(update)
     return update.astype(jnp.float32) if update.dtype.itemsize == 2 else update

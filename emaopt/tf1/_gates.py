@@ -1,6 +1,4 @@
-"""Gates: no gradient is used before it, or all of them, are computed."""
-
-from typing import Any
+"""Gates: no gradient is used before it is computed, or before all of them are."""
 
 import jax
 import numpy as np
@@ -8,6 +6,7 @@ import optax
 from jax import lax
 
 from emaopt._checks import check_arrays
+from emaopt._types import PyTree
 
 GATE_NONE, GATE_OP, GATE_GRAPH = 0, 1, 2
 
@@ -19,15 +18,16 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
     gradient, GATE_GRAPH one around all of them together. The numbers do not change.
 
     What to watch: XLA decides the order of operations itself, and a barrier only limits
-    it. On TPU, and from jax 0.12 on also on CPU, a gradient and its use are then not
-    fused: a pass over the gradients more. On CPU before and on GPU (seen with jax 0.10)
-    the barrier is gone before fusion, and the compiled program has the same operations.
+    its choice. On TPU, and from jax 0.12 on also on CPU, a barrier keeps XLA from fusing
+    a gradient with its use, which costs one more pass over the gradients. On CPU before
+    jax 0.12 and on GPU (seen with jax 0.10) XLA removes the barrier before fusion, and
+    the compiled program has the same operations.
 
     Args:
       mode: GATE_NONE, GATE_OP or GATE_GRAPH.
 
     Returns:
-      A transformation without state, the first of a chain.
+      A transformation without state, to stand first in a chain.
 
     Raises:
       ValueError: If `mode` is none of the three.
@@ -39,7 +39,7 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
     """
     check_gate("gate_gradients", mode)
 
-    def update(updates, params=None):
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params
         check_arrays("gate_gradients", "updates", updates)
         return gated(updates, mode)
@@ -47,7 +47,9 @@ def gate_gradients(mode: int) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def check_gate(function: str, mode: Any) -> None:
+def check_gate(function: str, mode: object) -> None:
+    """Raises unless `mode` is GATE_NONE, GATE_OP or GATE_GRAPH."""
+    # True == 1 in Python, but a flag is no gate.
     whole = isinstance(mode, (int, np.integer)) and not isinstance(mode, bool)
     if not whole or mode not in (GATE_NONE, GATE_OP, GATE_GRAPH):
         raise ValueError(
@@ -56,7 +58,8 @@ def check_gate(function: str, mode: Any) -> None:
         )
 
 
-def gated(tree: Any, mode: int) -> Any:
+def gated(tree: PyTree, mode: int) -> PyTree:
+    """The tree behind the barriers of a gate."""
     if mode == GATE_OP:
         return jax.tree.map(lax.optimization_barrier, tree)
     return lax.optimization_barrier(tree) if mode == GATE_GRAPH else tree

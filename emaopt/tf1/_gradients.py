@@ -2,51 +2,58 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from emaopt._checks import check_arrays, check_callable, check_flag
 from emaopt._jax_internals import depends_on_operands
 from emaopt._leaves import for_each_leaf, is_array, is_averaged
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
+from emaopt._types import Leaf, PyTree
 from emaopt.tf1._gates import GATE_OP, check_gate, gated
+
+# A tree of booleans, a name or names, a function of the tree, or one of (name, leaf).
+Variables: TypeAlias = PyTree
+# Of (params, *args): the loss, or (loss, aux) with has_aux.
+Loss: TypeAlias = Callable[..., PyTree]
 
 
 def compute_gradients(
-    loss: Callable[..., Any],
-    params: Any,
+    loss: Loss,
+    params: PyTree,
     *args: Any,
-    var_list: Any = None,
+    var_list: Variables = None,
     gate_gradients: int = GATE_OP,
-    grad_loss: Any = None,
+    grad_loss: ArrayLike | None = None,
     has_aux: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Computes the gradients of a loss with respect to some of the parameters.
 
-    A loss that is no scalar is summed: the gradients are the product of its Jacobian with
-    `grad_loss`, ones by default.
+    A loss that is not a scalar is summed: the gradients are the vector-Jacobian product
+    of `grad_loss`, ones by default, with the Jacobian of the loss.
 
     Args:
       loss: A function (params, *args) -> loss, or (loss, aux) with `has_aux`.
       params: The parameters. Integer leaves have no gradients.
       *args: Passed on to `loss`.
       var_list: Which parameters: None for all; a tree of booleans like `params` or a
-        prefix; names as in `by_name`, "encoder/kernel", one or a sequence; a function of
-        `params` that makes such a tree; or a predicate of (name, leaf).
+        prefix; one name or a sequence of names, as "encoder/kernel" in `by_name`; a
+        function of `params` that makes such a tree; or a predicate of (name, leaf).
       gate_gradients: GATE_NONE, GATE_OP or GATE_GRAPH; see `gate_gradients`.
       grad_loss: The cotangent of the loss, in its shape.
-      has_aux: Whether `loss` returns auxiliary data too.
+      has_aux: Whether `loss` returns auxiliary data as well.
 
     Returns:
       (value, gradients); with `has_aux`, ((value, aux), gradients). The gradients are a
-      tree like `params`, None outside of `var_list` and where none flows from the loss to
-      a parameter: it is not used, or behind `jax.lax.stop_gradient` or integers only.
-      Of a complex parameter, the direction in which the loss grows, as in TensorFlow: the
-      conjugate of what `jax.grad` returns, which is what Optax's optimizers take.
+      tree like `params`, None outside of `var_list` and where no gradient flows: the loss
+      does not use the parameter, or only behind `jax.lax.stop_gradient` or integers.
+      The gradient of a complex parameter is the direction in which the loss grows, as in
+      TensorFlow and as Optax's optimizers take it: the conjugate of `jax.grad`'s.
 
     Raises:
       TypeError: If `loss` is not a function or returns no floating value.
@@ -75,15 +82,15 @@ def compute_gradients(
 
 def gradients_of(
     function: str,
-    loss: Callable[..., Any],
-    params: Any,
-    args: tuple,
-    var_list: Any,
+    loss: Loss,
+    params: PyTree,
+    args: tuple[Any, ...],
+    var_list: Variables,
     gate_gradients: int,
-    grad_loss: Any,
+    grad_loss: ArrayLike | None,
     has_aux: bool,
-) -> tuple[Any, Any]:
-    """`compute_gradients`, whose errors name the function that was called."""
+) -> tuple[PyTree, PyTree]:
+    """`compute_gradients`, with errors that name `function`."""
     if not callable(loss):
         raise TypeError(
             f"{function}: `loss` should be a function of the parameters, got {loss!r}."
@@ -98,13 +105,14 @@ def gradients_of(
     if not chosen:
         raise ValueError(f"{function}: No variables to optimize.")
 
-    def flat_loss(*values):
+    # A function of the chosen leaves alone: only these are differentiated.
+    def flat_loss(*values: jax.Array) -> tuple[jax.Array, PyTree]:
         filled = list(leaves)
         for i, value in zip(chosen, values, strict=True):
             filled[i] = value
         result = loss(jax.tree.unflatten(treedef, filled), *args)
         value, aux = _with_aux(function, result) if has_aux else (result, None)
-        if isinstance(value, (int, float, np.number, np.ndarray)):  # a constant
+        if isinstance(value, (int, float, np.number, np.ndarray)):  # a constant loss
             value = jnp.asarray(value)
         return value, aux
 
@@ -116,8 +124,10 @@ def gradients_of(
     else:
         cotangent = jnp.asarray(grad_loss, value.dtype)
     gradients = pullback(cotangent)
+    # JAX has zeros where no gradient flows; TensorFlow has None, which leaves a parameter
+    # and its slots alone. In the program of the pullback such zeros are constants.
     connected = depends_on_operands(jax.make_jaxpr(pullback)(cotangent).jaxpr)
-    found: list[Any] = [None] * len(leaves)
+    found: list[jax.Array | None] = [None] * len(leaves)
     for i, gradient, is_connected in zip(chosen, gradients, connected, strict=True):
         if jnp.iscomplexobj(gradient):
             gradient = gradient.conj()
@@ -126,12 +136,13 @@ def gradients_of(
     return ((value, aux) if has_aux else value), grads
 
 
-def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
+def chosen_variables(function: str, params: PyTree, var_list: Variables) -> list[int]:
     """The positions of the leaves that `var_list` chooses."""
     leaves = named_leaves(params)
     names = ["/".join(keys) for keys, _ in leaves]
     if var_list is None:
         return list(range(len(leaves)))
+    # A model that can be called and holds booleans is a tree, not a function.
     if is_function(var_list, params):
         two = _takes_two(var_list)
         check_callable(function, "var_list", var_list, 2 if two else 1)
@@ -154,6 +165,7 @@ def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
         f"{function}: var_list must be a tree of booleans like the parameters or a "
         "prefix of it, names, or a function"
     )
+    # What is left is a tree: the one given, or the one that a function made.
     flags = for_each_leaf(what, var_list, params)
     if odd := [flag for flag in flags if not isinstance(flag, (bool, np.bool_))]:
         raise TypeError(
@@ -162,10 +174,11 @@ def chosen_variables(function: str, params: Any, var_list: Any) -> list[int]:
     return [i for i, flag in enumerate(flags) if flag]
 
 
-def _takes_two(function: Callable) -> bool:
+def _takes_two(function: Callable[..., object]) -> bool:
+    """Whether a function is a predicate of (name, leaf), not a function of the tree."""
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # some of Python's own tell none
+    except (ValueError, TypeError):  # some built-in functions have no signature
         return False
     required = [
         p
@@ -175,13 +188,15 @@ def _takes_two(function: Callable) -> bool:
     return len(required) == 2
 
 
-def _are_names(var_list: Any) -> bool:
+def _are_names(var_list: object) -> bool:
+    """Whether `var_list` holds names only. Empty, it chooses nothing."""
     if not isinstance(var_list, (list, tuple, set, frozenset)):
         return False
     return not var_list or all(isinstance(name, str) for name in var_list)
 
 
-def _with_aux(function: str, result: Any) -> tuple[Any, Any]:
+def _with_aux(function: str, result: PyTree) -> tuple[Leaf, PyTree]:
+    """(loss, aux) of a loss function, or an error."""
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise TypeError(
             f"{function}: with has_aux=True the loss must return (value, aux), got "
@@ -190,7 +205,8 @@ def _with_aux(function: str, result: Any) -> tuple[Any, Any]:
     return tuple(result)
 
 
-def _check_loss(function: str, loss: Any, grad_loss: Any) -> None:
+def _check_loss(function: str, loss: Leaf, grad_loss: Leaf) -> None:
+    """Raises unless the loss is floating, and `grad_loss` real and of its shape."""
     dtype = getattr(loss, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

@@ -1,47 +1,49 @@
 """What tf.train.Optimizer had on every optimizer, for any Optax transformation."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from emaopt._checks import check_flag, check_optimizer
 from emaopt._leaves import is_array
 from emaopt._names import named_leaves
+from emaopt._types import Leaf, PyTree
 from emaopt.tf1._gates import GATE_OP
-from emaopt.tf1._gradients import chosen_variables, gradients_of
+from emaopt.tf1._gradients import Loss, Variables, chosen_variables, gradients_of
 from emaopt.tf1._rows import densified, is_sparse, row_step
 from emaopt.tf1._slots import marked
 
 
 def apply_gradients(
     optimizer: optax.GradientTransformation,
-    grads: Any,
-    opt_state: Any,
-    params: Any,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
     *,
     touched_rows_only: bool = False,
     **extra_args: Any,
-) -> tuple[Any, Any]:
-    """Applies gradients; parameters without one are left alone, and their slots.
+) -> tuple[PyTree, PyTree]:
+    """Applies gradients, and leaves parameters without one and their slots alone.
 
     Args:
       optimizer: Any Optax transformation.
-      grads: A tree like `params`. None: the parameter, its slots and its average stay as
-        they are, at zero if `zero_init` had it start there. A
-        `jax.experimental.sparse.BCOO` with one sparse dimension, as of the rows of an
+      grads: A tree like `params`. Where it has None, the parameter, its slots and its
+        average keep their values; an average with `zero_init` stays at zero. It may hold
+        a `jax.experimental.sparse.BCOO` with one sparse dimension, as for the rows of an
         embedding: duplicate rows are summed.
       opt_state: The optimizer's state.
       params: The parameters.
       touched_rows_only: Whether parameters with sparse gradients, and their slots, move
-        in the rows that the gradient has only. The cost then grows with these rows, and
-        not with the table, if `params` and `opt_state` are donated, in the order in which
-        they are returned. Right for optimizers that treat every element alike. False: as
-        if the gradient were dense.
+        only in the rows that the gradient has. The cost then grows with these rows and
+        not with the table, if `params` and `opt_state` are donated and returned in the
+        same order. Correct for optimizers that treat every element alike. False: as if
+        the gradient were dense.
       **extra_args: Passed on to the optimizer's `update`.
 
     Returns:
@@ -74,13 +76,13 @@ def apply_gradients(
 def _applied(
     function: str,
     optimizer: optax.GradientTransformation,
-    grads: Any,
-    opt_state: Any,
-    params: Any,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
     touched_rows_only: bool,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any]:
-    """`apply_gradients`, whose errors name the function that was called."""
+    extra_args: Mapping[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """`apply_gradients`, with errors that name `function`."""
     check_optimizer(function, "optimizer", optimizer)
     check_flag(function, "touched_rows_only", touched_rows_only)
     leaves, treedef = jax.tree.flatten(params)
@@ -104,7 +106,8 @@ def _applied(
     if not any(without):
         return new_params, new_state
 
-    def keep(still, old, new):
+    # A zero gradient is not the same: momentum or weight decay would move the parameter.
+    def keep(still: bool, old: Leaf, new: Leaf) -> Leaf:
         return old if still else new
 
     stills = jax.tree.unflatten(treedef, without)
@@ -116,20 +119,20 @@ def _applied(
 
 def minimize(
     optimizer: optax.GradientTransformation,
-    loss: Callable[..., Any],
-    opt_state: Any,
-    params: Any,
+    loss: Loss,
+    opt_state: PyTree,
+    params: PyTree,
     *args: Any,
-    var_list: Any = None,
+    var_list: Variables = None,
     gate_gradients: int = GATE_OP,
-    grad_loss: Any = None,
+    grad_loss: ArrayLike | None = None,
     has_aux: bool = False,
     **extra_args: Any,
-) -> tuple[Any, Any, Any]:
+) -> tuple[PyTree, PyTree, PyTree]:
     """Takes a step: `compute_gradients`, then `apply_gradients`.
 
     The optimizer gets the extra arguments value, grad and value_fn, which line searches
-    and `optax.contrib.reduce_on_plateau` take and others pass over.
+    and `optax.contrib.reduce_on_plateau` use and other optimizers ignore.
 
     Args:
       optimizer: Any Optax transformation.
@@ -166,7 +169,9 @@ def minimize(
             f"of {', '.join(names)}."
         )
 
-    def value_fn(params):
+    # A line search needs a scalar function whose gradient is `grads`: the loss weighted
+    # by its cotangent.
+    def value_fn(params: PyTree) -> jax.Array:
         result = loss(params, *args)
         result = result[0] if has_aux else result
         weight = jnp.ones_like(result) if grad_loss is None else grad_loss
@@ -174,6 +179,7 @@ def minimize(
 
     plain = value[0] if has_aux else value
     weight = jnp.ones_like(plain) if grad_loss is None else grad_loss
+    # Line searches compute with the gradient as a whole and take no None.
     leaves, treedef = jax.tree.flatten(params)
     whole = [
         jnp.zeros_like(p) if g is None else g
@@ -193,8 +199,10 @@ def minimize(
     return value, params, opt_state
 
 
-def _taken(optimizer: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
-    """Those of the extra arguments that the optimizer's update has a place for."""
+def _taken(
+    optimizer: optax.GradientTransformation, extra_args: dict[str, Any]
+) -> dict[str, Any]:
+    """The extra arguments that the optimizer's `update` accepts."""
     takes = inspect.signature(optimizer.update).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         return extra_args
@@ -203,11 +211,15 @@ def _taken(optimizer: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_state(
-    function: str, optimizer: Any, opt_state: Any, params: Any, error: Exception
+    function: str,
+    optimizer: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    error: Exception,
 ) -> None:
-    """Raises if what went wrong did so in a state that is not this optimizer's.
+    """Raises if an update failed because the state is not this optimizer's.
 
-    Asked afterwards: to begin a state only to compare it takes time, at each step.
+    It is called after a failure only: a new state to compare with takes time to trace.
     """
     try:
         want = jax.tree.structure(jax.eval_shape(optimizer.init, params))
@@ -221,9 +233,13 @@ def _refuse_other_state(
 
 
 def _checked_gradients(
-    function: str, grads: Any, params: Any, leaves: list[Any], treedef: Any
-) -> list[Any]:
-    """The gradients in the parameters' order, as arrays."""
+    function: str,
+    grads: PyTree,
+    params: PyTree,
+    leaves: Sequence[Leaf],
+    treedef: Any,  # a PyTreeDef, which has no type
+) -> list[Leaf]:
+    """The gradients in the parameters' order: arrays, BCOOs and None."""
     names = ["/".join(keys) for keys, _ in named_leaves(params)]
     if not leaves:
         raise ValueError(f"{function}: No variables provided.")
@@ -237,8 +253,8 @@ def _checked_gradients(
         raise ValueError(
             f"{function}: No gradients provided for any variable: {', '.join(names)}."
         )
-    checked: list[Any] = []
-    gradient: Any
+    checked: list[Leaf] = []
+    gradient: Leaf
     for name, leaf, gradient in zip(names, leaves, found, strict=True):
         if not is_array(leaf):
             raise TypeError(
@@ -257,7 +273,7 @@ def _checked_gradients(
                 f"{function}: {name} has shape {np.shape(leaf)}, its gradient "
                 f"{gradient.shape}."
             )
-        sparse: Any = gradient if is_sparse(gradient) else None
+        sparse: Leaf = gradient if is_sparse(gradient) else None
         if sparse is not None and (sparse.n_batch, sparse.n_sparse) != (0, 1):
             raise ValueError(
                 f"{function}: the sparse gradient of {name} must have rows for its "

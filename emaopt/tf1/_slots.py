@@ -1,20 +1,23 @@
-"""The slots of any optimizer state: the trees in it that are like the parameters."""
+"""The slots of an optimizer state: the trees in it that are like the parameters."""
 
 import sys
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from emaopt._checks import check_state, check_text
 from emaopt._leaves import is_masked
-from emaopt._names import key_name, leaves_with_keys, named_leaves
+from emaopt._names import Names, key_name, leaves_with_keys, named_leaves
 from emaopt._nodes import center_nodes, fits
+from emaopt._types import Leaf, PyTree
+
+T = TypeVar("T")
 
 
-def get_slot_names(opt_state: Any, params: Any) -> list[str]:
+def get_slot_names(opt_state: PyTree, params: PyTree) -> list[str]:
     """Returns the names of the slots in an optimizer's state, sorted.
 
     A slot is a tree in the state that has the parameters' containers, names and shapes:
@@ -27,8 +30,8 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
       params: The parameters; of an NNX model, `nnx.state(model, nnx.Param)`.
 
     Returns:
-      The last part of each slot's name, and the whole names, joined with "/", of those
-      that share theirs with others.
+      The last part of each slot's name; for slots that share it, their whole names,
+      joined with "/".
 
     Raises:
       ValueError: If there are no parameters.
@@ -48,14 +51,14 @@ def get_slot_names(opt_state: Any, params: Any) -> list[str]:
     )
 
 
-def get_slot(opt_state: Any, params: Any, name: str) -> Any:
-    """Reads a slot out of an optimizer's state.
+def get_slot(opt_state: PyTree, params: PyTree, name: str) -> PyTree:
+    """Reads a slot from an optimizer's state.
 
     Args:
       opt_state: The state of any Optax optimizer, however deep its wrappers, or an
         `nnx.Optimizer`.
       params: The parameters; of an NNX model, `nnx.state(model, nnx.Param)`.
-      name: The slot's name, such as "mu", or more of it, such as "0/mu".
+      name: The slot's name, such as "mu", or a longer end of it, such as "0/mu".
 
     Returns:
       A tree like the parameters. Leaves may be the state's own arrays: copy before
@@ -75,6 +78,7 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
     check_state("get_slot", "opt_state", opt_state)
     check_text("get_slot", "name", name)
     slots = _slots("get_slot", opt_state, params)
+    # The whole name comes first, then an end of it, then any key in it.
     wanted = tuple(name.split("/"))
     found = {k: v for k, v in slots.items() if k == wanted}
     found = found or {k: v for k, v in slots.items() if k[-len(wanted) :] == wanted}
@@ -86,14 +90,15 @@ def get_slot(opt_state: Any, params: Any, name: str) -> Any:
     return _like(params, found.popitem()[1])
 
 
-def variables(opt_state: Any) -> dict[str, Any]:
+def variables(opt_state: PyTree) -> dict[str, Leaf]:
     """Returns all arrays of an optimizer's state by name.
 
     Args:
       opt_state: The state of any Optax optimizer.
 
     Returns:
-      {name: array}, sorted by name; names are the keys on the way, joined with "/".
+      {name: array}, sorted by name; a name is the keys that lead to the array, joined
+      with "/".
 
     Raises:
       ValueError: If two arrays have one name, because a key has a "/" in it.
@@ -115,19 +120,19 @@ def variables(opt_state: Any) -> dict[str, Any]:
     return dict(sorted(named, key=lambda pair: pair[0]))
 
 
-def marked(opt_state: Any, params: Any, marks: list[Any], default: Any) -> Any:
-    """A tree like the state: each leaf of a slot replaced by its parameter's mark.
+def marked(opt_state: PyTree, params: PyTree, marks: Sequence[T], default: T) -> PyTree:
+    """A tree like the state, with the mark of its parameter at each leaf of a slot.
 
     Args:
       opt_state: The state of any Optax optimizer.
       params: The parameters.
-      marks: What marks each parameter, in flattening order.
-      default: What takes the place of all other leaves.
+      marks: The mark of each parameter, in flattening order.
+      default: The mark of all other leaves.
     """
     by_position = _positions(params)
     is_slot = _slot_test(opt_state, params)
 
-    def mark(node):
+    def mark(node: PyTree) -> PyTree:
         if not is_slot(node):
             return default
         return jax.tree.map(
@@ -140,7 +145,8 @@ def marked(opt_state: Any, params: Any, marks: list[Any], default: Any) -> Any:
     return jax.tree.map(mark, opt_state, is_leaf=is_slot)
 
 
-def _slots(function: str, opt_state: Any, params: Any) -> dict[tuple[str, ...], Any]:
+def _slots(function: str, opt_state: PyTree, params: PyTree) -> dict[Names, PyTree]:
+    """All slots by name."""
     if not jax.tree.leaves(params):
         raise ValueError(f"{function}: there are no parameters.")
     opt_state, params = _bare(opt_state), _bare(params)
@@ -153,30 +159,32 @@ def _slots(function: str, opt_state: Any, params: Any) -> dict[tuple[str, ...], 
     }
 
 
-def _bare(tree: Any) -> Any:
-    """The tree with arrays in dicts where Flax has variables in states.
+def _bare(tree: PyTree) -> PyTree:
+    """The tree with dicts and arrays in place of Flax's states and variables.
 
-    A slot in an `nnx.Optimizer` holds other variables than the parameters' own.
+    A slot in an `nnx.Optimizer` holds variables of another type than the parameters.
     """
-    nnx = sys.modules.get("flax.nnx")  # who has a variable has imported it
+    # Whoever has a variable has imported its module; emaopt does not import Flax.
+    nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
 
-    def is_flax(node):
+    def is_flax(node: object) -> bool:
         return isinstance(node, (nnx.State, nnx.Variable))
 
-    def bare(node):
+    def bare(node: PyTree) -> PyTree:
         if isinstance(node, nnx.State):
             return nnx.to_pure_dict(node)
         return jax.tree.leaves(node)[0] if isinstance(node, nnx.Variable) else node
 
+    # Without any, the tree itself is returned: `_like` tells this case by `is`.
     if not any(map(is_flax, jax.tree.leaves(tree, is_leaf=is_flax))):
         return tree
     return jax.tree.map(bare, tree, is_leaf=is_flax)
 
 
-def _like(params: Any, slot: Any) -> Any:
-    """A bare slot with the parameters' own containers, if it lacks none of them."""
+def _like(params: PyTree, slot: PyTree) -> PyTree:
+    """A bare slot in the parameters' own containers, if it has a leaf for each."""
     leaves, wanted = dict(leaves_with_keys(slot)), leaves_with_keys(params)
     if _bare(params) is params or any(names not in leaves for names, _ in wanted):
         return slot
@@ -184,30 +192,35 @@ def _like(params: Any, slot: Any) -> Any:
     return jax.tree.unflatten(treedef, [leaves[names] for names, _ in wanted])
 
 
-def _slot_test(opt_state: Any, params: Any) -> Callable[[Any], bool]:
-    """Tells whether a node of the state is like the parameters."""
+def _slot_test(opt_state: PyTree, params: PyTree) -> Callable[[PyTree], bool]:
+    """A function that tells whether a node of the state is like the parameters."""
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
     by_position = _positions(params)
     names = [key for keys, _ in leaves_with_keys(params) for key in keys]
     named = bool(names) and not all(name.isdigit() for name in names)
     bare = isinstance(by_position, int)
+    # In local updates each worker has its own slots: [W, ...] for a parameter [...].
     stacked = bool(center_nodes(opt_state))
 
-    def is_slot(node):
-        arrays: list[tuple[Any, Any]] = []
+    def is_slot(node: PyTree) -> bool:
+        arrays: list[tuple[Leaf, Leaf]] = []
 
-        def collect(part, at):
+        def collect(part: Leaf, at: Leaf) -> None:
             if not is_masked(part):
                 arrays.append((part, at))
 
-        try:  # masks may be a prefix of the parameters
+        # A part of the node may be one MaskedNode for several parameters: `at` is a tree
+        # then, and the part is left out.
+        try:
             jax.tree.map(collect, node, by_position, is_leaf=is_masked)
         except (ValueError, TypeError):
             return False
         if not all(isinstance(at, int) and hasattr(x, "shape") for x, at in arrays):
             return False
-        # Containers tell enough, but for a bare array: a slot may have a part of each
-        # parameter, or several. Positions alone would fit a tuple of counters too.
+        # Equal containers are enough if they have names: a slot may hold a part of each
+        # parameter, as Adafactor's do, or several copies, as those of L-BFGS. Containers
+        # without names also fit a tuple of counters, and a bare array fits any array:
+        # these must have axes, or the parameters' shapes.
         return bool(arrays) and all(
             named
             or (not bare and len(x.shape) > 0)
@@ -218,7 +231,7 @@ def _slot_test(opt_state: Any, params: Any) -> Callable[[Any], bool]:
     return is_slot
 
 
-def _positions(params: Any) -> Any:
-    """A tree like the parameters of their positions in flattening order."""
+def _positions(params: PyTree) -> PyTree:
+    """The position of each parameter in flattening order, as a tree like them."""
     treedef = jax.tree.structure(params)
     return jax.tree.unflatten(treedef, range(treedef.num_leaves))
