@@ -49,9 +49,9 @@ class Network(nnx.Module):
     """Two convolutions, each with a pooling, and a linear layer: 6,090 parameters."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
-        self.linear = nnx.Linear(2 * 2 * 32, 10, rngs=rngs)
+        self.conv1: nnx.Conv = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.conv2: nnx.Conv = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(2 * 2 * 32, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), (2, 2))

@@ -211,7 +211,7 @@ def _placed(plan: Plan, arrays: dict[Part, np.ndarray]) -> np.ndarray | jax.Arra
     parts = {part: fitted(part, array) for part, array in arrays.items()}
     if isinstance(plan, np.ndarray):
         (array,) = parts.values()
-        # Read as it is, an array is the caller's own; with rows for other workers, it is a
+        # Read as it is, it is the caller's own array. With rows for other workers it is a
         # view of one row that `broadcast_to` made, which cannot be written to.
         return array if array.flags.writeable else array.copy()
     # Parts go straight to their devices, so that no device holds the whole array, and the

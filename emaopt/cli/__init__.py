@@ -15,7 +15,7 @@ __all__ = ["app"]
 
 # Commands import what they need when they run: --help loads no Orbax, and only the demo
 # needs its extras.
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="emaopt",
     cls=Commands,
     no_args_is_help=True,
