@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from jax.typing import ArrayLike
 
-from emaopt._betas import Array, Decay, evaluate, one_minus
 from emaopt._checks import check_decay, check_number
+from emaopt._decay_type import Array, Decay, evaluate, one_minus
 from emaopt._types import DecayLike
 
 # t -> β, as an array of NumPy's if t is one, else as one of JAX's.

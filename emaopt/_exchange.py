@@ -164,14 +164,12 @@ class Exchange:
     @property
     def _reduction(self) -> Reduction:
         kind = REDUCTIONS[self.reduce]
-        return kind(
-            self.workers, self.outer, self.dtype, self.moving_rate, self.reduce == "mean"
-        )
+        return kind(self.workers, self.outer, self.dtype, self.moving_rate)
 
     @property
     def keeps_pulled(self) -> bool:
         """Whether workers pull different values, which the state then has to keep."""
-        return self.reduce == "sequential" or self.moving_rate is not None
+        return self._reduction.pulls_differ or self.moving_rate is not None
 
     def _commit(
         self,

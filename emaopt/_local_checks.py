@@ -130,7 +130,7 @@ def _check_exchange_dtype(settings: Settings) -> None:
             f"int16, got {dtype}."
         )
     if settings.moving_rate is not None and (
-        settings.error_feedback or settings.reduce == "sequential"
+        settings.error_feedback or REDUCTIONS[settings.reduce].pulls_differ
     ):
         raise ValueError(
             f"{function}: with moving_rate, exchange_dtype goes neither with "

@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from emaopt._advice import advised
-from emaopt._betas import evaluate, log_kept_of
 from emaopt._checks import check_decay, check_number
+from emaopt._decay_type import evaluate, log_kept_of
 from emaopt._decays import (
     half_life_decay,
     polynomial_decay,

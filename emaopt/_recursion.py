@@ -10,7 +10,6 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from emaopt._betas import Decay, one_minus
 from emaopt._checks import (
     as_dtype,
     check_arrays,
@@ -21,6 +20,7 @@ from emaopt._checks import (
     checked_count,
 )
 from emaopt._conditional import once_if
+from emaopt._decay_type import Decay, one_minus
 from emaopt._jax_internals import traced
 from emaopt._leaves import (
     at_least_float32,

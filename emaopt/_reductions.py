@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,9 @@ class Reduction(abc.ABC):
     outer: optax.GradientTransformation
     dtype: DTypeLike | None  # in which commits travel
     rate: Callable[[int], float] | None  # α of elastic workers, by their number
-    mean: bool  # or the sum
+
+    # Whether workers pull different values, so that the state has to keep them.
+    pulls_differ: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(
@@ -98,8 +100,8 @@ class Reduction(abc.ABC):
         )
 
 
-class AtOnce(Reduction):
-    """One outer step against the mean or the sum of all commits."""
+class Sum(Reduction):
+    """One outer step against the sum of all commits."""
 
     def __call__(self, old, local, commits, counted, weights, subtree) -> Reduced:
         pulled: Rows = {}
@@ -137,15 +139,27 @@ class AtOnce(Reduction):
         # When this number is computed, no commit is read any more. The engine waits for
         # it before it overwrites the slots.
         num_done = after(num_valid, list(sums.values()))
-        if self.mean:
-            divisor = jnp.maximum(num_valid, 1)
-            sums = {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
+        sums = self._scaled(sums, num_valid)
         center = self._moved(old, sums, subtree)
         return Reduced(self.workers.equal_as(center, old), pulled, sent, num_done)
 
+    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+        del num_valid
+        return sums
 
-class InTurns(Reduction):
+
+class Mean(Sum):
+    """One outer step against the mean of all commits that count."""
+
+    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+        divisor = jnp.maximum(num_valid, 1)
+        return {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
+
+
+class Sequential(Reduction):
     """An outer step for each worker's commit, in rank order."""
+
+    pulls_differ = True
 
     def __call__(self, old, local, commits, counted, weights, subtree) -> Reduced:
         elastic = self.rate is not None
@@ -181,9 +195,9 @@ class InTurns(Reduction):
 
 # By the value of the option `reduce`.
 REDUCTIONS: dict[str, type[Reduction]] = {
-    "mean": AtOnce,
-    "sum": AtOnce,
-    "sequential": InTurns,
+    "mean": Mean,
+    "sum": Sum,
+    "sequential": Sequential,
 }
 
 

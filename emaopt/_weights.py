@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._betas import evaluate, log_kept_of
 from emaopt._checks import check_decay, check_flag, check_integer
+from emaopt._decay_type import evaluate, log_kept_of
 from emaopt._sums import Profile, sums_of
 from emaopt._types import DecayLike, Vector
 

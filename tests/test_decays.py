@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import emaopt
-from emaopt._betas import one_minus
+from emaopt._decay_type import one_minus
 
 # Few arguments are whole numbers, and each limit binds at some step: a formula with a
 # rounded argument, or without a limit, is another one.

@@ -7,8 +7,9 @@ import typer
 from rich.console import Console
 
 from emaopt.cli import _options
-from emaopt.cli._commands import Commands, failing
+from emaopt.cli._errors import failing
 from emaopt.cli._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
+from emaopt.cli._process import Commands
 from emaopt.cli._terminal import progress_bar, report, stop, warn
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""Decays: β as a function of t, which may also know 1 - β and log Π β exactly."""
+"""The type of a decay: β(t), and where it knows them 1 - β and log Π β exactly."""
 
 import dataclasses
 import math
