@@ -20,6 +20,14 @@ def advised(kind: Callable[[str], E], what: str, advice: str, in_shell: str) -> 
     return error
 
 
+def named(function: str, error: E) -> E:
+    """The error again, with the name of the function that was called in front."""
+    again = type(error)(f"{function}: {error}")
+    if "in_shell" in vars(error):
+        vars(again)["in_shell"] = f"{function}: {said_in_shell(error)}"
+    return again
+
+
 def said_in_shell(error: Exception) -> str:
     """The message of an error, in words that fit the command line if it has them."""
     return vars(error).get("in_shell", str(error))

@@ -27,7 +27,12 @@ Staleness: TypeAlias = Callable[[jax.Array], ArrayLike]  # τ -> factor on a com
 
 
 class AsyncTrace(NamedTuple):
-    """Result of `simulate_async`; index 0 of a tree is before the first event."""
+    """Result of `simulate_async`; index 0 of a tree is before the first event.
+
+    center: leaves [E+1, ...]. local: the workers' parameters, leaves [E+1, W, ...], or
+    None. pushed: [E], whether the event ended in a push. staleness: [E], the pushes of
+    others since the worker's last pull.
+    """
 
     center: PyTree  # leaves [E+1, ...], float32 at least
     local: PyTree  # leaves [E+1, W, ...] in the parameters' dtypes, or None

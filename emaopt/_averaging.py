@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 
 
 class AveragedState(NamedTuple):
-    """State of `averaged`."""
+    """State of `averaged`: that of the optimizer, and the `AverageState` beside it."""
 
     inner_state: PyTree  # of the wrapped optimizer
     averaging: AverageState | SwappedState  # the latter while the average is in use
@@ -72,7 +72,7 @@ def average_params(
     function.
 
     What to watch: θ_s is read as `params + updates`, so this belongs last in an
-    `optax.chain`; whatever follows it is not averaged. `averaged` cannot be misplaced.
+    `optax.chain`; whatever follows it is not averaged. `averaged(chain)` avoids this.
     θ_s is exact where `optax.apply_updates` is compiled with the update, in one jit. If
     the update is compiled alone, XLA may fuse its last product with the sum (FMA): θ_s is
     then off by up to a unit in the last place of the parameter and one of its update.
@@ -118,8 +118,8 @@ def average_params(
         float32 for narrower ones; complex parameters take the complex dtype of that
         width. In bfloat16 a decay above 0.996 rounds every step away; a constant one is
         refused, a schedule that gets there is not.
-      debias: Forget the copy that the average starts from: with W_t = β_t W_{t-1} +
-        (1 - β_t), W_0 = 0, the step is (1 - β_t)/W_t. Default False.
+      debias: Forget the copy that the average starts from: W is 0 at first, then W_t =
+        β_t W_{t-1} + (1 - β_t), and the step is (1 - β_t)/W_t. Default False.
       zero_init: Start from zeros in place of a copy, as
         tfm.optimization.ExponentialMovingAverage does. Default False.
       skip_nonfinite: Leave the average as it is when an averaged leaf holds a NaN or inf,
@@ -155,8 +155,8 @@ def average_params(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask differs from that at `init`, or the state is
-        swapped.
+        `params` is missing, the mask or `debias` differs from that at `init`, or the
+        state is swapped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -236,8 +236,8 @@ def average_tree(decay: DecayLike, **options: Unpack[Options]) -> Averager:
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if the
-        structure of the tree or the mask differs from that at `init`, or the state is
-        swapped.
+        structure of the tree or the mask or `debias` differs from that at `init`, or the
+        state is swapped.
 
     Example:
       >>> averager = average_tree(0.5)
@@ -281,8 +281,8 @@ def averaged(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask differs from that at `init`, or the state is
-        swapped.
+        `params` is missing, the mask or `debias` differs from that at `init`, or the
+        state is swapped.
 
     Example:
       >>> import jax.numpy as jnp

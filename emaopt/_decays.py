@@ -26,9 +26,9 @@ DecayFunction: TypeAlias = Callable[[ArrayLike], Array]
 def warmup_decay(max_decay: float = 0.9999) -> DecayFunction:
     """Rises as TensorFlow's `num_updates` rule: β(t) = min(max_decay, (1+t)/(10+t)).
 
-    The window grows with the run: nearly all of the weight is on the newest tenth of the
-    iterates until β reaches `max_decay`, at t = (10 max_decay - 1)/(1 - max_decay).
-    β is computed in float32 as TensorFlow does, also under x64.
+    The window grows with the run: the mean age of the weights is a tenth of it until β
+    reaches `max_decay`, at t = (10 max_decay - 1)/(1 - max_decay). β is computed in
+    float32 as TensorFlow does, also under x64.
 
     Args:
       max_decay: The largest β, in [0, 1].
@@ -180,7 +180,7 @@ def power_decay(
         σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
 
     Args:
-      sigma_rel: In (0, 0.2886...); 0.05 to 0.1 is common. γ is solved from it.
+      sigma_rel: In (0, 0.2886...); 0.05 to 0.1 is common. γ is the root above 0.
       gamma: γ, greater than -1. Give exactly one of the two.
 
     Returns:
@@ -256,7 +256,7 @@ def inverse_gamma_decay(
     """Rises as β(t) = 1 - (1 + t/inv_gamma)^-power, clipped to [min_decay, max_decay].
 
     Args:
-      inv_gamma: The step at which the rise sets in, greater than 0.
+      inv_gamma: The time scale of the rise in steps, greater than 0.
       power: How fast it rises: 2/3 for runs of a million steps and more, 3/4 for
         shorter ones.
       min_decay: The smallest β, in [0, 1].

@@ -147,9 +147,9 @@ def local_round(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Takes local steps in one scan, and exchanges once, at the last step.
 
-    This is one round. It equals as many calls of `update`, whatever the optimizer's
-    period, and compiles to no conditional. Afterwards the parameters are exactly what the
-    workers pulled, not only up to rounding.
+    This is one round, whatever the optimizer's period. It equals calls of `update` with
+    exchange=False, the last with True, and compiles to no conditional. Afterwards the
+    parameters are exactly what the workers pulled, not only up to rounding.
 
     Args:
       optimizer: A transformation with local updates in it.

@@ -35,7 +35,9 @@ def local_sgd(
 
     Args:
       inner: The optimizer of the local steps.
-      period, **options: As in `local_updates`. With `warmup_steps` it is post-local SGD.
+      period, **options: As in `local_updates`: num_workers, axis_name, warmup_steps,
+        exchange_dtype, error_feedback, num_fragments, per_worker. With `warmup_steps` it
+        is post-local SGD.
 
     Returns:
       A transformation with a `LocalUpdatesState`.
@@ -76,7 +78,7 @@ def diloco(
       inner: The optimizer of the local steps; AdamW in the paper.
       outer: The optimizer of the center. Default None: the paper's,
         optax.sgd(0.7, momentum=0.9, nesterov=True).
-      period, **options: As in `local_updates`. With `num_fragments` it is streaming
+      period, **options: As in `local_sgd`. With `num_fragments` it is streaming
         DiLoCo, without its overlap of communication with computation.
 
     Returns:
@@ -189,7 +191,7 @@ def easgd(
 
     Args:
       inner: The optimizer of the local steps; with momentum it is EAMSGD.
-      period, **options: As in `local_updates`.
+      period, **options: As in `local_sgd`.
       moving_rate: α in (0, 1]. Default 0.9 / (period · num_workers), as in
         tf.contrib.opt.ElasticAverageOptimizer.
       reduce: "sum": all workers at once; "sequential": one worker after the other.
@@ -260,7 +262,7 @@ def block_momentum(
 
     Args:
       inner: The optimizer of the local steps.
-      period, **options: As in `local_updates`.
+      period, **options: As in `local_sgd`.
       block_momentum: η in [0, 1); default 1 - 1 / num_workers.
       block_learning_rate: ζ > 0.
       nesterov: Whether workers start where the momentum will take the center.

@@ -172,7 +172,7 @@ def worker_spread(
 
     Returns:
       [num_workers] float32 in the stacked form; () for the own worker in the mapped form.
-      May be called under jit.
+      For a center of zeros, ‖θ_w‖. May be called under jit.
 
     Raises:
       ValueError: As for `get_center`, and if the center is of other parameters.

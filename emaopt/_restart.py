@@ -97,8 +97,8 @@ def change_mask(
 ) -> PyTree:
     """Changes which leaves are averaged; the average of those that stay goes on.
 
-    A leaf that comes in is averaged as if it had had its present value from the start, as
-    a frozen leaf has had. Its average is then a copy, which is exact for any decay, with
+    A new leaf is averaged as if it had been constant from the start, as a frozen leaf is.
+    Its average is then a copy, which is exact for any decay, with
     `every` and with `debias` (but not with `zero_init` alone, where the zeros keep a part
     of the weight).
 
@@ -122,8 +122,8 @@ def change_mask(
 
     Raises:
       ValueError: If there is no average, several, or a swapped one, in the state or in
-        what `optimizer.init` returns; if it is of other parameters; if one of the two is
-        de-biased; if the optimizer has other counts, or slots of other shapes.
+        what `optimizer.init` returns; if the average is of others; if only one of the
+        two is de-biased; if the optimizer has other counts, or slots of other shapes.
       TypeError: If `optimizer` is neither a transformation nor an `Averager`.
 
     Example:

@@ -26,8 +26,8 @@ class AverageState(NamedTuple):
 class SwappedState(NamedTuple):
     """What `swap` leaves in an `AverageState`'s place while the average is in use.
 
-    Only the first field has another name. By it neither an update nor a restore can take
-    one state for the other.
+    Only the name of the first field differs, so that neither an update nor a restore can
+    take one state for the other.
     """
 
     swapped_at: Scalar  # () int32, num_updates
@@ -60,8 +60,8 @@ class LocalUpdatesState(NamedTuple):
 class SwappedLocalUpdatesState(NamedTuple):
     """What `swap` leaves in a `LocalUpdatesState`'s place while the center is in use.
 
-    Only the first field has another name. By it neither an update nor a restore can take
-    one state for the other.
+    Only the name of the first field differs, so that neither an update nor a restore can
+    take one state for the other.
     """
 
     swapped_at: Scalar  # () int32, num_steps

@@ -31,7 +31,7 @@ def decay_weights(
       num_steps: T, at least 0, at most 2^25, because the result is an array [T+1].
         `weight_summary(decay, num_steps)` needs no array for most decays.
       every: The average is updated on every k-th step only, at least 1.
-      start: The step until which the average is a copy of the parameters, at least 0.
+      start: The first step to average; before it the average is a copy. At least 0.
       debias: Whether the weight of what came before `start` is removed.
 
     Returns:
@@ -117,12 +117,17 @@ def shares_taken(
 
 
 class WeightSummary(NamedTuple):
-    """Four numbers that describe a weight profile; see `weight_summary`."""
+    """Four numbers that describe a weight profile; see `weight_summary`.
 
-    mean_age: float  # steps before the newest iterate
-    effective_iterates: float  # 1/Σw²: as many equal weights have the same variance
-    initial_weight: float  # weight of θ_0
-    half_life: float  # steps; the iterates younger than this hold half the weight
+    mean_age: steps before the newest iterate. effective_iterates: 1/Σw², as many equal
+    weights have the same variance. initial_weight: that of θ_0. half_life: the iterates
+    younger than this, in steps, hold half the weight.
+    """
+
+    mean_age: float
+    effective_iterates: float
+    initial_weight: float
+    half_life: float
 
 
 def weight_summary(

@@ -62,6 +62,11 @@ def new_axes(width: float = 8.0, height: float = 4.2) -> Axes:
 def save(axes: Axes, path: Path, *, dpi: int = 200) -> None:
     """Writes the figure of the axes to a file, which appears whole or not at all.
 
+    Args:
+      axes: As these functions return them.
+      path: The file to write or replace; its ending says the format, else PNG.
+      dpi: Dots per inch, from 10 to 10,000.
+
     Raises:
       ValueError, TypeError: If an argument is of another kind, or Matplotlib writes no
         pictures with the ending of `path`.

@@ -72,12 +72,14 @@ _BLOCK = 1 << 13  # steps at a time
 
 
 class Recorded(NamedTuple):
-    """An average that was recorded, with the arguments that `average_params` had."""
+    """An average that was recorded: its snapshots, and its arguments.
+
+    steps: int [n], increasing, the number of updates at each snapshot. decay, every,
+    start and debias: as `average_params` had them.
+    """
 
     decay: DecayLike
-    steps: (
-        Sequence[int] | np.ndarray
-    )  # int [n], increasing: the number of updates at each snapshot
+    steps: Sequence[int] | np.ndarray
     every: int = 1
     start: int = 0
     debias: bool = False
@@ -129,10 +131,9 @@ def solve(
     """Finds the combination of snapshots that is nearest to a target profile.
 
     Minimizes ‖cᵀS - p‖₂ over c with Σc = 1; of several minima it takes the one with the
-    least ‖c‖₂. Neighbouring snapshots are nearly equal, so SᵀS is never formed: QR
-    reduces S to a triangle, block by block, an orthonormal basis of the vectors with sum
-    0 keeps the constraint, and the remaining least-squares problem in n - 1 dimensions is
-    solved by singular values.
+    least ‖c‖₂. Neighbouring snapshots are nearly equal, so SSᵀ is never formed. QR
+    reduces Sᵀ to a triangle, block by block. An orthonormal basis of the vectors with sum
+    0 keeps the constraint. Singular values solve the rest, in n - 1 dimensions.
 
     What to watch in the solution:
       residual: ‖cᵀS - p‖₂ / ‖p‖₂. The relative error of the parameters is of the order

@@ -173,6 +173,7 @@ LAYERS = {
         "checkpoint._selection",
     },
     "checkpoint._combinations": {
+        "_advice",
         "_checks",
         "_paths",
         "_profiles",

@@ -1,4 +1,4 @@
-"""Checkpoints that serve the average: Orbax files with the averages under the names.
+"""Orbax checkpoints that serve the average: it stands under the parameters' names.
 
 A checkpoint holds the user's own tree, written by Orbax's stock handlers, with the
 averages and the raw parameters exchanged: `params/...` holds the averages, the average's
@@ -94,17 +94,17 @@ def save(
         programs whose configuration may switch averaging off.
       force: Replace whatever is at `path`: of a link, its target; of a directory of
         CheckpointManager, all its steps. The old content is removed once the new
-        checkpoint is complete beside it, as `path`.replacement. A kill at any moment
-        leaves one of the two complete, there, at `path` or at `path`.replaced, and
-        `restore` finds it. A later save by a run that has not restored such a leftover
+        checkpoint is complete beside it, as `path`.replacement. After a kill one
+        is complete, at `path`, `path`.replacement or `path`.replaced, and `restore` finds
+        it. A later save by a run that has not restored such a leftover
         keeps it as `path`.kept1, and logs a warning.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
       checksums: Record a checksum of each array, by which all readers of emaopt notice a
         changed bit; without, most changed bits are read as other numbers. Not checked:
         arrays that are read split over devices in another dtype, or for another number of
-        workers. Not recorded: arrays whose copies on several devices differ. Saving and
-        reading each go once more through their arrays; of an array split over CPUs they
-        hold another copy, as 32-bit words.
+        workers. Not recorded: arrays whose copies on several devices differ. They
+        cost one more pass over the arrays, and a copy of each array that is split over
+        CPUs, as 32-bit words.
 
     Raises:
       ValueError: If the state holds no average, several, or no parameters that the
@@ -178,9 +178,10 @@ def restore(
     Local updates restore with another number of workers, into a run without local
     updates, and from one. All workers start from the center (slow weights); in a run
     without local updates the parameters take its place. The inner optimizers' slots are
-    dealt out by number: worker w takes those of saved worker w % W, a run without workers
-    those of the first. Sums since the last exchange are dropped. New local updates take
-    the outer optimizer's slots from the target, which must then have arrays.
+    dealt out by number: worker w of new ones takes those of w modulo the saved number, a
+    run without workers those of the first. Sums since the last exchange are dropped. New
+    local updates take the outer optimizer's slots from the target, which must then have
+    arrays.
 
     Args:
       path: A checkpoint that emaopt or Orbax alone wrote; raw parameters come back raw,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from jax.typing import DTypeLike
 
+from emaopt._advice import named
 from emaopt._checks import (
     check_callable,
     check_dtype,
@@ -187,7 +188,7 @@ def average(
     try:
         coefficients = merge_weights(profile, len(found), numbers)
     except BadProfile as error:
-        raise BadProfile(f"average: {error}") from None
+        raise named("average", error) from None
     _merge.combined(
         "average",
         _selection.select_alike("average", found, weights, at),

@@ -311,7 +311,7 @@ def _chosen_at(
 def _several(what: str, option: str) -> ValueError:
     """The error for a choice between several averages that nothing decides."""
     advice = f"Say with {option}= which."
-    return advised(ValueError, what, advice, "Say with --weights which.")
+    return advised(ValueError, what, advice, "Say with --weights NAME which one.")
 
 
 def _related(way: Names, one: Average) -> bool:

@@ -31,7 +31,14 @@ class AverageDescription(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What `describe` returns."""
+    """What `describe` returns.
+
+    parameters: the keys that lead to the parameters, joined with "/". served: which
+    weights stand there, in words. leaves: (name, dtype, shape, nbytes) of each array.
+    averages: (name, num_updates, served, summary) of each average; the summary is a
+    `WeightSummary` if its name tells its decay, else None. record: how `combine` and its
+    kin made the checkpoint, else empty.
+    """
 
     path: str
     parameters: str  # the names that lead to them, joined with "/"; several with ", "

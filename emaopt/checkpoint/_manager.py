@@ -75,13 +75,14 @@ def handler_registry(
     optional=True, as long as it restores older steps.
 
     Args:
-      name, params: As for `save`. In a Composite, ways begin with the item's name.
+      name, params: As for `save`. In a Composite, keys begin with the item's name.
       optional: Save a state without an average as it is, in place of an error.
       rename: As for `restore`.
       items: Names of items, besides "default", that `manager.restore(step)` without
         arguments returns as they were saved, not as they are on disk.
-      metrics_of: Which weights the metrics given to `manager.save` were measured on. It
-        is recorded in custom_metadata["emaopt"]["metrics_of"] of each item.
+      metrics_of: "raw" or "averaged": the weights that the metrics given to
+        `manager.save` were measured on. It is recorded in
+        custom_metadata["emaopt"]["metrics_of"] of each item.
       report: As for `restore`; by default the warning function of the logger "emaopt".
       checksums: As for `save`, computed before `manager.save` returns. Arrays that
         save_args cast have none.

@@ -53,7 +53,7 @@ def export_safetensors(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> str:
-    """Exports the parameters to serve of a checkpoint to a safetensors file.
+    """Exports the weights of a checkpoint to a safetensors file.
 
     Arrays are read and written leaf by leaf, as by `combine`. The file is written beside
     its place and then renamed, so `out` never holds half of it.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from emaopt._advice import advised
+from emaopt._advice import advised, named
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
@@ -29,7 +29,11 @@ _FAR = 0.1  # the residual from which on there is a warning
 
 
 class Synthesis(NamedTuple):
-    """What `synthesize` made, and from which snapshots."""
+    """What `synthesize` made, and from which snapshots.
+
+    solution: the `posthoc.Solution`. step: the number of updates that the average is
+    after. snapshots: (checkpoint, average, its number of updates) of each coefficient.
+    """
 
     solution: Solution
     step: int  # the number of updates after which the average is meant
@@ -200,7 +204,7 @@ def _decay(function: str, decay: DecayLike | str) -> DecayLike:
         check_decay(function, decay)
         return decay
     except BadProfile as error:
-        raise BadProfile(f"{function}: {error}") from None
+        raise named(function, error) from None
 
 
 def _known(
@@ -260,7 +264,7 @@ def _target(function: str, target: DecayLike | str | ArrayLike, step: int) -> np
         if isinstance(target, str):
             return weights_of(target, step)
     except BadProfile as error:
-        raise BadProfile(f"{function}: {error}") from None
+        raise named(function, error) from None
     if isinstance(target, (list, tuple)) or getattr(target, "ndim", 0):
         return checked_weights(function, target, "target")
     taken = shares_taken(function, decay, step, every=1, start=0, debias=False)

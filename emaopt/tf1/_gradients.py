@@ -44,7 +44,8 @@ def compute_gradients(
       var_list: Which parameters: None for all; a tree of booleans like `params` or a
         prefix; one name or a sequence of names, as "encoder/kernel" in `by_name`; a
         function of `params` that makes such a tree; or a predicate of (name, leaf).
-      gate_gradients: GATE_NONE, GATE_OP or GATE_GRAPH; see `gate_gradients`.
+      gate_gradients: GATE_NONE, GATE_OP (the default) or GATE_GRAPH; see
+        `gate_gradients`.
       grad_loss: The cotangent of the loss, in its shape.
       has_aux: Whether `loss` returns auxiliary data as well.
 
