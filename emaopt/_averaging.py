@@ -4,7 +4,6 @@ from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import optax
-from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._checks import (
     check_flag,
@@ -18,7 +17,7 @@ from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
 from emaopt._states import AverageState, SwappedState
-from emaopt._types import DecayLike, Mask, Placement, PyTree
+from emaopt._types import Count, DecayLike, DTypeLike, Mask, Placement, PyTree
 
 
 class Options(TypedDict, total=False):
@@ -193,7 +192,7 @@ def average_params(
         state: PyTree,
         params: PyTree = None,
         *,
-        num_updates: ArrayLike | None = None,
+        num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
         del extra_args
@@ -311,7 +310,7 @@ def averaged(
         state: PyTree,
         params: PyTree = None,
         *,
-        num_updates: ArrayLike | None = None,
+        num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
         if params is None:

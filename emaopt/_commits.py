@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from emaopt._checks import check_choice
 from emaopt._leaves import at_least_float32, is_averaged
 from emaopt._rounding import rounded_to
-from emaopt._types import Leaf, Scalar
+from emaopt._types import DTypeLike, Leaf, Scalar
 
 COMMITS = ("delta", "mean_delta", "mean_gradient")
 

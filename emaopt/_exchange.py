@@ -7,13 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from emaopt._collectives import of_all
 from emaopt._commits import make_commit
 from emaopt._local_checks import HEAVIEST, LIGHTEST
-from emaopt._reductions import REDUCTIONS, Center, Reduction, Rows
-from emaopt._types import PyTree, Scalar
+from emaopt._reductions import REDUCTIONS, Center, Reduction, Rows, Subtree
+from emaopt._types import DTypeLike, PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 
 
@@ -68,7 +67,7 @@ class Exchange:
         read: Callable[[jax.Array], list[Fixed]],
         num_steps: Scalar,
         voices: Voices,
-        subtree: Callable[[list[jax.Array]], PyTree],
+        subtree: Subtree,
     ) -> Part:
         """Returns the part after the exchange.
 

@@ -1,4 +1,4 @@
-"""Everything that emaopt uses of JAX beyond its documented functions.
+"""What emaopt uses of JAX beyond its documented names, but for plain attributes.
 
 Any release of JAX may change these without notice. They behave the same in jax 0.8.2 to
 0.12; tests/test_internals.py fails where a release differs, and names the function.
@@ -37,7 +37,7 @@ def part_of(program: "Jaxpr", equations: "Sequence[JaxprEqn]") -> "Jaxpr":
     Its operands are the variables that the equations read and do not define; its results
     are all variables that they define.
     """
-    results = [v for e in equations for v in e.outvars if not _is_dropped(v)]
+    results = [v for e in equations for v in e.outvars]
     defined = set(results)
     # A dict keeps the order in which they are read; a set would not.
     read = {v: None for e in equations for v in e.invars if not is_literal(v)}
@@ -62,11 +62,6 @@ def is_literal(variable: "Var | Literal") -> "TypeIs[Literal]":
     In some releases a literal has no hash: ask this before any look-up in a dict or set.
     """
     return hasattr(variable, "val")
-
-
-def _is_dropped(variable: "Var") -> bool:
-    """Whether nobody reads a result of an equation; as a jaxpr's result it is refused."""
-    return type(variable).__name__ == "DropVar"
 
 
 def varying(leaf: Leaf) -> frozenset:

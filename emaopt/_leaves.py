@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from emaopt._jax_internals import traced
-from emaopt._types import Leaf, PyTree
+from emaopt._types import DTypeLike, Leaf, PyTree
 
 # A dtype of JAX's that is none of these is that of PRNG keys.
 _KINDS = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
@@ -65,11 +64,17 @@ def for_each_leaf(
       tree: The tree whose leaves need an entry each.
       is_leaf: Whether a container is an entry by itself.
     """
+    found: list[Leaf] = []
+
+    def collect(entry: Leaf, part: PyTree) -> None:
+        found.extend([entry] * len(jax.tree.leaves(part)))
+
+    # Collected, and no tree made of them: the user's containers may refuse such leaves.
     try:
-        spread = jax.tree.broadcast(entries, tree, is_leaf=is_leaf)
+        jax.tree.map(collect, entries, tree, is_leaf=is_leaf)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{what}: {error}") from None
-    return jax.tree.leaves(spread, is_leaf=is_leaf)
+    return found
 
 
 def replicated_beside(leaves: list[Leaf]) -> Callable[[DTypeLike], jax.Array]:

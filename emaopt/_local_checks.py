@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from emaopt._checks import (
     as_dtype,
@@ -25,7 +25,7 @@ from emaopt._checks import (
 from emaopt._commits import check_commit
 from emaopt._jax_internals import traced
 from emaopt._reductions import REDUCTIONS
-from emaopt._types import AxisName, PyTree
+from emaopt._types import AxisName, DTypeLike, PyTree
 
 Period: TypeAlias = int | Callable[[jax.Array], ArrayLike]
 LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means
@@ -132,10 +132,11 @@ def _check_exchange_dtype(settings: Settings) -> None:
     if settings.moving_rate is not None and (
         settings.error_feedback or REDUCTIONS[settings.reduce].pulls_differ
     ):
+        # In turns, parameters travel in place of commits.
         raise ValueError(
             f"{function}: with moving_rate, exchange_dtype goes neither with "
-            "error_feedback nor with reduce='sequential': workers move by what they "
-            "commit."
+            "error_feedback nor with a reduction in turns, as reduce='sequential': "
+            "workers move by what they commit."
         )
 
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import optax
-from jax.typing import DTypeLike
 
 from emaopt._local_checks import Period
 from emaopt._local_updates import Engine
 from emaopt._signatures import takes_options_of
-from emaopt._types import AxisName
+from emaopt._types import AxisName, DTypeLike
 
 
 class Options(TypedDict, total=False):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from emaopt._checks import (
     as_dtype,
@@ -24,7 +24,6 @@ from emaopt._decay_type import Decay, one_minus
 from emaopt._jax_internals import traced
 from emaopt._leaves import (
     at_least_float32,
-    dtype_of,
     is_array,
     is_averaged,
     is_masked,
@@ -35,7 +34,7 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
-from emaopt._types import DecayLike, Leaf, Mask, Placement, PyTree
+from emaopt._types import DecayLike, DTypeLike, Leaf, Mask, Placement, PyTree
 from emaopt._xla import unknown_one
 
 
@@ -294,7 +293,8 @@ def _newest(leaf: Leaf) -> Leaf:
     """A leaf without an average as the state holds it: a copy, if it is an array."""
     if not is_array(leaf):
         return leaf
-    return jnp.array(leaf, dtype=dtype_of(leaf), copy=True)
+    # Not dtype_of: JAX warns of 64 bits that it is asked for and has not.
+    return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)
 
 
 def _entries(

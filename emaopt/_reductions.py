@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.typing import DTypeLike
 
 from emaopt._collectives import after
 from emaopt._commits import decoded, encoded
 from emaopt._rounding import applied
-from emaopt._types import PyTree, Scalar
+from emaopt._types import DTypeLike, PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 
 Rows: TypeAlias = dict[int, jax.Array]  # by position of the leaf in the fragment
@@ -52,7 +51,8 @@ class Reduction(abc.ABC):
     dtype: DTypeLike | None  # in which commits travel
     rate: Callable[[int], float] | None  # α of elastic workers, by their number
 
-    # Whether workers pull different values, so that the state has to keep them.
+    # Whether the workers, which are not elastic, pull different values one after the
+    # other, so that the state has to keep them.
     pulls_differ: ClassVar[bool] = False
 
     @abc.abstractmethod

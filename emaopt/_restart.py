@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from emaopt._checks import check_arrays, check_optimizer, checked_count
 from emaopt._leaves import is_averaged, is_masked
@@ -14,7 +13,7 @@ from emaopt._reading import find_average, map_with_keys, paired
 from emaopt._recursion import Averager
 from emaopt._sharding import near
 from emaopt._states import AverageState
-from emaopt._types import Leaf, PyTree
+from emaopt._types import Count, Leaf, PyTree
 
 _LEFT_OUT = object()  # a leaf, for MaskedNode, which is none and so has no name
 
@@ -24,7 +23,7 @@ def reset_average(
     params: PyTree,
     *,
     name: str | None = None,
-    num_updates: ArrayLike = 0,
+    num_updates: Count = 0,
 ) -> PyTree:
     """Starts the average anew: it becomes a copy of `params`, its counters 0.
 
@@ -98,9 +97,8 @@ def change_mask(
     """Changes which leaves are averaged; the average of those that stay goes on.
 
     A new leaf is averaged as if it had been constant from the start, as a frozen leaf is.
-    Its average is then a copy, which is exact for any decay, with
-    `every` and with `debias` (but not with `zero_init` alone, where the zeros keep a part
-    of the weight).
+    Its average is then a copy, which is exact for any decay, with `every` and with
+    `debias` (but not with `zero_init` alone, where the zeros keep a part of the weight).
 
         optimizer = emaopt.averaged(optax.adam(1e-3), 0.999)  # without its mask
         opt_state = emaopt.change_mask(opt_state, params, optimizer)
@@ -122,8 +120,9 @@ def change_mask(
 
     Raises:
       ValueError: If there is no average, several, or a swapped one, in the state or in
-        what `optimizer.init` returns; if the average is of others; if only one of the
-        two is de-biased; if the optimizer has other counts, or slots of other shapes.
+        what `optimizer.init` returns; if the average is of other parameters; if
+        one of the two alone is de-biased; if the optimizer has other counts, or slots of
+        other shapes.
       TypeError: If `optimizer` is neither a transformation nor an `Averager`.
 
     Example:

@@ -52,7 +52,7 @@ class LocalUpdatesState(NamedTuple):
     inner_state: PyTree  # of the inner optimizer, each worker's
     outer_state: tuple[PyTree, ...]  # per fragment: state of the outer optimizer
     accumulated: PyTree  # Σ gradients since the exchange, None without mean_gradient
-    pulled: PyTree  # the center as each worker pulled it, None without sequential deltas
+    pulled: PyTree  # the center that each worker pulled: sequential, elastic, else None
     residual: PyTree  # what commits lost in exchange_dtype, None without error_feedback
     center: PyTree  # slow weights: like one worker's parameters, at least float32
 
@@ -84,6 +84,7 @@ class Kind(NamedTuple):
     state: type[PyTree]
     swapped: type[PyTree]  # what `swap` makes of it
     mark: str  # a field that shows the kind in a mapping, where the type is lost
+    raw: str  # the parameters that it has while it is swapped, in a sentence
 
     @property
     def field(self) -> str:
@@ -91,12 +92,13 @@ class Kind(NamedTuple):
         return self.state._fields[-1]
 
 
-AVERAGE = Kind("an AverageState", AverageState, SwappedState, "pending")
+AVERAGE = Kind("an AverageState", AverageState, SwappedState, "pending", "the raw ones")
 CENTER = Kind(
     "a LocalUpdatesState",
     LocalUpdatesState,
     SwappedLocalUpdatesState,
     "since_exchange",
+    "the workers'",
 )
 KINDS = (AVERAGE, CENTER)
 
@@ -106,7 +108,7 @@ def check_own_state(function: str, state: object, kind: Kind) -> None:
     if isinstance(state, kind.swapped):
         raise TypeError(
             f"{function}: this state is swapped: the parameters are the {kind.field}, "
-            "and training on would lose the raw ones. Call params, opt_state = "
+            f"and training on would lose {kind.raw}. Call params, opt_state = "
             "emaopt.swap(params, opt_state) to swap back first."
         )
     if not isinstance(state, kind.state):

@@ -3,19 +3,21 @@
 import jax
 
 from emaopt._checks import check_flag, check_text
-from emaopt._names import leaves_with_keys
+from emaopt._names import is_below, leaves_with_keys
 from emaopt._nodes import (
     as_state,
     center_nodes,
     exchanged,
+    field_of,
     is_average_node,
     is_center_node,
+    is_swapped,
     only_node,
     refuse_crossed_swap,
     refuse_unknown_name,
     served_nodes,
 )
-from emaopt._places import Choice, Place, Ways, check_choices, located, placed
+from emaopt._places import Choice, Place, Ways, check_choices, located
 from emaopt._reading import NO_AVERAGE, paired
 from emaopt._types import PyTree
 
@@ -56,9 +58,21 @@ def swap(
         refuse_unknown_name("swap", opt_state, name)
     names, node = only_node("swap", nodes, "average", NO_AVERAGE)
     refuse_crossed_swap("swap", opt_state, [node])
-    paired("swap", as_state(node)[-1], params, bool(center_nodes(opt_state)))
-    both = params, opt_state
-    return exchange(both, [placed(both, ("1", *names), ("0",))])
+    content = as_state(node)[-1]
+    paired("swap", content, params, bool(center_nodes(opt_state)))
+    # Positions in (params, opt_state), by the names that the leaves have in each part: in
+    # the pair, names of a lone "value" would be others.
+    first = [keys for keys, _ in leaves_with_keys(params)]
+    field = (*names, field_of(node))
+    there = [keys for keys, _ in leaves_with_keys(opt_state)]
+    inside = [len(first) + j for j, keys in enumerate(there) if is_below(keys, field)]
+    index = {keys: i for i, keys in enumerate(first)}
+    pairs = [
+        (index[keys], j)
+        for (keys, _), j in zip(leaves_with_keys(content), inside, strict=True)
+    ]
+    place = Place(("0",), ("1", *names), field[-1], is_swapped(node), pairs)
+    return exchange((params, opt_state), [place])
 
 
 def swap_state(

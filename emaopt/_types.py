@@ -1,7 +1,7 @@
 """Types of arguments, states and results, by name.
 
 Type checkers cannot look into a pytree: `PyTree` says that any containers will do, and
-the docstring says what the leaves are.
+the docstring says what the leaves are. Unions with it, such as `Mask`, only tell readers.
 """
 
 import os
@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -21,6 +22,10 @@ Scalar: TypeAlias = jax.Array
 
 # Real numbers [n], such as the coefficients of a combination.
 Vector: TypeAlias = ArrayLike | Sequence[float]
+# What names a dtype: jnp.bfloat16, "bfloat16", np.dtype("float32").
+DTypeLike: TypeAlias = str | type[Any] | np.dtype[Any]
+# A number of updates, which may be traced.
+Count: TypeAlias = int | np.integer[Any] | np.ndarray | jax.Array
 # β itself, or a function t -> β of a JAX array. Decays of emaopt also take NumPy arrays.
 DecayLike: TypeAlias = float | jax.Array | Callable[[Any], ArrayLike]
 # A tree of booleans like the parameters or a prefix of it, or a function that makes one

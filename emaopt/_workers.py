@@ -14,13 +14,12 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from emaopt._collectives import all_finite, in_turn, packed
 from emaopt._conditional import vary
 from emaopt._jax_internals import traced, varying
 from emaopt._leaves import is_masked, replicated_beside, rows_beside
-from emaopt._types import AxisName, Leaf, PyTree
+from emaopt._types import AxisName, DTypeLike, Leaf, PyTree
 from emaopt._xla import always, held_until
 
 Inner: TypeAlias = optax.GradientTransformationExtraArgs

@@ -37,7 +37,7 @@ Forward: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
 def recalibrate(
-    apply_fn: Callable[[PyTree, PyTree, PyTree], PyTree],
+    apply_fn: Forward,
     averaged_params: PyTree,
     batches: Iterable[PyTree],
     batch_stats: PyTree,

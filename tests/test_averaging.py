@@ -530,3 +530,43 @@ def test_options_that_look_at_the_values_take_every_dtype(dtype, options):
     state = averager.init(jnp.ones(2, dtype))
     state = jax.jit(averager.update)(jnp.full(2, jnp.nan, dtype), state)
     assert bool(jnp.isnan(state.average).all()) == ("zero_init" in options)
+
+
+def test_integers_of_numpy_are_taken_as_jax_has_them():
+    averager = emaopt.average_tree(0.9)
+    tree = {"w": jnp.ones(2), "step": np.int64(3), "seed": np.uint64(5)}
+    state = averager.update(tree, averager.init(tree))  # warnings are errors
+    found = {name: leaf.dtype for name, leaf in state.average.items()}
+    assert found == {"w": jnp.float32, "step": jnp.int32, "seed": jnp.uint32}
+
+
+@jax.tree_util.register_pytree_node_class
+class OfArrays:
+    """A container that takes nothing but arrays."""
+
+    def __init__(self, array):
+        assert hasattr(array, "shape"), array
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize(
+    "option", [{"mask": {"s": True}}, {"sharding": "data"}, {"sharding": {"s": "data"}}]
+)
+def test_no_container_of_the_users_is_filled_with_flags_or_axes(option):
+    mesh = jax.make_mesh(
+        (2,),
+        ("data",),
+        devices=jax.devices()[:2],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    with jax.set_mesh(mesh):
+        params = {"s": OfArrays(jnp.ones(4))}
+        state = emaopt.average_tree(0.5, **option).init(params)
+    np.testing.assert_array_equal(state.average["s"].array, np.ones(4))

@@ -1,5 +1,7 @@
 """What averages refuse, and in which words."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import emaopt
+from emaopt._recursion import make_averager
 
 pytestmark = pytest.mark.quick(1000)  # all of them are
 
@@ -237,3 +240,18 @@ def test_a_decay_that_is_injected_out_of_its_range_is_refused_or_clipped():
         tx.update(params, state, params)
     _, state = jax.jit(tx.update)(params, state, params)
     assert emaopt.get_average(state) == 1
+
+
+# Options
+
+
+def keywords(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+
+
+def test_every_way_of_averaging_has_the_options_and_defaults_of_average_params():
+    options = keywords(emaopt.average_params)
+    assert keywords(emaopt.average_tree) == options == keywords(make_averager)
+    own = {"sequential": True, "overwrite_every": None}
+    assert keywords(emaopt.averaged) == own | options

@@ -280,7 +280,13 @@ LAYERS = {
         "checkpoint",
         "checkpoint._files",
     },
-    "checkpoint._replacement": {"_interrupts", "_output", "_types", "checkpoint"},
+    "checkpoint._replacement": {
+        "_interrupts",
+        "_output",
+        "_types",
+        "checkpoint",
+        "checkpoint._orbax",
+    },
     "checkpoint._stream": {
         "_output",
         "_types",

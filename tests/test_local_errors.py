@@ -1,5 +1,6 @@
 """A bad argument fails at once, and the message says what it is and what is taken."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 import emaopt
+from emaopt._local_checks import Settings
 from emaopt._local_options import Options
 
 pytestmark = pytest.mark.quick(1000)  # all of them are
@@ -282,6 +284,17 @@ def test_help_shows_every_option_and_its_default(name):
         assert shown[option].default == full[option].default, option
         assert shown[option].annotation == full[option].annotation, option
     assert not any(p.kind == p.VAR_KEYWORD for p in shown.values())
+
+
+def test_defaults_that_are_shown_are_those_that_are_used():
+    shown = inspect.signature(emaopt.local_updates).parameters
+    for field in dataclasses.fields(Settings):
+        if field.name != "function":
+            used = field.default
+            unset = used is dataclasses.MISSING
+            assert shown[field.name].default == (
+                inspect.Parameter.empty if unset else used
+            )
 
 
 @pytest.mark.parametrize("form", ["stacked", "mapped"])

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import jax
 import orbax.checkpoint as ocp
-from jax.typing import DTypeLike
 
 from emaopt._checks import (
     check_callable,
@@ -24,7 +23,7 @@ from emaopt._output import naming
 from emaopt._paths import check_readable, check_writable
 from emaopt._places import Choice, Ways, check_choices
 from emaopt._swap import swap_state
-from emaopt._types import Json, Path, PyTree, Report
+from emaopt._types import DTypeLike, Json, Path, PyTree, Report
 from emaopt.checkpoint import (
     _checksums,
     _files,
@@ -78,7 +77,7 @@ def save(
       path: Directory to make: local, or any URL that Orbax takes.
       state: The training state: any pytree with the parameters and an optimizer state
         that holds an average (EMA, Polyak average) of them, or the center (slow weights,
-        global parameters) of local updates. Such as a dict, a tuple (params, opt_state),
+        global parameters) of local updates: a dict, a tuple (params, opt_state),
         a Flax TrainState, an NNX model and its `nnx.Optimizer`, or the `nnx.state` of
         both. A center that has no average is saved under the parameters' names in its own
         shapes, without the axis of workers.
@@ -96,8 +95,8 @@ def save(
         CheckpointManager, all its steps. The old content is removed once the new
         checkpoint is complete beside it, as `path`.replacement. After a kill one
         is complete, at `path`, `path`.replacement or `path`.replaced, and `restore` finds
-        it. A later save by a run that has not restored such a leftover
-        keeps it as `path`.kept1, and logs a warning.
+        it. A later save by a run that has not restored such a leftover keeps it as
+        `path`.kept1, and logs a warning.
       custom_metadata: Further JSON-serializable metadata to write beside the marker.
       checksums: Record a checksum of each array, by which all readers of emaopt notice a
         changed bit; without, most changed bits are read as other numbers. Not checked:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-from jax.typing import DTypeLike
-
 from emaopt._advice import named
 from emaopt._checks import (
     check_callable,
@@ -17,7 +15,7 @@ from emaopt._checks import (
 )
 from emaopt._paths import check_readable, check_writable
 from emaopt._profiles import BadProfile, merge_weights
-from emaopt._types import Json, Path, Report, Vector
+from emaopt._types import DTypeLike, Json, Path, Report, Vector
 from emaopt.checkpoint import _merge, _record, _replacement, _restore, _selection
 from emaopt.checkpoint._merge import Progress
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from emaopt._checks import check_dtype
 from emaopt._combination import add, weighted_sum
 from emaopt._names import own_values
-from emaopt._types import Json, Path, Report
+from emaopt._types import DTypeLike, Json, Path, Report
 from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selection import Weights

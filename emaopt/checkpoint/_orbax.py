@@ -59,38 +59,33 @@ def is_number(leaf: object) -> bool:
     return isinstance(leaf, ocp.metadata.value.ScalarMetadata)
 
 
-def opened(infos: Sequence[Any]) -> list[ts.Future[ts.TensorStore]]:
+def opened(infos: Sequence[Info]) -> list[ts.Future[ts.TensorStore]]:
     """Starts to open the TensorStores of arrays, all at once, and returns the futures."""
-    return [
-        ts.open(
-            ts.Spec(type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)),
-            open=True,
-            context=info.ts_context,
-        )
-        for info in infos
-    ]
+
+    def spec(info: Info) -> ts.Spec:
+        packed = bool(info.is_ocdbt_checkpoint)
+        return ts.Spec(type_handlers.get_json_tspec_read(info, packed))
+
+    return [ts.open(spec(info), open=True, context=info.ts_context) for info in infos]
 
 
-class _Arrays(type_handlers.ArrayHandler):
+class _Keeping:
     """Returns, as the metadata of arrays, what `kept` makes of their infos."""
 
     def __init__(self, kept: Callable[[Sequence[Info]], list[Leaf]]):
         super().__init__()
         self._kept = kept
 
-    async def metadata(self, infos: Sequence[Info]) -> Sequence[Leaf]:
+    async def metadata(self, infos: Sequence[Info]) -> list[Leaf]:
         return self._kept(infos)
 
 
-class _NumpyArrays(type_handlers.NumpyHandler):
-    """The same, for arrays that were saved as NumPy arrays."""
+class _Arrays(_Keeping, type_handlers.ArrayHandler):
+    pass
 
-    def __init__(self, kept: Callable[[Sequence[Info]], list[Leaf]]):
-        super().__init__()
-        self._kept = kept
 
-    async def metadata(self, infos: Sequence[Info]) -> Sequence[Leaf]:
-        return self._kept(infos)
+class _NumpyArrays(_Keeping, type_handlers.NumpyHandler):
+    pass
 
 
 def metadata(

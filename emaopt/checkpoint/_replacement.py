@@ -35,6 +35,7 @@ from emaopt._output import (
 )
 from emaopt._types import Report
 from emaopt.checkpoint import _completion
+from emaopt.checkpoint._orbax import ITEM, STEP
 
 try:
     import fcntl
@@ -186,8 +187,7 @@ def _aside(path: epath.Path) -> epath.Path:
 
 
 def _complete(path: epath.Path) -> bool:
-    marks = ("_CHECKPOINT_METADATA", "_METADATA")
-    there = any((path / mark).exists() for mark in marks)
+    there = any((path / mark).exists() for mark in (STEP, ITEM))
     return there and _completion.unfinished(path) is None
 
 
@@ -212,7 +212,7 @@ def identity(path: epath.Path) -> Identity:
         if not is_url(found):
             now = os.stat(found)
             told += [now.st_dev, now.st_ino]
-        if (mark := found / "_CHECKPOINT_METADATA").exists():
+        if (mark := found / STEP).exists():
             told.append(mark.read_text())  # holds the time of the save
     except (OSError, ValueError):
         pass  # gone meanwhile, which is another identity, or damaged

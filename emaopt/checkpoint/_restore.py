@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jax.typing import DTypeLike
 
 from emaopt._places import Ways, placed
 from emaopt._swap import exchange
-from emaopt._types import Leaf, Path, PyTree, Report
+from emaopt._types import DTypeLike, Leaf, Path, PyTree, Report
 from emaopt.checkpoint import _arrays, _contents, _files, _read, _trees
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._match import Rename, check_fit, match

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from emaopt._advice import advised
 from emaopt._checks import check_callable, check_flag, check_text
 from emaopt._output import is_url, refuse_existing, writing
 from emaopt._paths import check_readable, check_writable
-from emaopt._types import Json, Path
+from emaopt._types import DTypeLike, Json, Path
 from emaopt.checkpoint import _files, _replacement, _selection, _stream
 from emaopt.checkpoint._merge import Progress, caster, refuse_own
 from emaopt.checkpoint._selection import Weights

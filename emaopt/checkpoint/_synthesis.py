@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from emaopt._advice import advised, named
 from emaopt._checks import check_decay, check_integer, check_mapping, check_number
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._profiles import BadProfile, decay_of, weights_of
-from emaopt._types import DecayLike, Path, Report
+from emaopt._types import DecayLike, DTypeLike, Path, Report
 from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,

@@ -42,9 +42,8 @@ def apply_gradients(
       touched_rows_only: Whether parameters with sparse gradients, and their slots, move
         only in the rows that the gradient has. The cost then grows with these rows and
         not with the table, if `params` and `opt_state` are donated and returned in the
-        same order. For optimizers of each element by itself,
-        such as sgd, momentum and Adam; not with a norm over the tree. False: as if the
-        gradient were dense.
+        same order. For optimizers of each element by itself, such as sgd, momentum
+        and Adam; not with a norm over the tree. False: as if the gradient were dense.
       **extra_args: Passed on to the optimizer's `update`.
 
     Returns:
