@@ -255,3 +255,19 @@ def test_every_way_of_averaging_has_the_options_and_defaults_of_average_params()
     assert keywords(emaopt.average_tree) == options == keywords(make_averager)
     own = {"sequential": True, "overwrite_every": None}
     assert keywords(emaopt.averaged) == own | options
+
+
+def test_the_state_of_the_other_kind_is_refused():
+    params = jnp.ones((2, 1))
+    local = emaopt.local_sgd(optax.sgd(0.1), period=1, num_workers=2)
+    average = emaopt.average_params(0.5)
+    with pytest.raises(TypeError, match=r"an AverageState .* got LocalUpdatesState"):
+        average.update(params, local.init(params), params)
+    with pytest.raises(TypeError, match=r"a LocalUpdatesState .* got AverageState"):
+        local.update(params, average.init(params), params)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5])
+def test_every_is_looked_at_before_it_divides(every):
+    with pytest.raises((ValueError, TypeError), match=f"averaged: every must .*{every}"):
+        emaopt.averaged(optax.sgd(0.1), 0.9, overwrite_every=3, every=every)

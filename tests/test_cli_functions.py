@@ -1,6 +1,7 @@
 """The command line and the functions that it calls do the same, by default too."""
 
 import inspect
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import typer
 from test_checkpoint_at import command, params_of, state_of, stock
 from test_places import same
 
 import emaopt
 from emaopt import checkpoint, cli
+from emaopt._names import Unknown
+from emaopt.cli import _errors
 
 FILES = {
     "served": lambda path: checkpoint.save(path, state_of()),
@@ -110,3 +114,32 @@ def test_synthesize_obeys_at(tmp_path):
         checkpoint.synthesize(run, tmp_path / "no", target="ema:0.8", at="x")
     said = command("synthesize", run, "--target", "ema:0.8", "--at", "x", "--out", "no")
     assert "emaopt synthesize: " in said and "has nothing at 'x'" in said
+
+
+# Errors and warnings as a command says them
+
+
+def test_warnings_are_printed_until_the_command_ends():
+    before = list(logging.getLogger("emaopt").handlers)
+    with _errors._warning():
+        assert logging.getLogger("emaopt").handlers != before
+    assert logging.getLogger("emaopt").handlers == before
+
+
+def test_out_of_memory_is_one_line(capsys):
+    with pytest.raises(typer.Exit) as stopped, _errors.failing("average"):
+        raise MemoryError("1 GiB")
+    assert stopped.value.exit_code == 1
+    assert capsys.readouterr().err == "emaopt average: out of memory: 1 GiB\n"
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize(
+    "argument, option", [("path", "plot"), ("name", "weights"), ("at", "at")]
+)
+def test_what_is_not_there_is_said_of_the_option(argument, option, capsys):
+    with pytest.raises(typer.Exit) as stopped, _errors.failing("profile"):
+        raise Unknown("f: it is not there.", argument)
+    assert stopped.value.exit_code == 2
+    said = f"emaopt profile: --{option}: it is not there.\n"
+    assert capsys.readouterr().err == said

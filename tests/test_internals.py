@@ -4,6 +4,7 @@ Each test is of one function of `_jax_internals`, `_xla` or `checkpoint/_orbax`,
 in its failure what a release does otherwise.
 """
 
+import asyncio
 import inspect
 import json
 import re
@@ -77,7 +78,7 @@ def test_tracers_are_told_from_values():
 
 
 def test_results_that_depend_on_no_operand_are_known():
-    program = program_of(lambda x: (x + 1, jnp.zeros(2) + 1, x, 3), 1.0)
+    program = program_of(lambda x: (2 * (x + 1), jnp.zeros(2) + 1, x, 3), 1.0)
     assert _jax_internals.depends_on_operands(program) == [True, False, True, False]
 
 
@@ -184,9 +185,16 @@ FLAGS, ROWS, SUMS = jnp.zeros(4, jnp.bool_), jnp.ones((4, 8)), jnp.ones(8)
             [FLAGS, ROWS],
             "select",
         ),
+        (
+            lambda flags, rows: _xla.held_until(
+                lambda _: _xla.always(flags)[:, None], rows
+            ),
+            [FLAGS, ROWS.astype(jnp.int32)],
+            "select",
+        ),
         (_xla.as_in_memory, [SUMS], "select"),
     ],
-    ids=["always", "unknown_one", "held_until_there", "held_until", "as_in_memory"],
+    ids=["always", "one", "held_until_there", "held_until", "integers", "as_in_memory"],
 )
 def test_the_compiler_does_not_see_through_it(f, operands, needs):
     text = compiled(f, *operands)
@@ -318,3 +326,32 @@ def test_the_handler_of_numpy_arrays_takes_what_the_writer_gives():
         "infos",
         "args",
     ]
+
+
+def test_typed_keys_are_found_in_what_any_process_wrote(saved):
+    files = saved / "array_metadatas"
+    (files / "process_0").rename(files / "process_1")
+    assert _orbax.typed_keys(saved) == {"key"}
+
+
+def test_a_batch_is_written_when_the_one_before_is(monkeypatch):
+    seen = []
+
+    class Future:
+        def __init__(self, name):
+            self.name = name
+
+        def result(self, timeout=None):
+            seen.append(("done", self.name))
+
+    async def serialize(self, values, infos, args=None):
+        seen.append(("begun", infos[0]))
+        return [Future(infos[0])]
+
+    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "serialize", serialize)
+    leaves = [_orbax.Pending((n,), (1,), np.dtype(np.float32)) for n in "ab"]
+    batches = iter([{leaf.names: np.zeros(1, np.float32)} for leaf in leaves])
+    writing = _orbax._Writing(batches).serialize(leaves, ["a", "b"], [None, None])
+    last = asyncio.run(writing)
+    assert seen == [("begun", "a"), ("done", "a"), ("begun", "b")]
+    assert [future.name for future in last] == ["b"]

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import _items
 
 pytestmark = pytest.mark.quick(2)
 
@@ -179,3 +181,23 @@ def test_a_device_is_not_replaced(run, writer):
     }[writer]
     with pytest.raises(ValueError, match=f"^{writer}: .* is a device.*'/dev/null'"):
         call(*arguments, force=True)
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("name", ["default", "state", "pytree"])
+def test_a_lone_item_with_a_name_of_orbaxs_is_the_whole_tree(name, tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        tree = ocp.args.StandardSave({"w": np.ones(1)})
+        manager.save(0, args=ocp.args.Composite(**{name: tree}))
+    step = epath.Path(tmp_path / "0")
+    assert _items.directories_of(step, None) == {(): step / name}
+
+
+def test_a_lone_item_is_a_key_of_the_state_if_the_record_begins_with_it(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        tree = ocp.args.StandardSave({"w": np.ones(1)})
+        manager.save(0, args=ocp.args.Composite(state=tree))
+    step = epath.Path(tmp_path / "0")
+    for other, found in (("state", ("state",)), ("train", ())):
+        record = {"params": ["state", "w"], "average": [other]}
+        assert list(_items.directories_of(step, record)) == [found]

@@ -362,3 +362,11 @@ def test_gradients_of_integers_do_not_hide_what_the_step_is():
     params, grads = jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32)
     _, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_array_equal(state.num_missed, [1, 1])
+
+
+def test_the_outer_optimizer_does_not_count_the_turn_of_who_is_left_out():
+    options = {"period": 1, "num_workers": 3, "reduce": "sequential"}
+    tx = emaopt.local_updates(optax.sgd(0.1), optax.adam(0.5), **options)
+    params = jnp.ones((3, 2))
+    _, state = tx.update(params.at[1].set(jnp.nan), tx.init(params), params)
+    assert optax.tree.get(state.outer_state, "count") == 2
