@@ -7,6 +7,7 @@ import optax
 
 from emaopt._checks import (
     check_flag,
+    check_given,
     check_integer,
     check_optimizer,
     refuse_unlike,
@@ -196,11 +197,7 @@ def average_params(
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "average_params averages the parameters, but update was called without "
-                "them: call tx.update(grads, state, params)."
-            )
+        check_given("average_params", "averages the parameters", params)
         try:
             # This sum must have the bits of the one that the caller makes.
             updates = settled(updates)
@@ -297,9 +294,9 @@ def averaged(
     """
     check_optimizer("averaged", "optimizer", optimizer)
     check_flag("averaged", "sequential", sequential)
-    if overwrite_every is not None:
-        _check_overwriting(overwrite_every, options)
     averager = make_averager("averaged", decay, **options)
+    if overwrite_every is not None:
+        _check_overwriting(overwrite_every, **options)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> PyTree:
@@ -313,11 +310,7 @@ def averaged(
         num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
-        if params is None:
-            raise ValueError(
-                "averaged averages the parameters, but update was called without them: "
-                "call tx.update(grads, state, params)."
-            )
+        check_given("averaged", "averages the parameters", params)
         if not isinstance(state, AveragedState):
             raise TypeError(
                 "averaged: the state must be an AveragedState as init makes it, got "
@@ -347,19 +340,24 @@ def averaged(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_overwriting(period: int, options: Options) -> None:
+def _check_overwriting(
+    period: int,
+    *,
+    every: int,
+    sharding: Placement,
+    memory_kind: str | None,
+    **others: object,
+) -> None:
     """Raises unless the parameters can be set to the average every so many steps."""
-    every, sharding = options.get("every", 1), options.get("sharding", LIKE_PARAMS)
+    del others
     check_integer("averaged", "overwrite_every", period, 1)
-    # As make_averager does later: the remainder below needs a whole number above 0.
-    check_integer("averaged", "every", every, 1)
     if period % every:
         raise ValueError(
             f"averaged: overwrite_every={period} must be a multiple of every={every}: "
             "between its moves the average is an old one."
         )
     alike = isinstance(sharding, str) and sharding == LIKE_PARAMS
-    if not alike or options.get("memory_kind"):
+    if not alike or memory_kind:
         raise ValueError(
             "averaged: overwrite_every needs the average where the parameters are: "
             "leave sharding and memory_kind out."

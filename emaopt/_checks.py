@@ -151,6 +151,15 @@ def check_optimizer(function: str, argument: str, optimizer: object) -> None:
         )
 
 
+def check_given(function: str, does: str, params: object) -> None:
+    """Raises if `update` was called without the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{function} {does}, but update was called without them: call "
+            "tx.update(grads, state, params)."
+        )
+
+
 def check_flag(function: str, argument: str, value: object) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):

@@ -168,7 +168,7 @@ class Exchange:
     @property
     def keeps_pulled(self) -> bool:
         """Whether workers pull different values, which the state then has to keep."""
-        return self._reduction.pulls_differ or self.moving_rate is not None
+        return REDUCTIONS[self.reduce].pulls_differ or self.moving_rate is not None
 
     def _commit(
         self,

@@ -66,10 +66,11 @@ def for_each_leaf(
     """
     found: list[Leaf] = []
 
-    def collect(entry: Leaf, part: PyTree) -> None:
+    def collect(entry: Leaf, part: PyTree) -> Leaf:
         found.extend([entry] * len(jax.tree.leaves(part)))
+        return entry  # the containers of entries are made again, and hold no others
 
-    # Collected, and no tree made of them: the user's containers may refuse such leaves.
+    # Collected, and no tree like `tree` made: the user's containers may refuse them.
     try:
         jax.tree.map(collect, entries, tree, is_leaf=is_leaf)
     except (ValueError, TypeError) as error:

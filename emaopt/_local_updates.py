@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
+from emaopt._checks import MAX_COUNT, check_arrays, check_given, refuse_unlike
 from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._conditional import once_if
@@ -331,11 +331,8 @@ def _refuse_branch(function: str, value: jax.Array) -> None:
 
 def _check_call(function: str, state: object, params: PyTree, exchange: object) -> None:
     """Raises unless `update` is called with parameters, its own state and a flag."""
-    if params is None:
-        raise ValueError(
-            f"{function} moves the parameters between the workers and the center, but "
-            "update was called without them: call tx.update(grads, state, params)."
-        )
+    does = "moves the parameters between the workers and the center"
+    check_given(function, does, params)
     check_own_state(function, state, CENTER)
     is_flag = exchange is None or isinstance(exchange, (bool, np.bool_))
     if not is_flag and not (

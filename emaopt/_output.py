@@ -6,16 +6,15 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING
 
-from emaopt._advice import advised
+from emaopt._advice import E, advised
 from emaopt._interrupts import undisturbed
 from emaopt._types import Path
 
 if TYPE_CHECKING:
     from etils import epath
 
-E = TypeVar("E", bound=Exception)
 
 _PAUSE, _ABSENT = 0.05, 4  # seconds; pauses without a directory, until it is gone
 _LONGEST = 20.0  # seconds that cleaning up may take

@@ -32,7 +32,7 @@ from emaopt._leaves import (
 )
 from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
-from emaopt._sharding import LIKE_PARAMS, Place, check_placement, places
+from emaopt._sharding import Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
 from emaopt._types import DecayLike, DTypeLike, Leaf, Mask, Placement, PyTree
 from emaopt._xla import unknown_one
@@ -49,16 +49,16 @@ def make_averager(
     function: str,
     decay: DecayLike,
     *,
-    every: int = 1,
-    start: int = 0,
-    mask: Mask = None,
-    accumulator_dtype: DTypeLike | None = None,
-    debias: bool = False,
-    zero_init: bool = False,
-    skip_nonfinite: bool = False,
-    stochastic_rounding: bool = False,
-    sharding: Placement = LIKE_PARAMS,
-    memory_kind: str | None = None,
+    every: int,
+    start: int,
+    mask: Mask,
+    accumulator_dtype: DTypeLike | None,
+    debias: bool,
+    zero_init: bool,
+    skip_nonfinite: bool,
+    stochastic_rounding: bool,
+    sharding: Placement,
+    memory_kind: str | None,
 ) -> Averager:
     """The recursion behind `average_tree`, `average_params` and `averaged`."""
     check_decay(function, decay)

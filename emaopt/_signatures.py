@@ -16,8 +16,8 @@ def takes_options_of(
     """Decorates a function whose **options are some of those of another.
 
     Python shows `**options` as one name, and takes any. The decorated function has each
-    of them in its signature, with the default that `function` gives, and refuses unknown
-    ones under its own name.
+    of them in its signature, gets all of them, with the defaults that `function` gives,
+    and refuses unknown ones under its own name.
 
     Args:
       function: The function that has the options, with their defaults.
@@ -25,6 +25,7 @@ def takes_options_of(
     """
     theirs = inspect.signature(function).parameters
     shared = [theirs[name] for name in options.__annotations__]
+    defaults = {parameter.name: parameter.default for parameter in shared}
 
     def decorated(method: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(method)
@@ -40,6 +41,8 @@ def takes_options_of(
                     raise TypeError(
                         f"{method.__name__}: there is no option {name}; {hint}"
                     )
+            for name, default in defaults.items():
+                kwargs.setdefault(name, default)
             return method(*args, **kwargs)
 
         shown: Any = checked  # a function has no such attribute for type checkers

@@ -62,15 +62,12 @@ def swap(
     paired("swap", content, params, bool(center_nodes(opt_state)))
     # Positions in (params, opt_state), by the names that the leaves have in each part: in
     # the pair, names of a lone "value" would be others.
-    first = [keys for keys, _ in leaves_with_keys(params)]
+    index = {keys: i for i, (keys, _) in enumerate(leaves_with_keys(params))}
     field = (*names, field_of(node))
-    there = [keys for keys, _ in leaves_with_keys(opt_state)]
-    inside = [len(first) + j for j, keys in enumerate(there) if is_below(keys, field)]
-    index = {keys: i for i, keys in enumerate(first)}
-    pairs = [
-        (index[keys], j)
-        for (keys, _), j in zip(leaves_with_keys(content), inside, strict=True)
-    ]
+    numbered = enumerate(leaves_with_keys(opt_state), start=len(index))
+    inside = [j for j, (keys, _) in numbered if is_below(keys, field)]
+    wanted = [index[keys] for keys, _ in leaves_with_keys(content)]
+    pairs = [*zip(wanted, inside, strict=True)]
     place = Place(("0",), ("1", *names), field[-1], is_swapped(node), pairs)
     return exchange((params, opt_state), [place])
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,3 +36,43 @@ def test_rows_on_the_same_mesh_keep_their_other_axes():
         leaf = jax.device_put(jnp.ones((2, 4)), whole)
         found = jax.jit(_leaves.rows_beside)(param, leaf)
     assert found.sharding.spec == P("workers", "model")
+
+
+def test_integers_of_numpy_are_taken_as_jax_has_them():
+    averager = emaopt.average_tree(0.9)
+    tree = {"w": jnp.ones(2), "step": np.int64(3), "seed": np.uint64(5)}
+    state = averager.update(tree, averager.init(tree))  # warnings are errors
+    found = {name: leaf.dtype for name, leaf in state.average.items()}
+    assert found == {"w": jnp.float32, "step": jnp.int32, "seed": jnp.uint32}
+
+
+@jax.tree_util.register_pytree_node_class
+class OfArrays:
+    """A container that takes nothing but arrays."""
+
+    def __init__(self, array):
+        assert hasattr(array, "shape"), array
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize(
+    "option", [{"mask": {"s": True}}, {"sharding": "data"}, {"sharding": {"s": "data"}}]
+)
+def test_no_container_of_the_users_is_filled_with_flags_or_axes(option):
+    mesh = jax.make_mesh(
+        (2,),
+        ("data",),
+        devices=jax.devices()[:2],
+        axis_types=(AxisType.Auto,),
+    )
+    with jax.set_mesh(mesh):
+        params = {"s": OfArrays(jnp.ones(4))}
+        state = emaopt.average_tree(0.5, **option).init(params)
+    np.testing.assert_array_equal(state.average["s"].array, np.ones(4))

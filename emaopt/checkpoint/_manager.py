@@ -312,10 +312,6 @@ class _Failed:
         del timeout
         raise self.error
 
-    def cancel(self) -> bool:
-        """Nothing is under way that could be cancelled."""
-        return False
-
 
 def _as_one(items: dict[str, PyTree]) -> tuple[PyTree, bool]:
     """The items of a step as one tree, and whether the tree has their names as keys."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from emaopt._checks import check_callable, refuse_unlike
+from emaopt._checks import check_callable, check_given, refuse_unlike
 from emaopt._leaves import is_averaged
 from emaopt._rounding import applied, lead
 from emaopt._types import Leaf, PyTree
@@ -47,11 +47,7 @@ def constrain(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransform
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        if params is None:
-            raise ValueError(
-                "constrain projects the parameters, but update was called without them: "
-                "call tx.update(grads, state, params)."
-            )
+        check_given("constrain", "projects the parameters", params)
         leaves, treedef = jax.tree.flatten(params)
         # Trees are compared only after a failure: a comparison costs time at each step.
         try:
