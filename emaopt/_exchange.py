@@ -30,6 +30,7 @@ class Part(NamedTuple):
     leaves: list[Leaf]  # in flattening order
     outer_state: PyTree
     num_left_out: Scalar  # () int32
+    valid: jax.Array | None  # flags: whose commits were valid; None: nobody asks
 
 
 class Fixed(NamedTuple):
@@ -40,10 +41,19 @@ class Fixed(NamedTuple):
 
 
 class Voices(NamedTuple):
-    """Which workers' commits count, and how much; shaped as the workers' flags are."""
+    """Which workers hand in commits, and how much theirs count; shaped as flags are."""
 
     committing: jax.Array  # bool; the others are left out
     weights: jax.Array | None  # float, 0 for absent workers; None: all count alike
+
+
+class Votes(NamedTuple):
+    """Which commits count, and how much, once they have been checked."""
+
+    valid: jax.Array  # bool: handed in, and finite; the others are left out
+    counted: jax.Array  # bool: valid, and the worker is not absent
+    weights: jax.Array | None  # float32, a mean of 1 over those that count; None: alike
+    num_present: Scalar | int  # workers that are not absent
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,6 @@ class Exchange:
           subtree: Makes of a list like the leaves a tree with the parameters' names.
         """
         leaves = part.leaves
-        old = Center([leaf.center for leaf in leaves], part.outer_state)
 
         def commits_of(fixed: list[Fixed]) -> Rows:
             return {
@@ -101,8 +110,19 @@ class Exchange:
         fixed = read(finite)
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
-        local = {k: fixed[k].local for k in commits}
-        counted, weights, num_present = self._weighed(finite, voices.weights)
+        local = {k: f.local for k, f in enumerate(fixed) if f.local is not None}
+        return self.move(part, local, commits, self.weighed(finite, voices), subtree)
+
+    def move(
+        self, part: Part, local: Rows, commits: Rows, votes: Votes, subtree: Subtree
+    ) -> Part:
+        """Reduces commits that have been checked, and moves the center by them.
+
+        `local` holds the workers' parameters, which elastic workers start from.
+        """
+        leaves = part.leaves
+        old = Center([leaf.center for leaf in leaves], part.outer_state)
+        valid, counted, weights, num_present = votes
 
         # Rows are selected and not multiplied by the flags, because 0 · NaN is NaN.
         def where(flags: jax.Array, rows: PyTree, otherwise: PyTree) -> Rows:
@@ -117,14 +137,14 @@ class Exchange:
 
         reduced = self._reduction(
             old,
-            where(finite, local, {}),
-            where(finite, commits, {}),
+            where(valid, local, {}),
+            where(valid, commits, {}),
             counted,
             weights,
             subtree,
         )
         center, sent = reduced.center, reduced.sent
-        pulled = where(finite, reduced.pulled, dict(enumerate(center.leaves)))
+        pulled = where(valid, reduced.pulled, dict(enumerate(center.leaves)))
         # A worker whose commit did not count has lost nothing new: its residual stays.
         kept = {k: leaves[k].residual for k in sent if leaves[k].residual is not None}
         residual = where(counted, {k: commits[k] - sent[k] for k in kept}, kept)
@@ -134,20 +154,17 @@ class Exchange:
         ]
         left_out = part.num_left_out + (num_present - reduced.num_valid)
         left_out = jnp.maximum(left_out, part.num_left_out)  # a full counter stays full
-        return Part(changed, center.outer_state, left_out)
+        asked = None if part.valid is None else valid
+        return Part(changed, center.outer_state, left_out, asked)
 
-    def _weighed(
-        self, finite: jax.Array, weights: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None, Scalar | int]:
-        """(which workers count, the weight of each, how many are present).
-
-        The weights of the workers that count have a mean of 1; None: all count alike.
-        """
+    def weighed(self, valid: jax.Array, voices: Voices) -> Votes:
+        """The votes of the workers whose commits turned out to be valid."""
+        weights = voices.weights
         if weights is None:
-            return finite, None, self.workers.num_workers
+            return Votes(valid, valid, None, self.workers.num_workers)
         # Traced weights cannot be refused; NaN compares as false, so it is absent.
         present = (weights > 0) & (weights < jnp.inf)
-        counted = finite & present
+        counted = valid & present
         weights = jnp.where(counted, jnp.clip(weights, LIGHTEST, HEAVIEST), 0)
         # Of one dtype, so that the three sums share one collective.
         flags = [weights, counted.astype(jnp.float32), present.astype(jnp.float32)]
@@ -158,7 +175,7 @@ class Exchange:
         # as 1e-30 / 1e30 is in float32.
         shares = jnp.maximum(weights, jnp.finfo(jnp.float32).tiny)
         weights = jnp.where(counted, shares, 0)
-        return counted, weights, num_present.astype(jnp.int32)
+        return Votes(valid, counted, weights, num_present.astype(jnp.int32))
 
     @property
     def _reduction(self) -> Reduction:

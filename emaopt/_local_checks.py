@@ -28,6 +28,7 @@ from emaopt._reductions import REDUCTIONS
 from emaopt._types import AxisName, DTypeLike, PyTree
 
 Period: TypeAlias = int | Callable[[jax.Array], ArrayLike]
+CARRY = "carry"  # a value of `mix`
 LIGHTEST, HEAVIEST = 1e-30, 1e30  # weights: float32 holds their sums and means
 
 
@@ -49,6 +50,8 @@ class Settings:
     error_feedback: bool = False
     num_fragments: int = 1
     per_worker: Sequence[str] = ()
+    delay: int = 0
+    mix: float | str = 0.0
 
     def __post_init__(self) -> None:
         _check_settings(self)
@@ -97,6 +100,7 @@ def _check_settings(settings: Settings) -> None:
                 f"{name} is not."
             )
     _check_exchange_dtype(settings)
+    _check_delay(settings)
     if callable(period) and settings.num_fragments > 1:
         raise ValueError(
             f"{function}: with num_fragments={settings.num_fragments} the fragments take "
@@ -137,6 +141,31 @@ def _check_exchange_dtype(settings: Settings) -> None:
             f"{function}: with moving_rate, exchange_dtype goes neither with "
             "error_feedback nor with a reduction in turns, as reduce='sequential': "
             "workers move by what they commit."
+        )
+
+
+def _check_delay(settings: Settings) -> None:
+    """Raises unless commits can land that late, and workers can mix with the center."""
+    function, period = settings.function, settings.period
+    delay, mix = settings.delay, settings.mix
+    check_integer(function, "delay", delay, 0)
+    if isinstance(mix, str):
+        if mix != CARRY:
+            raise ValueError(
+                f"{function}: mix must be a number from 0 to 1 or {CARRY!r}, got {mix!r}."
+            )
+    else:
+        check_number(function, "mix", mix, 0, 1)
+    if settings.moving_rate is not None and (delay or mix != 0):
+        raise ValueError(
+            f"{function}: elastic workers do not pull the center, but move by what they "
+            f"commit, so neither delay nor mix is for them; got delay={delay!r}, "
+            f"mix={mix!r}."
+        )
+    if not callable(period) and delay > period:
+        raise ValueError(
+            f"{function}: delay must be at most period={period}, the step at which the "
+            f"next commit is made, got {delay!r}."
         )
 
 

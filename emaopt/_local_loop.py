@@ -1,5 +1,7 @@
 """Functions for a training loop with local updates, beside the optimizer."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,15 +15,18 @@ from emaopt._checks import (
     check_arrays,
     check_axis_name,
     check_callable,
+    check_flag,
     check_integer,
     check_optimizer,
 )
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
+from emaopt._fragments import column_of, fragments_of
+from emaopt._in_flight import chosen, commit, flights_of, land
 from emaopt._leaves import is_array, is_averaged
-from emaopt._local_updates import fragments_of
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired, refuse_one_worker
-from emaopt._states import LocalUpdatesState
+from emaopt._states import InFlight, LocalUpdatesState
+from emaopt._turn import Order
 from emaopt._types import AxisName, PyTree
 from emaopt._workers import Mapped, Stacked, resized
 
@@ -120,13 +125,20 @@ def state_specs(
     if stacked:
         own = {"inner_state", "accumulated", "pulled", "residual"}
         own |= {"num_missed", "has_missed"}
+        shared = {"num_steps", "num_present"}  # of what is in flight
 
         def specs(node: PyTree) -> PyTree:
             if not is_center_node(node):  # a leaf of a transformation around the engine
                 return rows if jnp.shape(node)[:1] == (workers,) else everywhere
 
             def of(field: str, part: PyTree) -> PyTree:
-                return jax.tree.map(lambda _: rows if field in own else everywhere, part)
+                if isinstance(part, InFlight):
+                    pairs = part._asdict().items()
+                    return InFlight(*(all_of(x, f not in shared) for f, x in pairs))
+                return all_of(part, field in own)
+
+            def all_of(part: PyTree, own: bool) -> PyTree:
+                return jax.tree.map(lambda _: rows if own else everywhere, part)
 
             return LocalUpdatesState(*map(of, *zip(*node._asdict().items(), strict=True)))
 
@@ -144,12 +156,22 @@ def local_round(
     params: PyTree,
     opt_state: PyTree,
     batches: PyTree,
+    *,
+    unroll: bool = False,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Takes local steps in one scan, and exchanges once, at the last step.
+    """Takes local steps in a scan, and exchanges once.
 
     This is one round, whatever the optimizer's period. It equals calls of `update` with
     exchange=False, the last with True, and compiles to no conditional. Afterwards the
     parameters are exactly what the workers pulled, not only up to rounding.
+
+    With a `delay` the exchange is that of the commits of the round before. It comes
+    first and apart from the steps: nothing in them waits for it, nor does it wait for
+    them, until the workers pull it after `delay` steps, or after the last one. So the
+    compiler can let the communication pass under the steps. Between TPU slices XLA does
+    so, in full; within a slice it does not. On GPUs it does for steps that are not in a
+    loop: set `unroll`, and with several GPUs for each worker also XLA's option
+    xla_gpu_experimental_parallel_collective_overlap_limit=8.
 
     Args:
       optimizer: A transformation with local updates in it.
@@ -158,6 +180,8 @@ def local_round(
       params: The workers' parameters.
       opt_state: The optimizer's state.
       batches: A tree of leaves [steps, ...]: a batch for each local step.
+      unroll: Write out the steps until the pull, in place of a loop. The program grows
+        by as many.
 
     Returns:
       (params, opt_state, values), with the values of all steps, [steps, ...].
@@ -180,6 +204,7 @@ def local_round(
     check_callable("local_round", "value_and_grad", value_and_grad, 2)
     check_arrays("local_round", "params", params)
     check_arrays("local_round", "batches", batches)
+    check_flag("local_round", "unroll", unroll)
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(steps) != 1 or steps <= {(), (0,)}:
         raise ValueError(
@@ -189,22 +214,44 @@ def local_round(
     state = find_center("local_round", opt_state, None)
     paired("local_round", state.center, params, stacked=True)
     update = optax.with_extra_args_support(optimizer).update
+    ((num_steps, *_),) = steps
 
     def step(
-        carry: tuple[PyTree, PyTree], batch: PyTree, exchange: bool = False
+        carry: tuple[PyTree, PyTree], batch: PyTree, order: Order | None = None
     ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         params, opt_state = carry
         value, grads = value_and_grad(params, batch)
-        updates, opt_state = update(grads, opt_state, params, exchange=exchange)
+        order = Order() if order is None else order
+        updates, opt_state = update(grads, opt_state, params, exchange=order)
         return (optax.apply_updates(params, updates), opt_state), value
 
-    # The last step stands outside of the scan: its exchange needs no conditional then.
-    first = jax.tree.map(lambda leaf: leaf[:-1], batches)
-    last = jax.tree.map(lambda leaf: leaf[-1], batches)
-    carry, values = lax.scan(step, (params, opt_state), first)
-    (params, opt_state), value = step(carry, last, exchange=True)
-    values = jax.tree.map(lambda all_, one: jnp.append(all_, one[None], 0), values, value)
-    return _pulled(find_center("local_round", opt_state, None), params), opt_state, values
+    # Steps with an exchange stand outside of scans: they need no conditional then.
+    orders = {num_steps - 1: Order(commit=True)}
+    pulling = 0  # the steps until workers pull what was in flight
+    if state.in_flight is not None:
+        # It lands first; the steps know nothing of it until then.
+        land = Order(land=True)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, after = update(zeros, opt_state, params, exchange=land)
+        landed = find_center("local_round", after, None)
+        pulling = min(land.delay, num_steps)
+        orders = {pulling - 1: Order(landed=landed)} | orders
+        orders[num_steps - 1].landed = landed if pulling == num_steps else None
+    carry, pieces, start = (params, opt_state), [], 0
+    for number, order in orders.items():
+        early = _slice(batches, start, number)
+        written_out = unroll and number < pulling
+        carry, values = lax.scan(step, carry, early, unroll=True if written_out else 1)
+        one = jax.tree.map(operator.itemgetter(number), batches)
+        carry, value = step(carry, one, order)
+        pieces += [values, jax.tree.map(lambda leaf: leaf[None], value)]
+        start = number + 1
+    values = jax.tree.map(lambda *all_: jnp.concatenate(all_), *pieces)
+    last = orders[num_steps - 1]
+    params, opt_state = carry
+    if not last.delay and not last.mixes:
+        params = _pulled(find_center("local_round", opt_state, None), params)
+    return params, opt_state, values
 
 
 def synchronize(
@@ -269,31 +316,46 @@ def synchronize(
     workers.check("synchronize", leaves)
     exchange = Exchange(workers, optax.sgd(1.0), "delta", "mean", None, None)
     num_left_out, since = state.num_left_out, state.since_exchange
-    for fragment, steps, missed in zip(
-        fragments_of("synchronize", center, len(since)),
-        since,
-        state.has_missed,
-        strict=True,
-    ):
+    fragments = fragments_of("synchronize", center, len(since))
+    column = functools.partial(column_of, treedef)
+    flights = flights_of(workers, state.in_flight, fragments, column)
+    for number, fragment in enumerate(fragments):
+        steps, missed = since[number], workers.loaded(state.has_missed[number])
         changing = [Leaf(pulled[i], None, center[i]) for i in fragment]
         rows = [Fixed(jnp.asarray(leaves[i]), None) for i in fragment]
         outer_state = exchange.outer.init([leaf.center for leaf in changing])
-        part = Part(changing, outer_state, num_left_out)
-        voices = Voices(~workers.loaded(missed), None)
+        part = Part(changing, outer_state, num_left_out, None)
+        voices = Voices(~missed, None)
+        if flights:
+            flight = flights[number]
+            if state.accumulated is not None and flight.progress is None:
+                # Gradients without an outer optimizer: what counts is where workers are.
+                steps = jnp.maximum(steps, flight.num_steps)
+                flight = flight._replace(num_steps=jnp.zeros_like(steps))
+            new = commit(exchange, part, flight, rows, steps, voices)
+            for one in (flight._replace(sums=flight.rows), new._replace(sums=new.rows)):
+                after = land(exchange, part, one, [True] * len(fragment), list)
+                part = chosen(one.num_steps > 0, after, part)
+        else:
 
-        def read(ready: jax.Array, rows: list[Fixed] = rows) -> list[Fixed]:
-            return workers.held(ready, rows)
+            def read(ready: jax.Array, rows: list[Fixed] = rows) -> list[Fixed]:
+                return workers.held(ready, rows)
 
-        after = exchange(part, read, steps, voices, list)
-        # Without a step since the exchange nothing changes, not even by a rounding.
-        num_left_out = jnp.where(steps > 0, after.num_left_out, num_left_out)
-        for i, leaf in zip(fragment, after.leaves, strict=True):
-            center[i] = jnp.where(steps > 0, leaf.center, center[i])
+            # Without a step since the exchange nothing changes, not even by a rounding.
+            part = chosen(steps > 0, exchange(part, read, steps, voices, list), part)
+        num_left_out = part.num_left_out
+        for i, leaf in zip(fragment, part.leaves, strict=True):
+            center[i] = leaf.center
+    in_flight = state.in_flight
+    if in_flight is not None:
+        numbers = jax.tree.map(jnp.zeros_like, in_flight.num_steps)
+        in_flight = in_flight._replace(num_steps=numbers)
     new = state._replace(
         num_left_out=num_left_out,
         since_exchange=jax.tree.map(jnp.zeros_like, since),
         has_missed=jax.tree.map(jnp.zeros_like, state.has_missed),
         pulled=None,
+        in_flight=in_flight,
         center=jax.tree.unflatten(treedef, center),
     )
     params = _pulled(new, params)
@@ -306,6 +368,10 @@ def synchronize(
             )
         )
     return params, replace(opt_state, state, new)
+
+
+def _slice(batches: PyTree, start: int, end: int) -> PyTree:
+    return jax.tree.map(operator.itemgetter(slice(start, end)), batches)
 
 
 def _pulled(state: LocalUpdatesState, params: PyTree) -> PyTree:

@@ -21,6 +21,8 @@ class Options(TypedDict, total=False):
     error_feedback: bool
     num_fragments: int
     per_worker: Sequence[str]
+    delay: int
+    mix: float | str
 
 
 def local_updates(
@@ -38,6 +40,8 @@ def local_updates(
     error_feedback: bool = False,
     num_fragments: int = 1,
     per_worker: Sequence[str] = (),
+    delay: int = 0,
+    mix: float | str = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains workers on their own and lets them exchange progress every `period` steps.
 
@@ -175,6 +179,8 @@ def local_updates(
         error_feedback=error_feedback,
         num_fragments=num_fragments,
         per_worker=per_worker,
+        delay=delay,
+        mix=mix,
     )
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ import optax
 from emaopt._checks import MAX_COUNT, check_arrays, check_given, refuse_unlike
 from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
-from emaopt._conditional import once_if
-from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
+from emaopt._exchange import Exchange, Part
+from emaopt._fragments import Column, column_of, fragments_of, leaves_of, subtree, tree_of
+from emaopt._in_flight import flights_of, in_flight_of, mixed, none_in_flight
 from emaopt._jax_internals import inside_conditional, traced
 from emaopt._leaves import is_array, is_averaged, replicated_beside
 from emaopt._local_checks import (
+    CARRY,
     Settings,
     as_period,
     as_rate,
@@ -27,11 +29,10 @@ from emaopt._local_checks import (
 from emaopt._rounding import applied, lead
 from emaopt._states import CENTER, LocalUpdatesState, check_own_state
 from emaopt._tracing import Computed, Selected, Traced, TreeDef
+from emaopt._turn import Order, Turn
 from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 from emaopt._xla import always
-
-Column: TypeAlias = list[Any]  # by leaf of the parameters, in flattening order
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Engine(Settings):
             self.exchange_dtype,
         )
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether workers keep a part of their own when they pull the center."""
+        # Without a delay there is no progress since the commit that could be carried.
+        return bool(self.delay) if self.mix == CARRY else self.mix != 0
+
     def init(self, params: PyTree) -> LocalUpdatesState:
         check_arrays(self.function, "params", params, others=True)
         leaves, treedef = jax.tree.flatten(params)
@@ -71,6 +78,10 @@ class Engine(Settings):
                 lambda x: start(start_center(x)) if is_averaged(x) else x, params
             )
 
+        zeros = functools.partial(rows, jnp.zeros_like)
+        # Sums of gradients do not tell how far the workers went meanwhile.
+        both = self.commit == "mean_gradient" and self.mix == CARRY
+        empty = functools.partial(none_in_flight, len(fragments), zero, each, zeros, both)
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
@@ -79,12 +90,13 @@ class Engine(Settings):
             has_missed=tuple(each(jnp.bool_) for _ in fragments),
             inner_state=self.workers.init(self.inner, params),
             outer_state=tuple(
-                self.outer.init(_subtree(treedef, f, [center[i] for i in f]))
+                self.outer.init(subtree(treedef, f, [center[i] for i in f]))
                 for f in fragments
             ),
-            accumulated=rows(jnp.zeros_like) if self.commit == "mean_gradient" else None,
+            accumulated=zeros() if self.commit == "mean_gradient" else None,
             pulled=rows(jnp.asarray) if self._exchange.keeps_pulled else None,
-            residual=rows(jnp.zeros_like) if self.error_feedback else None,
+            residual=zeros() if self.error_feedback else None,
+            in_flight=empty() if self.delay else None,
             center=jax.tree.unflatten(treedef, center),
         )
 
@@ -94,7 +106,7 @@ class Engine(Settings):
         state: PyTree,
         params: PyTree = None,
         *,
-        exchange: bool | Scalar | None = None,
+        exchange: bool | Scalar | Order | None = None,
         weights: PyTree = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, LocalUpdatesState]:
@@ -105,13 +117,16 @@ class Engine(Settings):
         leaves, treedef = jax.tree.flatten(params)
         workers = self.workers
         workers.check(self.function, leaves)
+        order = None
+        if isinstance(exchange, Order):
+            exchange.delay, exchange.mixes = self.delay, self._mixes
+            if exchange.land:
+                return updates, self._landed(state, treedef)
+            order, exchange = exchange, exchange.commit
         weights = as_weights(self.function, weights, self.num_workers)
         inner = keeping_structure(self.function, self.inner)
 
-        def column(tree: PyTree) -> Column:
-            """The leaves in the parameters' order; Nones where there is no tree."""
-            return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
-
+        column = functools.partial(column_of, treedef)
         check_arrays(self.function, "updates", updates)
         try:
             gradients = column(updates)
@@ -123,7 +138,7 @@ class Engine(Settings):
         num_steps: Any = optax.safe_increment(state.num_steps)
         # Computed here, `num_steps` knows of a conditional around this call. A value that
         # was passed in may come from outside of it.
-        if self.axis_name is not None and exchange is not False:
+        if self.axis_name is not None and (exchange is not False or self.delay):
             _refuse_branch(self.function, num_steps)
 
         def each_step(
@@ -173,16 +188,20 @@ class Engine(Settings):
         taken = _finite(workers, leaves, gradients, tried)
         # Every exchange reads the parameters after the step twice. Traced here, the step
         # stands in the program once for all of them.
-        local = Traced(each_local, before, taken, taken) if in_trace else each_local
+        after = Traced(each_local, before, taken, taken) if in_trace else each_local
+
+        def local(before: PyTree, ready: jax.Array) -> Column:
+            return after(before, taken, ready)
 
         # 2. Exchange the fragments that are due, one after the other.
-        sums = column(state.accumulated)
-        state_columns = map(column, (state.pulled, state.residual, state.center))
-        changing = list(map(Leaf, *state_columns))
-        num_left_out = state.num_left_out
-        since_exchange, has_missed, outer_states = [], [], []
-        dues: list[bool | Scalar] = [False] * len(leaves)
         fragments = fragments_of(self.function, column(state.center), self.num_fragments)
+        parts = self._parts(state, treedef, fragments)
+        flights = flights_of(workers, state.in_flight, fragments, column)
+        given: list[Part | None] = [None] * len(fragments)  # landed before this step
+        if order is not None and order.landed is not None:
+            given[:] = self._parts(order.landed, treedef, fragments)
+        sums, num_left_out = column(state.accumulated), state.num_left_out
+        since_exchange, has_missed, outcomes = [], [], []
         for number, fragment in enumerate(fragments):
             since: Any = state.since_exchange[number]
             # `since` does not count this step yet: 0 is the first after an exchange.
@@ -195,33 +214,20 @@ class Engine(Settings):
             due = self._due(number, num_steps, since) if exchange is None else exchange
             # A Python value compiles to no conditional; False, to no exchange either.
             due = due if traced(due) else bool(due)
-
-            def exchanged(part: Part, fixed: PyTree, fragment=fragment) -> Part:
-                before, sums, since, missed = fixed
-
-                def read(ready: jax.Array) -> list[Fixed]:
-                    after = local(before, taken, ready)
-                    held = workers.held(ready, sums)
-                    return [
-                        Fixed(after[i], s) for i, s in zip(fragment, held, strict=True)
-                    ]
-
-                subtree = functools.partial(_subtree, treedef, fragment)
-                voices = Voices(~missed, weights)
-                return self._exchange(part, read, since, voices, subtree)
-
-            part = Part(
-                [changing[i] for i in fragment], state.outer_state[number], num_left_out
-            )
             fixed = before, [sums[i] for i in fragment], since, missed
-            if isinstance(due, bool):
-                part = exchanged(part, fixed) if due else part
+            part = parts[number]._replace(num_left_out=num_left_out)
+            moving = [gradients[i] is not None for i in fragment]
+            turn = self._turn(treedef, fragment, moving, local, weights)
+            if not self.delay:
+                outcome = turn.at_once(part, due, fixed)
+            elif order is None:
+                outcome = turn.late(part, flights[number], due, fixed)
             else:
-                part = once_if(due, exchanged, part, fixed)
-            for i, leaf in zip(fragment, part.leaves, strict=True):
-                changing[i], dues[i] = leaf, due
-            num_left_out = part.num_left_out
-            outer_states.append(part.outer_state)
+                outcome = turn.ordered(
+                    part, flights[number], bool(due), given[number], fixed
+                )
+            outcomes.append(outcome)
+            num_left_out = outcome.part.num_left_out
             since_exchange.append(jnp.where(due, 0, since))
             missed = jnp.where(due, False, missed)
             has_missed.append(workers.stored(missed, state.has_missed[number]))
@@ -231,15 +237,21 @@ class Engine(Settings):
         # without an order between the two, XLA would copy the slots at every step.
         ready = taken & always(num_left_out)
         steps, inner_state = taken_step(before, taken, ready)
-        # 4. Where a fragment was exchanged, updates lead to what the workers pull.
-        for i, (leaf, due) in enumerate(zip(changing, dues, strict=True)):
-            if due is not False and gradients[i] is not None:
+        # 4. Where workers pull the center, updates lead to what they go on from.
+        changing = leaves_of(treedef, state)
+        for fragment, outcome in zip(fragments, outcomes, strict=True):
+            for k, i in enumerate(fragment):
+                changing[i] = leaf = outcome.part.leaves[k]
+                if outcome.pulls is False or gradients[i] is None:
+                    continue
                 target = leaf.center if leaf.pulled is None else leaf.pulled
-                steps[i] = lead(leaves[i], of_all(target, leaves[i]), steps[i], due)
+                target = of_all(target, leaves[i])
+                if self._mixes:
+                    now = applied(leaves[i], steps[i])
+                    target = mixed(workers, self.mix, target, now, *outcome.own(k))
+                steps[i] = lead(leaves[i], target, steps[i], outcome.pulls)
 
-        def tree(column: Column, like: PyTree) -> PyTree:
-            return None if like is None else jax.tree.unflatten(treedef, column)
-
+        tree = functools.partial(tree_of, treedef)
         num_missed = workers.loaded(state.num_missed)
         num_missed = jnp.where(taken, num_missed, optax.safe_increment(num_missed))
         return jax.tree.unflatten(treedef, steps), LocalUpdatesState(
@@ -249,11 +261,80 @@ class Engine(Settings):
             since_exchange=tuple(since_exchange),
             has_missed=tuple(has_missed),
             inner_state=inner_state,
-            outer_state=tuple(outer_states),
+            outer_state=tuple(outcome.part.outer_state for outcome in outcomes),
             accumulated=tree(sums, state.accumulated),
             pulled=tree([leaf.pulled for leaf in changing], state.pulled),
             residual=tree([leaf.residual for leaf in changing], state.residual),
+            in_flight=in_flight_of(
+                workers,
+                [outcome.flight for outcome in outcomes],
+                state.in_flight,
+                fragments,
+                treedef,
+            ),
             center=tree([leaf.center for leaf in changing], state.center),
+        )
+
+    def _parts(
+        self, state: LocalUpdatesState, treedef: TreeDef, fragments: list[list[int]]
+    ) -> list[Part]:
+        """What exchanges change of each fragment."""
+        leaves = leaves_of(treedef, state)
+        asks = self._mixes and not self.delay  # who was left out, and does not mix
+        return [
+            Part(
+                [leaves[i] for i in fragment],
+                outer_state,
+                state.num_left_out,
+                self.workers.loaded(missed) if asks else None,
+            )
+            for fragment, outer_state, missed in zip(
+                fragments, state.outer_state, state.has_missed, strict=True
+            )
+        ]
+
+    def _landed(self, state: LocalUpdatesState, treedef: TreeDef) -> LocalUpdatesState:
+        """The state after all that is in flight has landed, before workers pull it."""
+        column = functools.partial(column_of, treedef)
+        fragments = fragments_of(self.function, column(state.center), self.num_fragments)
+        flights = flights_of(self.workers, state.in_flight, fragments, column)
+        parts = self._parts(state, treedef, fragments)
+        changed = leaves_of(treedef, state)
+        num_left_out, outer_state = state.num_left_out, []
+        for part, flight, fragment in zip(parts, flights, fragments, strict=True):
+            turn = self._turn(treedef, fragment, [True] * len(fragment))
+            part = turn.landed(part._replace(num_left_out=num_left_out), flight)
+            num_left_out = part.num_left_out
+            outer_state.append(part.outer_state)
+            for i, leaf in zip(fragment, part.leaves, strict=True):
+                changed[i] = leaf
+        pulled, residual, center = (list(c) for c in zip(*changed, strict=True))
+        tree = functools.partial(tree_of, treedef)
+        return state._replace(
+            num_left_out=num_left_out,
+            outer_state=tuple(outer_state),
+            pulled=tree(pulled, state.pulled),
+            residual=tree(residual, state.residual),
+            center=tree(center, state.center),
+        )
+
+    def _turn(
+        self,
+        treedef: TreeDef,
+        fragment: list[int],
+        moving: list[bool],
+        local: Callable[[PyTree, jax.Array], Column] | None = None,
+        weights: jax.Array | None = None,
+    ) -> Turn:
+        return Turn(
+            self._exchange,
+            self.delay,
+            self.mix == CARRY,
+            fragment,
+            treedef,
+            moving,
+            local,
+            weights,
         )
 
     def _due(self, number: int, num_steps: Scalar, since: Scalar) -> Scalar:
@@ -268,34 +349,6 @@ class Engine(Settings):
             # At MAX_COUNT the counter stops, and turns go by `since` alone.
             due = jnp.where(num_steps < MAX_COUNT, due, since >= period)
         return due | (num_steps <= self.warmup_steps)
-
-
-def fragments_of(function: str, center: Column, num_fragments: int) -> list[list[int]]:
-    """The positions of the leaves that are exchanged together, in parts of like sizes."""
-    fragments: list[list[int]] = [[] for _ in range(num_fragments)]
-    sizes = [0] * num_fragments
-    moving = [i for i, leaf in enumerate(center) if is_averaged(leaf)]
-    # A tree without leaves passes: optax.tree.map_params calls `init` with one.
-    if 1 < num_fragments > len(moving) and center:
-        raise ValueError(
-            f"{function}: num_fragments={num_fragments}, but there are only "
-            f"{len(moving)} leaves; a fragment is one leaf or more."
-        )
-    # Greedy: the largest leaf that is left goes to the smallest fragment so far.
-    for i in sorted(moving, key=lambda i: -center[i].size):
-        smallest = sizes.index(min(sizes))
-        fragments[smallest].append(i)
-        sizes[smallest] += center[i].size
-    return [sorted(fragment) for fragment in fragments]
-
-
-def _subtree(treedef: TreeDef, positions: list[int], leaves: list[jax.Array]) -> PyTree:
-    """A tree with the parameters' names and MaskedNode in place of other leaves."""
-    # Outer optimizers may go by the names, as masks and partitions do.
-    nodes: Column = [optax.MaskedNode()] * treedef.num_leaves
-    for i, leaf in zip(positions, leaves, strict=True):
-        nodes[i] = leaf
-    return jax.tree.unflatten(treedef, nodes)
 
 
 def _finite(
@@ -334,7 +387,7 @@ def _check_call(function: str, state: object, params: PyTree, exchange: object) 
     does = "moves the parameters between the workers and the center"
     check_given(function, does, params)
     check_own_state(function, state, CENTER)
-    is_flag = exchange is None or isinstance(exchange, (bool, np.bool_))
+    is_flag = exchange is None or isinstance(exchange, (bool, np.bool_, Order))
     if not is_flag and not (
         isinstance(exchange, (jax.Array, np.ndarray))
         and (exchange.dtype, exchange.shape) == (jnp.bool_, ())

@@ -37,6 +37,22 @@ class SwappedState(NamedTuple):
     average: PyTree  # the raw parameters, while the average is in their place
 
 
+class InFlight(NamedTuple):
+    """Commits that wait for their exchange (`delay`); tuples have one entry a fragment.
+
+    Each worker's own fields have a leading axis: [W] in the stacked form, [1] inside
+    `jax.shard_map`.
+    """
+
+    num_steps: tuple[Scalar, ...]  # () int32, local steps committed; 0: none in flight
+    num_present: tuple[Scalar, ...]  # () int32, workers that were not absent
+    valid: tuple[jax.Array, ...]  # bool: the commit is finite, and no step was missed
+    pulled: tuple[jax.Array, ...]  # bool: the worker has pulled the center since
+    weights: tuple[jax.Array, ...]  # float32, mean 1 over commits that count; else 0
+    sums: PyTree  # Σ progress, or gradients, like the parameters, in the center's dtypes
+    progress: PyTree  # beside sums of gradients for mix="carry", else None
+
+
 class LocalUpdatesState(NamedTuple):
     """State of local updates; read the center with `get_center`.
 
@@ -54,6 +70,7 @@ class LocalUpdatesState(NamedTuple):
     accumulated: PyTree  # Σ gradients since the exchange, None without mean_gradient
     pulled: PyTree  # the center that each worker pulled: sequential, elastic, else None
     residual: PyTree  # what commits lost in exchange_dtype, None without error_feedback
+    in_flight: PyTree  # InFlight: commits not exchanged yet, None without delay
     center: PyTree  # slow weights: like one worker's parameters, at least float32
 
 
@@ -74,6 +91,7 @@ class SwappedLocalUpdatesState(NamedTuple):
     accumulated: PyTree
     pulled: PyTree
     residual: PyTree
+    in_flight: PyTree
     center: PyTree  # the workers' parameters, while the center is in their place
 
 

@@ -43,6 +43,10 @@ CASES = {
     "int8": {"exchange_dtype": jnp.int8, "error_feedback": True},
     "int8, sequential": {"exchange_dtype": jnp.int8, "reduce": "sequential"},
     "fragments": {"num_fragments": 2, "exchange_dtype": jnp.int8},
+    "late": {"delay": 2, "mix": 0.5, "num_fragments": 2},
+    "late, carried": {"delay": 3, "mix": "carry", "commit": "mean_gradient"},
+    "late, int8": {"delay": 1, "exchange_dtype": jnp.int8, "error_feedback": True},
+    "late, sequential": {"delay": 3, "mix": 0.5, "reduce": "sequential"},
 }
 # bfloat16 and float8 are summed in their own precision, and in another order.
 TOLERANCE = {"bfloat16": 2**-7, "float8": 2**-2}
