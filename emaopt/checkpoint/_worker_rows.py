@@ -21,7 +21,13 @@ from emaopt.checkpoint._arrays import index_of
 from emaopt.checkpoint._files import Names, located_in, names_of
 
 # New workers start as after an exchange, which leaves these fields at zero.
-_SINCE_EXCHANGE = ("since_exchange", "has_missed", "accumulated", "residual")
+_SINCE_EXCHANGE = (
+    "since_exchange",
+    "has_missed",
+    "accumulated",
+    "residual",
+    "in_flight",
+)
 _COUNTS = ("num_steps", "num_left_out", "num_missed")
 _OWN = ("inner_state", "num_missed")  # row w goes to worker w
 
