@@ -65,8 +65,14 @@ def commit(
         ]
     sums = [f.accumulated for f in fixed if f.accumulated is not None]
     sums = sums if of_gradients else progress
-    # The sums are in memory, in the state: to check them computes nothing twice.
-    rows = [[row] for row, f in zip(sums, fixed, strict=True) if f.local is not None]
+    # They will be in memory, in the state: to check them computes nothing twice. All are
+    # checked, so that what waits for the flags waits for all.
+    kept = [sums, progress] if flight.progress is not None else [sums]
+    rows = [
+        list(of_leaf)
+        for f, *of_leaf in zip(fixed, *kept, strict=True)
+        if f.local is not None
+    ]
     valid = exchange.workers.finite(rows, voices.committing)
     votes = exchange.weighed(valid, voices)
     weights = valid if votes.weights is None else votes.weights

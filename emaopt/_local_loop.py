@@ -268,6 +268,10 @@ def synchronize(
     since then, the center stays as it is. To end with a step of the optimizer's own outer
     optimizer, pass `exchange=True` to the last update before.
 
+    Commits in flight land first, by such a step as well. Only sums of gradients cannot,
+    where workers have pulled the center since (commit="mean_gradient", delay=period and a
+    number for `mix`): they are dropped. Take `delay` steps with exchange=False before.
+
     Args:
       opt_state: A state of local updates, at any depth.
       params: The workers' parameters.

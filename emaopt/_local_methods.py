@@ -36,8 +36,8 @@ def local_sgd(
     Args:
       inner: The optimizer of the local steps.
       period, **options: As in `local_updates`: num_workers, axis_name, warmup_steps,
-        exchange_dtype, error_feedback, num_fragments, per_worker. With `warmup_steps` it
-        is post-local SGD.
+        exchange_dtype, error_feedback, num_fragments, per_worker, delay, mix. With
+        `warmup_steps` it is post-local SGD.
 
     Returns:
       A transformation with a `LocalUpdatesState`.
@@ -78,8 +78,8 @@ def diloco(
       inner: The optimizer of the local steps; AdamW in the paper.
       outer: The optimizer of the center. Default None: the paper's,
         optax.sgd(0.7, momentum=0.9, nesterov=True).
-      period, **options: As in `local_sgd`. With `num_fragments` it is streaming
-        DiLoCo, without its overlap of communication with computation.
+      period, **options: As in `local_sgd`. With `num_fragments`, `delay` and mix=0.5 it
+        is Streaming DiLoCo.
 
     Returns:
       A transformation with a `LocalUpdatesState`.
@@ -191,7 +191,8 @@ def easgd(
 
     Args:
       inner: The optimizer of the local steps; with momentum it is EAMSGD.
-      period, **options: As in `local_sgd`.
+      period, **options: As in `local_sgd`, but for delay and mix: workers move by what
+        they commit.
       moving_rate: α in (0, 1]. Default 0.9 / (period · num_workers), as in
         tf.contrib.opt.ElasticAverageOptimizer.
       reduce: "sum": all workers at once; "sequential": one worker after the other.

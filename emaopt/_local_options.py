@@ -67,6 +67,16 @@ def local_updates(
     slots kept, the only one of SlowMo's options for them. DOWNPOUR with accumulation is
     `reduce="sum"` with `optax.sgd(1.0)`.
 
+    With a `delay` nobody waits for an exchange: the commits of step t are reduced and
+    applied at step t + delay, while the workers go on. There they mix:
+
+        mix=α:        θ_w := α θ_w + (1 - α) c
+        mix="carry":  θ_w := c + (θ_w - θ_w(t)), the center and the progress since t
+
+    α=0 loses the progress since t; with α > 0 the next commit holds a part of what the
+    center has had already. "carry" counts each step once, wherever it is. `local_round`
+    reduces the commits apart from the steps, so that the communication passes under them.
+
     What to watch:
       - A step whose gradients, or the parameters that it leads to, hold a NaN or inf is
         not taken: the worker's parameters and slots stay as they are. The next exchange
@@ -97,6 +107,12 @@ def local_updates(
       - In the stacked form, scalars of `inner`'s state have a row for each worker: set
         `hyperparams["learning_rate"]` to [W] numbers. Workers of an `inner` that draws
         random numbers draw the same ones.
+
+      - Commits land after `delay` steps, but at the latest at the step at which the next
+        ones are made. At a step with both, the new ones are made first, and hold what
+        the workers did since the ones before; so with delay=period and mix=0 the next
+        round begins from a center that lacks the last one. `exchange` decides on commits;
+        what is in flight lands also where it is False.
 
     Args:
       inner: The optimizer of the local steps.
@@ -131,6 +147,12 @@ def local_updates(
       per_worker: Names of extra arguments of `update` with a row for each worker in the
         stacked form: per_worker=["value"] for `update(..., value=losses)`. All other
         arguments go whole to every worker.
+      delay: Steps between a commit and its exchange, at most `period`. The commits in
+        flight are in the state: one buffer like the workers' parameters, in float32, and
+        two for commit="mean_gradient" with mix="carry".
+      mix: What workers keep of their own when they pull the center: a share α from 0 to
+        1, or "carry". Workers that were left out keep nothing. With delay=0, "carry" is
+        0. Neither goes with `moving_rate`.
 
     Returns:
       A transformation with a `LocalUpdatesState`. Its update takes extra arguments.
@@ -162,7 +184,8 @@ def local_updates(
       Lin et al., 2020, Don't use large mini-batches, use local SGD,
       https://arxiv.org/abs/1808.07217 (post-local SGD)
       Wang et al., 2020, SlowMo, https://arxiv.org/abs/1910.00643
-      Douillard et al., 2025, Streaming DiLoCo, https://arxiv.org/abs/2501.18512
+      Douillard et al., 2025, Streaming DiLoCo, https://arxiv.org/abs/2501.18512 (its τ is
+      `delay`, its α `mix`)
     """
     return transformation(
         "local_updates",

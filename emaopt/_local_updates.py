@@ -236,6 +236,9 @@ class Engine(Settings):
         # waits for the exchanges, which read the slots and compute `num_left_out` last:
         # without an order between the two, XLA would copy the slots at every step.
         ready = taken & always(num_left_out)
+        for outcome in outcomes:
+            if outcome.flight is not None:  # whose flags are computed last of a commit
+                ready &= always(outcome.flight.valid)
         steps, inner_state = taken_step(before, taken, ready)
         # 4. Where workers pull the center, updates lead to what they go on from.
         changing = leaves_of(treedef, state)

@@ -82,10 +82,25 @@ class Turn:
         """
         *_, since, _ = fixed
         lands = (flight.num_steps > 0) & ((since >= self.delay) | due)
-        changing = part, flight
-        changing = once_if(lands, self._land_and_commit, changing, (due, fixed))
-        changing = once_if(due & ~lands, self._commit, changing, fixed)
-        return Outcome(*changing, lands, flight.valid)
+
+        # One conditional, with a second one inside: XLA would copy what goes through two
+        # of them at every step.
+        def act(changing: tuple[Part, Flight], now: PyTree) -> tuple[Part, Flight]:
+            part, flight = changing
+            due, lands, fixed = now
+            new = self._commit(part, flight, fixed)
+            # The landing reads the old commits after the new ones are computed, and these
+            # are stored after that: else XLA would copy both at every step.
+            workers = self.exchange.workers
+            old = flight._replace(sums=workers.held(new.valid, flight.sums))
+            part = once_if(lands, self._land, part, old)
+            stored = workers.held(part.num_left_out, (new.sums, new.progress))
+            new = new._replace(sums=stored[0], progress=stored[1])
+            return part, after_landing(new, flight, due, lands, self.carries)
+
+        now = due, lands, fixed
+        part, flight_after = once_if(lands | due, act, (part, flight), now)
+        return Outcome(part, flight_after, lands, flight.valid)
 
     def ordered(
         self, part: Part, flight: Flight, due: bool, landed: Part | None, fixed: PyTree
@@ -94,20 +109,19 @@ class Turn:
 
         `landed` is the part after an early landing, which the workers pull at this step.
         """
-        if landed is None:
-            changing = self._commit((part, flight), fixed) if due else (part, flight)
-            return Outcome(*changing, False, flight.valid)
         new = flight
-        if due or self.carries:  # which has to know the progress until now
-            _, new = self._commit((part, flight), fixed)
+        if due or (landed is not None and self.carries):
+            # Workers that carry their progress over have to know it until now.
+            new = self._commit(part, flight, fixed)
+        if landed is None:
+            return Outcome(part, new, False, flight.valid)
         lands = flight.num_steps > 0
         new = after_landing(new, flight, due, lands, self.carries)
         return Outcome(landed, new, lands, flight.valid)
 
     def landed(self, part: Part, flight: Flight) -> Part:
         """The part after the commits in flight have been applied, if there are any."""
-        after = land(self.exchange, part, flight, self.moving, self._subtree)
-        return chosen(flight.num_steps > 0, after, part)
+        return chosen(flight.num_steps > 0, self._land(part, flight), part)
 
     def _exchange_now(self, part: Part, fixed: PyTree) -> Part:
         *_, since, missed = fixed
@@ -115,22 +129,13 @@ class Turn:
         voices = Voices(~missed, self.weights)
         return self.exchange(part, read, since, voices, self._subtree)
 
-    def _commit(
-        self, changing: tuple[Part, Flight], fixed: PyTree
-    ) -> tuple[Part, Flight]:
-        part, flight = changing
+    def _commit(self, part: Part, flight: Flight, fixed: PyTree) -> Flight:
         *_, since, missed = fixed
         voices, rows = Voices(~missed, self.weights), self._read(fixed, ~missed)
-        return part, commit(self.exchange, part, flight, rows, since, voices)
+        return commit(self.exchange, part, flight, rows, since, voices)
 
-    def _land_and_commit(
-        self, changing: tuple[Part, Flight], fixed: PyTree
-    ) -> tuple[Part, Flight]:
-        part, flight = changing
-        due, fixed = fixed
-        _, new = self._commit(changing, fixed)
-        part = land(self.exchange, part, flight, self.moving, self._subtree)
-        return part, after_landing(new, flight, due, True, self.carries)
+    def _land(self, part: Part, flight: Flight) -> Part:
+        return land(self.exchange, part, flight, self.moving, self._subtree)
 
     def _read(self, fixed: PyTree, ready: jax.Array) -> list[Fixed]:
         before, sums, *_ = fixed

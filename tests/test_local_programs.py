@@ -93,6 +93,9 @@ PROGRAMS = {
     "fragments": {"num_fragments": 2},
     "sequential": {"reduce": "sequential"},
     "int8": {"exchange_dtype": jnp.int8, "error_feedback": True},
+    "late": {"delay": 3, "mix": 0.5},
+    "late, carried": {"delay": 10, "mix": "carry", "commit": "mean_gradient"},
+    "late, fragments": {"delay": 5, "num_fragments": 2},
 }
 FORMS = ["stacked", "shard_map"]
 BOTH = pytest.mark.parametrize("form", FORMS)
@@ -153,7 +156,8 @@ def test_collectives_stand_in_branches_of_conditionals_alone(name, form):
 
 @BOTH
 @pytest.mark.parametrize(
-    "name", ["delta", "outer adam", "inner sgd", "mean_gradient", "elastic", "schedule"]
+    "name",
+    ["delta", "outer adam", "inner sgd", "mean_gradient", "elastic", "schedule", "late"],
 )
 def test_exchange_is_one_all_reduce_of_the_parameters_and_a_count(name, form):
     _, text, _ = compiled(form, name)
@@ -254,6 +258,55 @@ def test_local_round_is_one_collective_outside_of_its_loop(form):
     parts, entry = computations(text)
     assert collectives(text.splitlines()) == [("all-reduce", 4 * COUNT + 4)]
     assert len(collectives(parts[entry])) == 1 and " conditional(" not in text
+
+
+def dependencies(lines):
+    """{instruction: all on which it depends} of a computation."""
+    found = {}
+    for line in lines:
+        if match := re.match(rf"\s*(?:ROOT )?{NAME} = ", line):
+            operands = set(re.findall(rf"{NAME}", line.split(", metadata=")[0])) & set(
+                found
+            )
+            found[match[1]] = operands.union(*(found[name] for name in operands))
+    return found
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [5, 12])
+@pytest.mark.parametrize("name", ["late", "late, carried", "late, fragments"])
+def test_a_late_exchange_and_the_loop_of_local_steps_know_nothing_of_each_other(
+    name, steps, form
+):
+    tx = method(form, name)
+    params, state, specs = begin(tx)
+
+    def round_(params, state, batches):
+        def value_and_grad(params, batch):
+            grads = jax.tree.map(lambda p: 0.1 * p + jnp.mean(batch), params)
+            return jnp.zeros(()), grads
+
+        return emaopt.local_round(tx, value_and_grad, params, state, batches)[:2]
+
+    step = in_form(form, round_, specs, P(None, "workers"))
+    text = step.lower(params, state, jnp.ones((steps, WORKERS))).compile().as_text()
+    parts, entry = computations(text)
+    assert " conditional(" not in text
+    # One exchange a round, outside of its loops, of all commits and some flags.
+    sent = [n for _, n in collectives(text.splitlines()) if n > 64]
+    assert sum(sent) == pytest.approx(4 * COUNT, abs=64)
+    known = dependencies(parts[entry])
+    loops = {n for n in known if re.search(rf"%?{re.escape(n)} = .* while\(", text)}
+    exchanges = {
+        match[1]
+        for line in parts[entry]
+        if (match := re.match(rf"\s*(?:ROOT )?{NAME} = ", line))
+        and any(n > 64 for _, n in collectives([line]))
+    }
+    assert loops and exchanges
+    first = min(loops, key=lambda name: len(known[name]))  # before the pull
+    assert not any(known[first] & {name} for name in exchanges)
+    assert not any(first in known[name] for name in exchanges)
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""benchmarks/overlap.py in a tiny setting: what it computes, not what it finds."""
+
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def overlap(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("overlap")
+
+
+def test_model_is_compute_plus_what_the_delay_cannot_hide(overlap):
+    job = overlap.Job(4e9, 1.25e9, 30, 0.5, 8)
+    assert math.isclose(job.communication, 2 * 7 / 8 * 3.2)
+    assert math.isclose(job.round(), 15 + 5.6)
+    assert math.isclose(job.round(3), 15 + 4.1)
+    assert job.round(30) == 15
+    assert math.isclose(job.saved(30), 5.6 / 20.6)
+    assert job.hiding == 12
+    slow = job._replace(bandwidth=1.25e8)
+    assert math.isclose(slow.round(30), 56)  # all of it communication
+    assert slow.hiding == 112
+    assert overlap.Job(1.0, 1.0, 3, 0.1, 2).hiding == 10
+
+
+def test_model_prints_a_markdown_table(overlap):
+    _, _, header, rule, *rows = overlap.model(1e9, 8, 0.5)
+    assert len(rows) == 12
+    assert {line.count("|") for line in (header, rule, *rows)} == {10}
+    assert set(rule) == set("|- ")
+    (row,) = (row for row in rows if row.split()[1:6:2] == ["10", "float32", "30"])
+    assert "| 27.2%" in row
+
+
+def test_quality_lands_what_is_in_flight_only_when_synchronized(overlap):
+    overlap.load()
+
+    def center(delay, mix):
+        case = overlap.Case(delay, mix)
+        scores = overlap.train(np.arange(2), 3e-3, 0.2, case=case, period=2, rounds=2)
+        return [np.asarray(score.loss) for score in scores]
+
+    as_it_is, together = center(0, 0.0)
+    np.testing.assert_array_equal(as_it_is, together)
+    assert as_it_is[0] != as_it_is[1]
+    late, landed = center(2, "carry")
+    assert np.all(late > as_it_is)  # it lacks a round
+    assert np.all(landed < late)
+
+
+def test_programs_of_time_do_what_their_names_say(overlap):
+    rivals = overlap.rivals(overlap.make_mesh(2), 8, 2)
+    for rival in rivals.values():
+        rival.run()
+        rival.run()
+
+    def apart(params):
+        return max(float(jnp.abs(leaf[0] - leaf[1]).max()) for leaf in params)
+
+    params = {
+        name: rival.carry[0] if name == "all-reduce" else rival.carry[0][0]
+        for name, rival in rivals.items()
+    }
+    assert apart(params["delay 0"]) == 0 == apart(params["all-reduce"])
+    assert apart(params["no exchange"]) > 0 < apart(params["delay 2"])
+    for one, other in (("delay 2", "delay 2, unroll"), ("no exchange", "unrelated")):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+            params[one],
+            params[other],
+        )
+
+
+def test_hidden_is_a_share_of_the_all_reduce(overlap):
+    found = {"no exchange": [2.0], "all-reduce": [1.0], "unrelated": [3.0]}
+    found |= {"delay 0": [3.0], "delay 8": [2.5]}
+    rows = {name: rest for name, *rest in overlap.compared(found)}
+    assert rows["delay 8"][2].startswith("50%")
+    assert rows["unrelated"][2].startswith("0%")
+    assert rows["delay 0"][2] == rows["no exchange"][2] == ""
