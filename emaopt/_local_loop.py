@@ -15,7 +15,6 @@ from emaopt._checks import (
     check_arrays,
     check_axis_name,
     check_callable,
-    check_flag,
     check_integer,
     check_optimizer,
 )
@@ -156,8 +155,6 @@ def local_round(
     params: PyTree,
     opt_state: PyTree,
     batches: PyTree,
-    *,
-    unroll: bool = False,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Takes local steps in a scan, and exchanges once.
 
@@ -167,11 +164,9 @@ def local_round(
 
     With a `delay` the exchange is that of the commits of the round before. It comes
     first and apart from the steps: nothing in them waits for it, nor does it wait for
-    them, until the workers pull it after `delay` steps, or after the last one. So the
-    compiler can let the communication pass under the steps. Between TPU slices XLA does
-    so, in full; within a slice it does not. On GPUs it does for steps that are not in a
-    loop: set `unroll`, and with several GPUs for each worker also XLA's option
-    xla_gpu_experimental_parallel_collective_overlap_limit=8.
+    them, until the workers pull it after `delay` steps, or after the last one. What of
+    the communication passes under the steps is up to the compiler. Between TPU slices
+    XLA lets all of it pass; within a slice nothing, and on GPUs little.
 
     Args:
       optimizer: A transformation with local updates in it.
@@ -180,8 +175,6 @@ def local_round(
       params: The workers' parameters.
       opt_state: The optimizer's state.
       batches: A tree of leaves [steps, ...]: a batch for each local step.
-      unroll: Write out the steps until the pull, in place of a loop. The program grows
-        by as many.
 
     Returns:
       (params, opt_state, values), with the values of all steps, [steps, ...].
@@ -204,7 +197,6 @@ def local_round(
     check_callable("local_round", "value_and_grad", value_and_grad, 2)
     check_arrays("local_round", "params", params)
     check_arrays("local_round", "batches", batches)
-    check_flag("local_round", "unroll", unroll)
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(steps) != 1 or steps <= {(), (0,)}:
         raise ValueError(
@@ -227,21 +219,19 @@ def local_round(
 
     # Steps with an exchange stand outside of scans: they need no conditional then.
     orders = {num_steps - 1: Order(commit=True)}
-    pulling = 0  # the steps until workers pull what was in flight
     if state.in_flight is not None:
         # It lands first; the steps know nothing of it until then.
         land = Order(land=True)
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, after = update(zeros, opt_state, params, exchange=land)
         landed = find_center("local_round", after, None)
-        pulling = min(land.delay, num_steps)
+        pulling = min(land.delay, num_steps)  # the step after which workers pull it
         orders = {pulling - 1: Order(landed=landed)} | orders
         orders[num_steps - 1].landed = landed if pulling == num_steps else None
     carry, pieces, start = (params, opt_state), [], 0
     for number, order in orders.items():
         early = _slice(batches, start, number)
-        written_out = unroll and number < pulling
-        carry, values = lax.scan(step, carry, early, unroll=True if written_out else 1)
+        carry, values = lax.scan(step, carry, early)
         one = jax.tree.map(operator.itemgetter(number), batches)
         carry, value = step(carry, one, order)
         pieces += [values, jax.tree.map(lambda leaf: leaf[None], value)]

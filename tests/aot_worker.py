@@ -33,6 +33,7 @@ METHODS = {
 }
 FORMS = ("stacked", "mapped")
 AXIS = "workers"
+ROWS = P(AXIS)
 SPECS = {  # a row of each leaf, one for each worker
     "up": P(AXIS, "data", "model"),
     "down": P(AXIS, "model", "data"),
@@ -142,15 +143,30 @@ class Training:
     def step(self, params, state, batch):
         return self.update(params, state, jax.vmap(jax.grad(loss))(params, batch))
 
-    def compiled(self, advance, third):
+    def round(self, params, state, batches):
+        """Local steps with one exchange; `batches` has the steps before the workers."""
+        one = jax.value_and_grad(loss)
+        params, state, _ = emaopt.local_round(
+            self.tx, jax.vmap(one), params, state, batches
+        )
+        return params, state
+
+    @property
+    def batches(self):
+        """For a round of four steps."""
+        place = NamedSharding(self.mesh, P(None, AXIS, "data"))
+        shape = (4, *self.batch.shape)
+        return jax.ShapeDtypeStruct(shape, self.batch.dtype, sharding=place)
+
+    def compiled(self, advance, third, third_spec=ROWS):
         """The program of a function of (params, state, third), the first two donated."""
         if self.form == "mapped":
-            rows, specs = P(AXIS), self.state_specs
+            specs = self.state_specs
             advance = jax.shard_map(
                 advance,
                 mesh=self.mesh,
-                in_specs=(rows, specs, rows),
-                out_specs=(rows, specs),
+                in_specs=(ROWS, specs, third_spec),
+                out_specs=(ROWS, specs),
                 axis_names={AXIS},
             )
         places = jax.tree.map(lambda leaf: leaf.sharding, (self.params, self.state))
@@ -200,10 +216,18 @@ def programs(target):
         narrow = Training("diloco", form, mesh, exchange_dtype=jnp.bfloat16)
         program = narrow.compiled(narrow.update, narrow.params)
         yield f"diloco {form} bfloat16", program
+        yield from late_programs(form, mesh)
     forced = Training("diloco", "stacked", mesh)
     for exchange in (True, False):
         update = functools.partial(forced.update, exchange=exchange)
         yield f"exchange={exchange}", forced.compiled(update, forced.params)
+
+
+def late_programs(form, mesh):
+    """(name, program) of exchanges that land a round late."""
+    late = Training("diloco", form, mesh, delay=500, mix="carry")
+    yield f"late {form}", late.compiled(late.update, late.params)
+    yield f"late {form} round", late.compiled(late.round, late.batches, P(None, AXIS))
 
 
 def part_bytes(tree):

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.slow]
 class Program(NamedTuple):
     always: list[str]  # instructions that every call executes
     branches: list[str]  # those of the branches of conditionals and of loops
+    entry: list[str]  # the computation that is run, in its order
     params: int  # bytes of the parameters on a chip, and of the gradients
     arguments: int  # bytes on a chip
     donated: int
@@ -66,7 +67,7 @@ def programs(target):
 
 
 def instructions(text):
-    """(those that every call executes, those in branches and loops) of a program."""
+    """(those that every call executes, those in branches and loops, the entry's)."""
     computations, name = {}, ""
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -97,9 +98,12 @@ def instructions(text):
     always = reached(["ENTRY"], called)
     every = reached(["ENTRY"], lambda line: called(line) + chosen(line))
     assert every == set(computations)  # no other way leads into one
-    return tuple(
-        [line for name in names for line in computations[name]]
-        for names in (always, every - always)
+    return (
+        *(
+            [line for name in names for line in computations[name]]
+            for names in (always, every - always)
+        ),
+        computations["ENTRY"],
     )
 
 
@@ -179,6 +183,47 @@ def test_exchange_as_a_python_value_compiles_to_no_conditional(target):
     assert not forced.branches and large(results(forced.always, COLLECTIVES))
     assert not none.branches and only_flags(results(none.always, COLLECTIVES))
     assert none.temporary < 2**14  # on GPUs, partial results of whether a step is finite
+
+
+# An exchange that lands late
+
+
+def at(lines, operation):
+    """The places of an operation on large arrays."""
+    return [n for n, line in enumerate(lines) if large(results([line], operation))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_late_exchange_stands_in_a_branch_and_its_state_stays_in_place(target, form):
+    program = programs(target)[f"late {form}"]
+    assert only_flags(results(program.always, COLLECTIVES))
+    assert {"f32"} == set(large(results(program.branches, COLLECTIVES)))
+    assert program.donated == program.arguments - program.params
+    assert large(results(program.always, "copy")) == []
+    assert program.temporary < 4.1 * program.params  # the new commits are one of them
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_between_slices_all_of_a_late_exchange_passes_under_the_loop(form):
+    lines = programs(SLICES)[f"late {form} round"].entry
+    (loop,) = (n for n, line in enumerate(lines) if " while(" in line)
+    sent, received = at(lines, "send"), at(lines, "recv-done")
+    assert len(sent) == len(received) == 2  # the matrices
+    assert max(sent) < loop < min(received)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_within_a_slice_xla_lets_no_exchange_pass(form):
+    lines = programs("TPU v5p, a slice of 256")[f"late {form} round"].entry
+    assert at(lines, "all-reduce") and not at(lines, "all-reduce-start")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_on_gpus_a_late_exchange_is_asynchronous_but_starts_after_the_loop(form):
+    lines = programs("H100, 4 hosts of 8")[f"late {form} round"].entry
+    (loop,) = (n for n, line in enumerate(lines) if " while(" in line)
+    assert loop < min(at(lines, "all-reduce-start"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

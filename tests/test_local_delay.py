@@ -224,9 +224,8 @@ OF_ROUNDS = {
 
 
 @pytest.mark.parametrize("case", OF_ROUNDS)
-@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("delay, mix", OF_ROUND)
-def test_rounds_are_the_same_steps(delay, mix, unroll, case):
+def test_rounds_are_the_same_steps(delay, mix, case):
     each = jax.vmap(value_and_grad)
     with jax.enable_x64(True):
         tx = late(delay, mix, **OF_ROUNDS[case])
@@ -241,7 +240,7 @@ def test_rounds_are_the_same_steps(delay, mix, unroll, case):
 
         @jax.jit
         def one(params, state, batches):
-            return emaopt.local_round(tx, each, params, state, batches, unroll=unroll)
+            return emaopt.local_round(tx, each, params, state, batches)
 
         params, state = start, tx.init(start)
         for step in range(0, 12, 3):
