@@ -258,9 +258,11 @@ def synchronize(
     since then, the center stays as it is. To end with a step of the optimizer's own outer
     optimizer, pass `exchange=True` to the last update before.
 
-    Commits in flight land first, by such a step as well. Only sums of gradients cannot,
-    where workers have pulled the center since (commit="mean_gradient", delay=period and a
-    number for `mix`): they are dropped. Take `delay` steps with exchange=False before.
+    With a `delay`, commits in flight land first, by such a step as well; so an exchange
+    forced at the last update is one of the mean, too. To land by the outer optimizer, take
+    `delay` more steps with exchange=False before. That is needed for commit="mean_gradient"
+    with delay=period and a number for `mix`: sums of gradients in flight, after which the
+    workers have pulled the center, are dropped here.
 
     Args:
       opt_state: A state of local updates, at any depth.
