@@ -259,10 +259,10 @@ def synchronize(
     optimizer, pass `exchange=True` to the last update before.
 
     With a `delay`, commits in flight land first, by such a step as well; so an exchange
-    forced at the last update is one of the mean, too. To land by the outer optimizer, take
-    `delay` more steps with exchange=False before. That is needed for commit="mean_gradient"
-    with delay=period and a number for `mix`: sums of gradients in flight, after which the
-    workers have pulled the center, are dropped here.
+    forced at the last update is one of the mean, too. To land by the outer optimizer,
+    take `delay` more steps with exchange=False before. That is needed for
+    commit="mean_gradient" with delay=period and a number for `mix`: sums of gradients in
+    flight, after which the workers have pulled the center, are dropped here.
 
     Args:
       opt_state: A state of local updates, at any depth.

@@ -113,8 +113,8 @@ def local_updates(
         the workers did since the ones before; so with delay=period and mix=0 the next
         round begins from a center that lacks the last one. `exchange` decides on commits;
         what is in flight lands also where it is False.
-      - Late commits may want a smaller learning rate of `outer`. In benchmarks/overlap.py,
-        with Nesterov's momentum of 0.9, runs with delay=period and a number for `mix`
+      - Late commits may want a smaller learning rate of `outer`. With Nesterov's momentum
+        of 0.9, runs of benchmarks/overlap.py with delay=period and a number for `mix`
         diverged at 0.4 and above; with "carry" none did.
 
     Args:
