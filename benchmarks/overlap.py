@@ -64,6 +64,7 @@ WORKERS = 4
 BATCH = 16
 OUTER_RATES = (0.05, 0.1, 0.2, 0.4, 0.7)
 MIXES: tuple[float | str, ...] = (0.0, 0.5, "carry")
+EAGER = "eager"
 AS_IT_IS, TOGETHER = 0, 1
 
 # Time
@@ -96,7 +97,12 @@ class Case(NamedTuple):
     """How exchanges are late."""
 
     delay: int
-    mix: float | str
+    mix: float | str  # or "eager"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        own = {"eager": True} if self.mix == EAGER else {"mix": self.mix}
+        return {"delay": self.delay} | own
 
 
 class Scores(NamedTuple):
@@ -110,7 +116,8 @@ class Scores(NamedTuple):
 def cases(period: int) -> list[Case]:
     """Without a delay first; mix="carry" is then the same as 0.0."""
     late = itertools.product((period // 4, period // 2, period), MIXES)
-    return [Case(0, 0.0), Case(0, 0.5), *itertools.starmap(Case, late)]
+    cases = [Case(0, 0.0), Case(0, 0.5), *itertools.starmap(Case, late)]
+    return [*cases, Case(period, EAGER)]
 
 
 class Start(NamedTuple):
@@ -147,8 +154,7 @@ def train(
         optax.sgd(outer_rate, momentum=0.9, nesterov=True),
         period=start.batches.shape[2],
         num_workers=WORKERS,
-        delay=case.delay,
-        mix=case.mix,
+        **case.options,
     )
 
     def gradients(params: Any, chosen: Any) -> Any:

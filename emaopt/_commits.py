@@ -19,10 +19,10 @@ def check_commit(function: str, commit: object) -> None:
 
 def start_center(leaf: Leaf) -> Leaf:
     """A copy of a parameter to start a center from: at least float32, never an alias."""
-    if not is_averaged(leaf):
-        return leaf
-    leaf = jnp.asarray(leaf)
     # Parameters and state may both be donated, so they must not share a buffer.
+    if not is_averaged(leaf):
+        return leaf.copy() if isinstance(leaf, jax.Array) else leaf
+    leaf = jnp.asarray(leaf)
     return jnp.array(leaf, dtype=at_least_float32(leaf.dtype), copy=True)
 
 

@@ -11,7 +11,7 @@ import optax
 from emaopt._collectives import of_all
 from emaopt._commits import make_commit
 from emaopt._local_checks import HEAVIEST, LIGHTEST
-from emaopt._reductions import REDUCTIONS, Center, Reduction, Rows, Subtree
+from emaopt._reductions import REDUCTIONS, Center, Reduced, Reduction, Rows, Subtree
 from emaopt._types import DTypeLike, PyTree, Scalar
 from emaopt._workers import Mapped, Stacked
 
@@ -111,14 +111,16 @@ class Exchange:
         # Elastic workers read their commits twice, so XLA would keep or copy them anyway.
         commits = commits_of(fixed) if self.moving_rate is None else checked
         local = {k: f.local for k, f in enumerate(fixed) if f.local is not None}
-        return self.move(part, local, commits, self.weighed(finite, voices), subtree)
+        votes = self.weighed(finite, voices)
+        return self.move(part, local, commits, votes, subtree)[0]
 
     def move(
         self, part: Part, local: Rows, commits: Rows, votes: Votes, subtree: Subtree
-    ) -> Part:
+    ) -> tuple[Part, Reduced]:
         """Reduces commits that have been checked, and moves the center by them.
 
-        `local` holds the workers' parameters, which elastic workers start from.
+        `local` holds the workers' parameters, which elastic workers start from. Returns
+        the part after the exchange, and what was reduced.
         """
         leaves = part.leaves
         old = Center([leaf.center for leaf in leaves], part.outer_state)
@@ -155,7 +157,7 @@ class Exchange:
         left_out = part.num_left_out + (num_present - reduced.num_valid)
         left_out = jnp.maximum(left_out, part.num_left_out)  # a full counter stays full
         asked = None if part.valid is None else valid
-        return Part(changed, center.outer_state, left_out, asked)
+        return Part(changed, center.outer_state, left_out, asked), reduced
 
     def weighed(self, valid: jax.Array, voices: Voices) -> Votes:
         """The votes of the workers whose commits turned out to be valid."""

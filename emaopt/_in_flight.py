@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from emaopt._collectives import of_all
 from emaopt._commits import make_commit
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices, Votes
-from emaopt._reductions import Subtree
+from emaopt._reductions import Reduced, Subtree
 from emaopt._states import InFlight
 from emaopt._tracing import TreeDef
 from emaopt._types import DTypeLike, PyTree, Scalar
@@ -33,6 +33,7 @@ class Flight(NamedTuple):
     weights: jax.Array
     sums: list[jax.Array]
     progress: list[jax.Array] | None
+    eager: PyTree
 
     @property
     def rows(self) -> list[jax.Array]:
@@ -65,9 +66,18 @@ def commit(
         ]
     sums = [f.accumulated for f in fixed if f.accumulated is not None]
     sums = sums if of_gradients else progress
+    new = flight._replace(
+        num_steps=num_steps,
+        sums=sums,
+        progress=progress if flight.progress is not None else None,
+    )
     # They will be in memory, in the state: to check them computes nothing twice. All are
     # checked, so that what waits for the flags waits for all.
-    kept = [sums, progress] if flight.progress is not None else [sums]
+    sent = [
+        row if leaf.residual is None else row + leaf.residual
+        for leaf, row in zip(part.leaves, committed(exchange, new), strict=True)
+    ]
+    kept = [sent, progress] if flight.progress is not None else [sent]
     rows = [
         list(of_leaf)
         for f, *of_leaf in zip(fixed, *kept, strict=True)
@@ -76,14 +86,11 @@ def commit(
     valid = exchange.workers.finite(rows, voices.committing)
     votes = exchange.weighed(valid, voices)
     weights = valid if votes.weights is None else votes.weights
-    return Flight(
-        num_steps=num_steps,
+    return new._replace(
         num_present=jnp.asarray(votes.num_present, jnp.int32),
         valid=valid,
         pulled=jnp.zeros_like(valid),
         weights=weights.astype(jnp.float32),
-        sums=sums,
-        progress=progress if flight.progress is not None else None,
     )
 
 
@@ -93,25 +100,29 @@ def land(
     flight: Flight,
     moving: list[bool],
     subtree: Subtree,
-) -> Part:
+) -> tuple[Part, Reduced]:
     """The part after the commits in flight have been applied to its center.
 
-    `moving` tells the leaves that are exchanged.
+    `moving` tells the leaves that are exchanged. Returns what was reduced as well.
     """
-    steps = jnp.maximum(flight.num_steps, 1)  # 0: none in flight, the result is not used
-
-    def commit(leaf: Leaf, row: jax.Array) -> jax.Array:
-        row = row if exchange.commit == "delta" else row / steps.astype(row.dtype)
-        return row if leaf.residual is None else row + leaf.residual
-
-    leaves = zip(moving, part.leaves, flight.sums, strict=True)
+    rows = zip(moving, part.leaves, committed(exchange, flight), strict=True)
     commits = {
-        k: commit(leaf, row) for k, (moves, leaf, row) in enumerate(leaves) if moves
+        k: row if leaf.residual is None else row + leaf.residual
+        for k, (moves, leaf, row) in enumerate(rows)
+        if moves
     }
     counted = flight.weights > 0
     votes = Votes(flight.valid, counted, flight.weights, flight.num_present)
     # The workers' parameters are for elastic workers, who have no delay.
     return exchange.move(part, {}, commits, votes, subtree)
+
+
+def committed(exchange: Exchange, flight: Flight) -> list[jax.Array]:
+    """The commits in flight: what the workers did, or the mean of a step."""
+    if exchange.commit == "delta":
+        return flight.sums
+    steps = jnp.maximum(flight.num_steps, 1)  # 0: none in flight, the result is not used
+    return [row / steps.astype(row.dtype) for row in flight.sums]
 
 
 def chosen(due: Scalar, after: Part, before: Part) -> Part:
@@ -184,6 +195,7 @@ def none_in_flight(
     each: Callable[[DTypeLike], jax.Array],
     zeros: Callable[[], PyTree],
     both: bool,
+    eager: tuple[PyTree, ...] | None,
 ) -> InFlight:
     """The field of a new state.
 
@@ -193,6 +205,7 @@ def none_in_flight(
       each: One for each worker.
       zeros: Returns a new tree like the parameters, in the center's dtypes.
       both: Whether the workers' progress is kept beside sums of gradients.
+      eager: Each worker's outer state for each fragment, or None.
     """
 
     def tuple_of(make: Callable[[DTypeLike], jax.Array], dtype: DTypeLike) -> tuple:
@@ -206,17 +219,18 @@ def none_in_flight(
         weights=tuple_of(each, jnp.float32),
         sums=zeros(),
         progress=zeros() if both else None,
+        eager=eager,
     )
 
 
 def flights_of(
     workers: Stacked | Mapped,
-    in_flight: InFlight | None,
+    in_flight: PyTree,
     fragments: list[list[int]],
     column: Callable[[PyTree], list],
 ) -> list[Flight]:
     """The commits in flight of each fragment; `column` gives a tree's leaves in order."""
-    if in_flight is None:
+    if not isinstance(in_flight, InFlight):
         return []
     sums, progress = column(in_flight.sums), column(in_flight.progress)
     both = in_flight.progress is not None
@@ -229,6 +243,7 @@ def flights_of(
             weights=workers.loaded(in_flight.weights[number]),
             sums=[sums[i] for i in fragment],
             progress=[progress[i] for i in fragment] if both else None,
+            eager=None if in_flight.eager is None else in_flight.eager[number],
         )
         for number, fragment in enumerate(fragments)
     ]
@@ -237,13 +252,13 @@ def flights_of(
 def in_flight_of(
     workers: Stacked | Mapped,
     flights: list[Flight],
-    old: InFlight | None,
+    old: PyTree,
     fragments: list[list[int]],
     treedef: TreeDef,
-) -> InFlight | None:
+) -> PyTree:
     """The field of the state, from the commits in flight of each fragment."""
-    if old is None:
-        return None
+    if not isinstance(old, InFlight):
+        return old
 
     def tree(field: str) -> PyTree:
         if (before := getattr(old, field)) is None:
@@ -266,4 +281,5 @@ def in_flight_of(
         weights=own("weights"),
         sums=tree("sums"),
         progress=tree("progress"),
+        eager=None if old.eager is None else tuple(f.eager for f in flights),
     )

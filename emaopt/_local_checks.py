@@ -12,10 +12,12 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import (
     as_dtype,
+    check_arrays,
     check_axis_name,
     check_callable,
     check_choice,
     check_flag,
+    check_given,
     check_integer,
     check_number,
     check_optimizer,
@@ -23,8 +25,9 @@ from emaopt._checks import (
     check_text,
 )
 from emaopt._commits import check_commit
-from emaopt._jax_internals import traced
+from emaopt._jax_internals import inside_conditional, traced
 from emaopt._reductions import REDUCTIONS
+from emaopt._states import CENTER, InFlight, LocalUpdatesState, check_own_state
 from emaopt._types import AxisName, DTypeLike, PyTree
 
 Period: TypeAlias = int | Callable[[jax.Array], ArrayLike]
@@ -52,6 +55,7 @@ class Settings:
     per_worker: Sequence[str] = ()
     delay: int = 0
     mix: float | str = 0.0
+    eager: bool = False
 
     def __post_init__(self) -> None:
         _check_settings(self)
@@ -101,6 +105,7 @@ def _check_settings(settings: Settings) -> None:
             )
     _check_exchange_dtype(settings)
     _check_delay(settings)
+    _check_eager(settings)
     if callable(period) and settings.num_fragments > 1:
         raise ValueError(
             f"{function}: with num_fragments={settings.num_fragments} the fragments take "
@@ -166,6 +171,42 @@ def _check_delay(settings: Settings) -> None:
         raise ValueError(
             f"{function}: delay must be at most period={period}, the step at which the "
             f"next commit is made, got {delay!r}."
+        )
+
+
+def _check_eager(settings: Settings) -> None:
+    """Raises unless workers can apply their own commits at once."""
+    function, eager = settings.function, settings.eager
+    check_flag(function, "eager", eager)
+    wanted = {"delay": settings.period, "mix": 0, "reduce": "mean"}
+    given = {name: getattr(settings, name) for name in wanted}
+    if eager and (given != wanted or callable(settings.period)):
+        raise ValueError(
+            f"{function}: eager workers apply the others' commits at their next one, "
+            "each to a center of its own, so it goes with delay=period, mix=0 and "
+            f"reduce='mean'; got period={settings.period!r}, "
+            + ", ".join(f"{name}={value!r}" for name, value in given.items())
+            + "."
+        )
+
+
+def keeps_both(settings: Settings) -> bool:
+    """Whether progress is in flight beside sums of gradients, which do not tell it."""
+    carries = settings.delay > 0 and settings.mix == CARRY
+    return carries and settings.commit == "mean_gradient"
+
+
+def check_in_flight(settings: Settings, state: LocalUpdatesState) -> None:
+    """Raises unless the state holds what is in flight as these settings have it."""
+    there = isinstance(state.in_flight, InFlight)
+    both = there and state.in_flight.progress is not None
+    eager = there and state.in_flight.eager is not None
+    if (there, both, eager) != (settings.delay > 0, keeps_both(settings), settings.eager):
+        raise ValueError(
+            f"{settings.function}: delay={settings.delay!r}, mix={settings.mix!r}, "
+            f"eager={settings.eager!r} are not those that made this state, whose commits "
+            "in flight have another form. Land them with emaopt.synchronize, and restore "
+            "what was saved then into the state that init makes."
         )
 
 
@@ -253,3 +294,32 @@ def keeping_structure(
         return steps, after
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def refuse_branch(function: str, value: jax.Array) -> None:
+    """Raises in a conditional that each device decides for itself."""
+    if inside_conditional(value, mapped=True):
+        raise ValueError(
+            f"{function}: with axis_name= update stands in a branch of a conditional, "
+            "such as that of optax.apply_if_finite. Workers that take another branch "
+            "would be waited for without end. Put the wrapper into the inner optimizer; "
+            "steps that are not finite are left out without one. In a lax.cond of your "
+            "own, without a delay, pass exchange=False there and exchange=True outside."
+        )
+
+
+def check_call(function: str, state: object, params: PyTree, exchange: object) -> None:
+    """Raises unless `update` is called with parameters, its own state and a flag."""
+    does = "moves the parameters between the workers and the center"
+    check_given(function, does, params)
+    check_own_state(function, state, CENTER)
+    is_flag = exchange is None or isinstance(exchange, (bool, np.bool_))
+    if not is_flag and not (
+        isinstance(exchange, (jax.Array, np.ndarray))
+        and (exchange.dtype, exchange.shape) == (jnp.bool_, ())
+    ):
+        raise TypeError(
+            f"{function}: exchange must be True, False, a boolean scalar or None, got "
+            f"{exchange!r}."
+        )
+    check_arrays(function, "params", params, others=True)

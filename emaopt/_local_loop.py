@@ -160,13 +160,15 @@ def local_round(
 
     This is one round, whatever the optimizer's period. It equals calls of `update` with
     exchange=False, the last with True, and compiles to no conditional. Afterwards the
-    parameters are exactly what the workers pulled, not only up to rounding.
+    parameters are exactly what the workers pulled, not only up to rounding, if there is
+    neither delay nor mix.
 
     With a `delay` the exchange is that of the commits of the round before. It comes
     first and apart from the steps: nothing in them waits for it, nor does it wait for
-    them, until the workers pull it after `delay` steps, or after the last one. What of
-    the communication passes under the steps is up to the compiler. Between TPU slices
-    XLA lets all of it pass; within a slice nothing, and on GPUs little.
+    them, until the workers pull it after `delay` steps, or after the last one; so it
+    equals calls of `update` if the step before the round made commits. What of the
+    communication passes under the steps is up to the compiler. Between TPU slices XLA
+    lets all of it pass; within a slice and on GPUs nothing.
 
     Args:
       optimizer: A transformation with local updates in it.
@@ -208,40 +210,51 @@ def local_round(
     update = optax.with_extra_args_support(optimizer).update
     ((num_steps, *_),) = steps
 
+    late = isinstance(state.in_flight, InFlight)
+    local: Order | bool = Order() if late else False
+
     def step(
-        carry: tuple[PyTree, PyTree], batch: PyTree, order: Order | None = None
+        carry: tuple[PyTree, PyTree], batch: PyTree, order: Order | bool = local
     ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         params, opt_state = carry
         value, grads = value_and_grad(params, batch)
-        order = Order() if order is None else order
         updates, opt_state = update(grads, opt_state, params, exchange=order)
         return (optax.apply_updates(params, updates), opt_state), value
 
     # Steps with an exchange stand outside of scans: they need no conditional then.
-    orders = {num_steps - 1: Order(commit=True)}
-    if state.in_flight is not None:
-        # It lands first; the steps know nothing of it until then.
-        land = Order(land=True)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, after = update(zeros, opt_state, params, exchange=land)
+    orders: list[tuple[int, Order | bool]] = [(num_steps - 1, True)]
+    if late:
+        # What is in flight lands first; the steps know nothing of it until they pull.
+        batch = jax.tree.map(operator.itemgetter(0), batches)
+        land, nothing = Order(land=True), _no_gradients(value_and_grad, params, batch)
+        _, after = update(nothing, opt_state, params, exchange=land)
         landed = find_center("local_round", after, None)
-        pulling = min(land.delay, num_steps)  # the step after which workers pull it
-        orders = {pulling - 1: Order(landed=landed)} | orders
-        orders[num_steps - 1].landed = landed if pulling == num_steps else None
+        if land.delay < num_steps:
+            pull, last = Order(landed=landed), Order(commit=True)
+            orders = [(land.delay - 1, pull), (num_steps - 1, last)]
+        else:
+            orders = [(num_steps - 1, Order(commit=True, landed=landed))]
     carry, pieces, start = (params, opt_state), [], 0
-    for number, order in orders.items():
-        early = _slice(batches, start, number)
+    for number, order in orders:
+        early = jax.tree.map(operator.itemgetter(slice(start, number)), batches)
         carry, values = lax.scan(step, carry, early)
         one = jax.tree.map(operator.itemgetter(number), batches)
         carry, value = step(carry, one, order)
         pieces += [values, jax.tree.map(lambda leaf: leaf[None], value)]
         start = number + 1
     values = jax.tree.map(lambda *all_: jnp.concatenate(all_), *pieces)
-    last = orders[num_steps - 1]
     params, opt_state = carry
-    if not last.delay and not last.mixes:
+    if state.in_flight is None:  # else workers keep something of their own, or pull early
         params = _pulled(find_center("local_round", opt_state, None), params)
     return params, opt_state, values
+
+
+def _no_gradients(value_and_grad: ValueAndGrad, params: PyTree, batch: PyTree) -> PyTree:
+    """Zeros where there will be gradients, None where there will be none."""
+    _, grads = jax.eval_shape(value_and_grad, params, batch)
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, treedef.flatten_up_to(grads), strict=True)
+    return treedef.unflatten([None if g is None else jnp.zeros_like(p) for p, g in pairs])
 
 
 def synchronize(
@@ -261,8 +274,9 @@ def synchronize(
     With a `delay`, commits in flight land first, by such a step as well; so an exchange
     forced at the last update is one of the mean, too. To land by the outer optimizer,
     take `delay` more steps with exchange=False before. That is needed for
-    commit="mean_gradient" with delay=period and a number for `mix`: sums of gradients in
-    flight, after which the workers have pulled the center, are dropped here.
+    commit="mean_gradient" and a number for `mix` where commits were made at a step at
+    which others landed, as with delay=period: sums of gradients in flight, after which
+    the workers have pulled the center, are dropped here.
 
     Args:
       opt_state: A state of local updates, at any depth.
@@ -329,8 +343,8 @@ def synchronize(
                 steps = jnp.maximum(steps, flight.num_steps)
                 flight = flight._replace(num_steps=jnp.zeros_like(steps))
             new = commit(exchange, part, flight, rows, steps, voices)
-            for one in (flight._replace(sums=flight.rows), new._replace(sums=new.rows)):
-                after = land(exchange, part, one, [True] * len(fragment), list)
+            for one in (flight._replace(sums=flight.rows), new):
+                after, _ = land(exchange, part, one, [True] * len(fragment), list)
                 part = chosen(one.num_steps > 0, after, part)
         else:
 
@@ -343,7 +357,7 @@ def synchronize(
         for i, leaf in zip(fragment, part.leaves, strict=True):
             center[i] = leaf.center
     in_flight = state.in_flight
-    if in_flight is not None:
+    if isinstance(in_flight, InFlight):
         numbers = jax.tree.map(jnp.zeros_like, in_flight.num_steps)
         in_flight = in_flight._replace(num_steps=numbers)
     new = state._replace(
@@ -364,10 +378,6 @@ def synchronize(
             )
         )
     return params, replace(opt_state, state, new)
-
-
-def _slice(batches: PyTree, start: int, end: int) -> PyTree:
-    return jax.tree.map(operator.itemgetter(slice(start, end)), batches)
 
 
 def _pulled(state: LocalUpdatesState, params: PyTree) -> PyTree:

@@ -36,7 +36,7 @@ def local_sgd(
     Args:
       inner: The optimizer of the local steps.
       period, **options: As in `local_updates`: num_workers, axis_name, warmup_steps,
-        exchange_dtype, error_feedback, num_fragments, per_worker, delay, mix. With
+        exchange_dtype, error_feedback, num_fragments, per_worker, delay, mix, eager. With
         `warmup_steps` it is post-local SGD.
 
     Returns:
@@ -191,8 +191,8 @@ def easgd(
 
     Args:
       inner: The optimizer of the local steps; with momentum it is EAMSGD.
-      period, **options: As in `local_sgd`, but for delay and mix: workers move by what
-        they commit.
+      period, **options: As in `local_sgd`, but for delay, mix and eager: workers move by
+        what they commit.
       moving_rate: α in (0, 1]. Default 0.9 / (period · num_workers), as in
         tf.contrib.opt.ElasticAverageOptimizer.
       reduce: "sum": all workers at once; "sequential": one worker after the other.

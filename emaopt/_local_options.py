@@ -23,6 +23,7 @@ class Options(TypedDict, total=False):
     per_worker: Sequence[str]
     delay: int
     mix: float | str
+    eager: bool
 
 
 def local_updates(
@@ -42,6 +43,7 @@ def local_updates(
     per_worker: Sequence[str] = (),
     delay: int = 0,
     mix: float | str = 0.0,
+    eager: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains workers on their own and lets them exchange progress every `period` steps.
 
@@ -86,12 +88,13 @@ def local_updates(
         check reads gradients, slots and parameters once more: the program holds `inner`
         twice, and once more for an exchange. An `optax.apply_if_finite` or `zero_nans`
         inside `inner` never acts on a NaN. An update cannot mend parameters that were not
-        finite before; `local_round` and `synchronize` can.
+        finite before; `synchronize` can, and `local_round` without delay and mix.
       - Parameters are set through updates: θ + (c - θ) is c up to the last bit. With
         parameters and gradients in 16 bits, the updates are in 16 bits as well, because
         wrappers need that: the error is then up to half a unit in the last place of
         c - θ, and 0 if θ, the parameters before the step, is between c/2 and 2c. The
-        center is exact; `local_round` and `synchronize` set the parameters exactly.
+        center is exact. `synchronize` sets the parameters exactly, and so does
+        `local_round` without delay and mix.
       - The mapped form cannot stand in a conditional that each device decides for itself,
         such as that of `optax.apply_if_finite`: workers would wait for each other without
         end, so it raises at trace time. The stacked form can.
@@ -112,7 +115,8 @@ def local_updates(
         ones are made. At a step with both, the new ones are made first, and hold what
         the workers did since the ones before; so with delay=period and mix=0 the next
         round begins from a center that lacks the last one. `exchange` decides on commits;
-        what is in flight lands also where it is False.
+        what is in flight lands also where it is False. A leaf without a gradient at
+        either of the two steps is left out: give it one at both, or at none.
       - Late commits may want a smaller learning rate of `outer`. With Nesterov's momentum
         of 0.9, runs of benchmarks/overlap.py with delay=period and a number for `mix`
         diverged at 0.4 and above; with "carry" none did.
@@ -156,13 +160,22 @@ def local_updates(
       mix: What workers keep of their own when they pull the center: a share α from 0 to
         1, or "carry". Workers that were left out keep nothing. With delay=0, "carry" is
         0. Neither goes with `moving_rate`.
+      eager: Eager updates, with delay=period: at its commit each worker takes a step of
+        `outer` at once, with its own commit and the others' of the round before,
+
+            c_w := outer(c_w, D_w(t)/W + (mean D(t-1) - D_w(t-1)/W))       θ_w := c_w
+
+        from a center and with an outer state of its own (two trees more for each worker
+        with momentum), which a worker that was left out goes on from, too. The center
+        that is read, saved and served takes the means alone, a round late.
 
     Returns:
       A transformation with a `LocalUpdatesState`. Its update takes extra arguments.
       `exchange`: True forces an exchange at this step, False forbids it; it must be equal
-      on all workers; Python values compile to no conditional. `weights`: the weight of
-      each worker's commit at an exchange of this step, such as its examples or tokens:
-      [W], in the mapped form each worker's own number, 0 (absent) or from 1e-30 to 1e30.
+      on all workers; without a delay, Python values compile to no conditional.
+      `weights`: the weight of each worker's commit of this step, such as its examples or
+      tokens: [W], in the mapped form each worker's own number, 0 (absent) or from 1e-30
+      to 1e30.
       Traced weights that are negative or not finite count as 0. They are normalized over
       the workers that are neither absent nor left out: a mean is Σ w_i commit_i / Σ w_i;
       "sum" and "sequential" take w_i / mean w. An absent worker is not counted as left
@@ -189,6 +202,7 @@ def local_updates(
       Wang et al., 2020, SlowMo, https://arxiv.org/abs/1910.00643
       Douillard et al., 2025, Streaming DiLoCo, https://arxiv.org/abs/2501.18512 (its τ is
       `delay`, its α `mix`)
+      Kale et al., 2025, Eager updates, https://arxiv.org/abs/2502.12996
     """
     return transformation(
         "local_updates",
@@ -207,6 +221,7 @@ def local_updates(
         per_worker=per_worker,
         delay=delay,
         mix=mix,
+        eager=eager,
     )
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import MAX_COUNT, check_arrays, check_given, refuse_unlike
+from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
 from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._exchange import Exchange, Part
 from emaopt._fragments import Column, column_of, fragments_of, leaves_of, subtree, tree_of
 from emaopt._in_flight import flights_of, in_flight_of, mixed, none_in_flight
-from emaopt._jax_internals import inside_conditional, traced
+from emaopt._jax_internals import traced
 from emaopt._leaves import is_array, is_averaged, replicated_beside
 from emaopt._local_checks import (
     CARRY,
@@ -24,10 +24,14 @@ from emaopt._local_checks import (
     as_period,
     as_rate,
     as_weights,
+    check_call,
+    check_in_flight,
     keeping_structure,
+    keeps_both,
+    refuse_branch,
 )
 from emaopt._rounding import applied, lead
-from emaopt._states import CENTER, LocalUpdatesState, check_own_state
+from emaopt._states import LocalUpdatesState
 from emaopt._tracing import Computed, Selected, Traced, TreeDef
 from emaopt._turn import Order, Turn
 from emaopt._types import PyTree, Scalar
@@ -75,13 +79,24 @@ class Engine(Settings):
         def rows(start: Callable[[jax.Array], jax.Array]) -> PyTree:
             """A tree like the parameters, in the center's dtypes."""
             return jax.tree.map(
-                lambda x: start(start_center(x)) if is_averaged(x) else x, params
+                lambda x: start(start_center(x)) if is_averaged(x) else start_center(x),
+                params,
             )
 
         zeros = functools.partial(rows, jnp.zeros_like)
-        # Sums of gradients do not tell how far the workers went meanwhile.
-        both = self.commit == "mean_gradient" and self.mix == CARRY
-        empty = functools.partial(none_in_flight, len(fragments), zero, each, zeros, both)
+        both = keeps_both(self)
+        eager = None
+        if self.eager:
+            pulled = column_of(treedef, rows(jnp.asarray))
+            eager = tuple(
+                self.workers.init(self.outer, subtree(treedef, f, [pulled[i] for i in f]))
+                for f in fragments
+            )
+        empty = functools.partial(
+            none_in_flight, len(fragments), zero, each, zeros, both, eager
+        )
+        keeps_pulled = self._exchange.keeps_pulled or self.eager
+        still = optax.EmptyState() if self._mixes else None  # which `local_round` reads
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
@@ -94,9 +109,9 @@ class Engine(Settings):
                 for f in fragments
             ),
             accumulated=zeros() if self.commit == "mean_gradient" else None,
-            pulled=rows(jnp.asarray) if self._exchange.keeps_pulled else None,
+            pulled=rows(jnp.asarray) if keeps_pulled else None,
             residual=zeros() if self.error_feedback else None,
-            in_flight=empty() if self.delay else None,
+            in_flight=empty() if self.delay else still,
             center=jax.tree.unflatten(treedef, center),
         )
 
@@ -110,19 +125,21 @@ class Engine(Settings):
         weights: PyTree = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, LocalUpdatesState]:
-        _check_call(self.function, state, params, exchange)
-        # Below, `exchange is not False` would not hold back NumPy's False.
-        if isinstance(exchange, np.bool_):
-            exchange = bool(exchange)
+        order = exchange if isinstance(exchange, Order) else None
+        forced: Any = exchange if order is None else order.commit
+        check_call(self.function, state, params, forced)
+        # Below, `forced is not False` would not hold back NumPy's False.
+        if isinstance(forced, np.bool_):
+            forced = bool(forced)
         leaves, treedef = jax.tree.flatten(params)
         workers = self.workers
         workers.check(self.function, leaves)
-        order = None
-        if isinstance(exchange, Order):
-            exchange.delay, exchange.mixes = self.delay, self._mixes
-            if exchange.land:
-                return updates, self._landed(state, treedef)
-            order, exchange = exchange, exchange.commit
+        check_in_flight(self, state)
+        if order is not None and order.land:
+            # Eager workers need what has landed at their commit.
+            order.delay = MAX_COUNT if self.eager else self.delay
+            moving = [leaf is not None for leaf in column_of(treedef, updates)]
+            return updates, self._landed(state, treedef, moving)
         weights = as_weights(self.function, weights, self.num_workers)
         inner = keeping_structure(self.function, self.inner)
 
@@ -138,8 +155,8 @@ class Engine(Settings):
         num_steps: Any = optax.safe_increment(state.num_steps)
         # Computed here, `num_steps` knows of a conditional around this call. A value that
         # was passed in may come from outside of it.
-        if self.axis_name is not None and (exchange is not False or self.delay):
-            _refuse_branch(self.function, num_steps)
+        if self.axis_name is not None and (forced is not False or self.delay):
+            refuse_branch(self.function, num_steps)
 
         def each_step(
             updates: PyTree, inner_state: PyTree, params: PyTree
@@ -197,9 +214,12 @@ class Engine(Settings):
         fragments = fragments_of(self.function, column(state.center), self.num_fragments)
         parts = self._parts(state, treedef, fragments)
         flights = flights_of(workers, state.in_flight, fragments, column)
-        given: list[Part | None] = [None] * len(fragments)  # landed before this step
+        given: Column = [None] * len(fragments)  # what has landed before this step
         if order is not None and order.landed is not None:
-            given[:] = self._parts(order.landed, treedef, fragments)
+            landed = flights_of(workers, order.landed.in_flight, fragments, column)
+            rests = [flight.sums for flight in landed]
+            landed_parts = self._parts(order.landed, treedef, fragments)
+            given = list(zip(landed_parts, rests, strict=True))
         sums, num_left_out = column(state.accumulated), state.num_left_out
         since_exchange, has_missed, outcomes = [], [], []
         for number, fragment in enumerate(fragments):
@@ -211,13 +231,13 @@ class Engine(Settings):
                     sums[i] = accumulate(sums[i], gradient, since == 0)
             since = optax.safe_increment(since)
             missed = workers.loaded(state.has_missed[number]) | ~taken
-            due = self._due(number, num_steps, since) if exchange is None else exchange
+            due = self._due(number, num_steps, since) if forced is None else forced
             # A Python value compiles to no conditional; False, to no exchange either.
             due = due if traced(due) else bool(due)
             fixed = before, [sums[i] for i in fragment], since, missed
             part = parts[number]._replace(num_left_out=num_left_out)
             moving = [gradients[i] is not None for i in fragment]
-            turn = self._turn(treedef, fragment, moving, local, weights)
+            turn = self._turn(fragment, treedef, moving, local, weights)
             if not self.delay:
                 outcome = turn.at_once(part, due, fixed)
             elif order is None:
@@ -251,7 +271,7 @@ class Engine(Settings):
                 target = of_all(target, leaves[i])
                 if self._mixes:
                     now = applied(leaves[i], steps[i])
-                    target = mixed(workers, self.mix, target, now, *outcome.own(k))
+                    target = mixed(workers, self.mix, target, now, *outcome.keeping(k))
                 steps[i] = lead(leaves[i], target, steps[i], outcome.pulls)
 
         tree = functools.partial(tree_of, treedef)
@@ -283,7 +303,8 @@ class Engine(Settings):
     ) -> list[Part]:
         """What exchanges change of each fragment."""
         leaves = leaves_of(treedef, state)
-        asks = self._mixes and not self.delay  # who was left out, and does not mix
+        # Asked who was left out, and does not mix; here stand any flags of that shape.
+        asks = self._mixes and not self.delay
         return [
             Part(
                 [leaves[i] for i in fragment],
@@ -296,7 +317,9 @@ class Engine(Settings):
             )
         ]
 
-    def _landed(self, state: LocalUpdatesState, treedef: TreeDef) -> LocalUpdatesState:
+    def _landed(
+        self, state: LocalUpdatesState, treedef: TreeDef, moving: list[bool]
+    ) -> LocalUpdatesState:
         """The state after all that is in flight has landed, before workers pull it."""
         column = functools.partial(column_of, treedef)
         fragments = fragments_of(self.function, column(state.center), self.num_fragments)
@@ -304,9 +327,11 @@ class Engine(Settings):
         parts = self._parts(state, treedef, fragments)
         changed = leaves_of(treedef, state)
         num_left_out, outer_state = state.num_left_out, []
-        for part, flight, fragment in zip(parts, flights, fragments, strict=True):
-            turn = self._turn(treedef, fragment, [True] * len(fragment))
-            part = turn.landed(part._replace(num_left_out=num_left_out), flight)
+        for number, fragment in enumerate(fragments):
+            part, flight = parts[number], flights[number]
+            turn = self._turn(fragment, treedef, [moving[i] for i in fragment])
+            part, rest = turn.landed(part._replace(num_left_out=num_left_out), flight)
+            flights[number] = flight._replace(sums=rest)
             num_left_out = part.num_left_out
             outer_state.append(part.outer_state)
             for i, leaf in zip(fragment, part.leaves, strict=True):
@@ -318,27 +343,17 @@ class Engine(Settings):
             outer_state=tuple(outer_state),
             pulled=tree(pulled, state.pulled),
             residual=tree(residual, state.residual),
+            in_flight=in_flight_of(
+                self.workers, flights, state.in_flight, fragments, treedef
+            ),
             center=tree(center, state.center),
         )
 
-    def _turn(
-        self,
-        treedef: TreeDef,
-        fragment: list[int],
-        moving: list[bool],
-        local: Callable[[PyTree, jax.Array], Column] | None = None,
-        weights: jax.Array | None = None,
-    ) -> Turn:
-        return Turn(
-            self._exchange,
-            self.delay,
-            self.mix == CARRY,
-            fragment,
-            treedef,
-            moving,
-            local,
-            weights,
-        )
+    @property
+    def _turn(self) -> Callable[..., Turn]:
+        """Of what belongs to one fragment, its turn."""
+        own = self._exchange, self.delay, self.mix == CARRY, self.eager, self.function
+        return functools.partial(Turn, *own)
 
     def _due(self, number: int, num_steps: Scalar, since: Scalar) -> Scalar:
         """Whether a fragment is exchanged after this step."""
@@ -371,32 +386,3 @@ def _finite(
             seen.append(applied(leaf, step))
         groups += [seen] if seen else []
     return workers.finite(groups, workers.same(True))
-
-
-def _refuse_branch(function: str, value: jax.Array) -> None:
-    """Raises in a conditional that each device decides for itself."""
-    if inside_conditional(value, mapped=True):
-        raise ValueError(
-            f"{function}: with axis_name= update stands in a branch of a conditional, "
-            "such as that of optax.apply_if_finite. Workers that take another branch "
-            "would be waited for without end. Put the wrapper into the inner optimizer; "
-            "steps that are not finite are left out without one. In a lax.cond of your "
-            "own, pass exchange=False there and exchange=True outside."
-        )
-
-
-def _check_call(function: str, state: object, params: PyTree, exchange: object) -> None:
-    """Raises unless `update` is called with parameters, its own state and a flag."""
-    does = "moves the parameters between the workers and the center"
-    check_given(function, does, params)
-    check_own_state(function, state, CENTER)
-    is_flag = exchange is None or isinstance(exchange, (bool, np.bool_, Order))
-    if not is_flag and not (
-        isinstance(exchange, (jax.Array, np.ndarray))
-        and (exchange.dtype, exchange.shape) == (jnp.bool_, ())
-    ):
-        raise TypeError(
-            f"{function}: exchange must be True, False, a boolean scalar or None, got "
-            f"{exchange!r}."
-        )
-    check_arrays(function, "params", params, others=True)

@@ -34,6 +34,7 @@ class Reduced(NamedTuple):
     pulled: Rows  # what workers pull, where that differs between them
     sent: Rows  # the commits as they were sent
     num_valid: Scalar  # () int32, how many commits counted
+    reduced: Rows  # of all commits, what the center moved against; {} in turns
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Sum(Reduction):
         num_done = after(num_valid, list(sums.values()))
         sums = self._scaled(sums, num_valid)
         center = self._moved(old, sums, subtree)
-        return Reduced(self.workers.equal_as(center, old), pulled, sent, num_done)
+        center = self.workers.equal_as(center, old)
+        return Reduced(center, pulled, sent, num_done, sums)
 
     def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
         del num_valid
@@ -190,7 +192,7 @@ class Sequential(Reduction):
         if elastic:
             own = {k: local[k].astype(row.dtype) + row for k, row in own.items()}
         num_done = after(jnp.sum(valid, dtype=jnp.int32), list(rows.values()))
-        return Reduced(self.workers.equal_as(center, old), own, sent, num_done)
+        return Reduced(self.workers.equal_as(center, old), own, sent, num_done, {})
 
 
 # By the value of the option `reduce`.
@@ -205,4 +207,5 @@ def _times(row: jax.Array, weights: jax.Array | None) -> jax.Array:
     """The row of each worker times the worker's weight; unchanged for None."""
     if weights is None:
         return row
-    return row * weights.reshape(weights.shape + (1,) * (row.ndim - weights.ndim))
+    weights = weights.reshape(weights.shape + (1,) * (row.ndim - weights.ndim))
+    return row * weights.astype(row.dtype)

@@ -51,6 +51,7 @@ class InFlight(NamedTuple):
     weights: tuple[jax.Array, ...]  # float32, mean 1 over commits that count; else 0
     sums: PyTree  # Σ progress, or gradients, like the parameters, in the center's dtypes
     progress: PyTree  # beside sums of gradients for mix="carry", else None
+    eager: tuple[PyTree, ...] | None  # each worker's outer state, None without `eager`
 
 
 class LocalUpdatesState(NamedTuple):
@@ -70,7 +71,7 @@ class LocalUpdatesState(NamedTuple):
     accumulated: PyTree  # Σ gradients since the exchange, None without mean_gradient
     pulled: PyTree  # the center that each worker pulled: sequential, elastic, else None
     residual: PyTree  # what commits lost in exchange_dtype, None without error_feedback
-    in_flight: PyTree  # InFlight: commits not exchanged yet, None without delay
+    in_flight: PyTree  # InFlight with a delay; EmptyState with mix alone, else None
     center: PyTree  # slow weights: like one worker's parameters, at least float32
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from emaopt._conditional import once_if
+from emaopt._eager import others, step
 from emaopt._exchange import Exchange, Fixed, Part, Voices
 from emaopt._fragments import Column, subtree
 from emaopt._in_flight import Flight, after_landing, chosen, commit, land
@@ -18,20 +20,20 @@ from emaopt._tracing import TreeDef
 from emaopt._types import PyTree, Scalar
 
 
-@dataclass
+@dataclass(eq=False)  # so it has a hash, for wrappers that jit an update
 class Order:
-    """What `local_round` orders of an update, in place of the flag `exchange`.
+    """What `local_round` orders of a late update, in place of the flag `exchange`.
 
     With neither `commit` nor `land` it is a step without an exchange.
     """
 
-    commit: bool = False  # make commits at this step; without a delay, exchange them
+    commit: bool = False  # make commits at this step
     land: bool = False  # take no step, and only land what is in flight
     landed: LocalUpdatesState | None = None  # let workers pull what has landed here
+    delay: int = 0  # the engine's answer to `land`
 
-    # Answers of the engine.
-    delay: int = 0
-    mixes: bool = False  # whether workers keep a part of their own when they pull
+    def __bool__(self) -> bool:
+        return self.commit  # as wrappers that read the flag understand it
 
 
 class Outcome(NamedTuple):
@@ -42,8 +44,8 @@ class Outcome(NamedTuple):
     pulls: Scalar | bool  # whether workers pull the center
     valid: jax.Array | None  # flags of the workers that were not left out then
 
-    def own(self, k: int) -> tuple[PyTree, PyTree]:
-        """(who goes on from something of its own, the progress), of the leaf at k."""
+    def keeping(self, k: int) -> tuple[PyTree, PyTree]:
+        """(who keeps something of its own, the progress to carry over), of a leaf."""
         return self.valid, None if self.flight is None else self.flight.rows[k]
 
 
@@ -54,11 +56,13 @@ class Turn:
     exchange: Exchange
     delay: int
     carries: bool  # mix="carry"
+    eager: bool
+    function: str  # named in errors
     fragment: list[int]  # positions of its leaves
     treedef: TreeDef  # of the parameters
     moving: list[bool]  # which of its leaves have a gradient
-    local: Callable[[PyTree, jax.Array], Column] | None  # parameters now; see `late`
-    weights: jax.Array | None
+    local: Callable[[PyTree, jax.Array], Column] | None = None  # parameters now
+    weights: jax.Array | None = None
 
     def at_once(self, part: Part, due: Scalar | bool, fixed: PyTree) -> Outcome:
         """Exchanges the commits of this step, if it is due.
@@ -82,6 +86,8 @@ class Turn:
         """
         *_, since, _ = fixed
         lands = (flight.num_steps > 0) & ((since >= self.delay) | due)
+        if self.eager:  # it needs the last round's mean when it makes the new commit
+            lands &= due
 
         # One conditional, with a second one inside: XLA would copy what goes through two
         # of them at every step.
@@ -93,35 +99,71 @@ class Turn:
             # are stored after that: else XLA would copy both at every step.
             workers = self.exchange.workers
             old = flight._replace(sums=workers.held(new.valid, flight.sums))
-            part = once_if(lands, self._land, part, old)
+            part, rest = once_if(lands, self._land, (part, old.sums), old)
+            if self.eager:
+                rest = [jnp.where(lands, row, 0) for row in rest]
+            part, new = self._eager(part, new, rest)
             stored = workers.held(part.num_left_out, (new.sums, new.progress))
             new = new._replace(sums=stored[0], progress=stored[1])
-            return part, after_landing(new, flight, due, lands, self.carries)
+            return part, self._after_landing(new, flight, due, lands)
 
         now = due, lands, fixed
         part, flight_after = once_if(lands | due, act, (part, flight), now)
-        return Outcome(part, flight_after, lands, flight.valid)
+        return Outcome(part, flight_after, due if self.eager else lands, flight.valid)
 
     def ordered(
-        self, part: Part, flight: Flight, due: bool, landed: Part | None, fixed: PyTree
+        self,
+        part: Part,
+        flight: Flight,
+        due: bool,
+        landed: tuple[Part, list[jax.Array]] | None,
+        fixed: PyTree,
     ) -> Outcome:
         """The same without a conditional.
 
-        `landed` is the part after an early landing, which the workers pull at this step.
+        `landed` is what `landed` returned, which the workers pull at this step.
         """
-        new = flight
-        if due or (landed is not None and self.carries):
-            # Workers that carry their progress over have to know it until now.
-            new = self._commit(part, flight, fixed)
         if landed is None:
-            return Outcome(part, new, False, flight.valid)
+            if due:
+                # Nothing is in flight, unless a wrapper has skipped the update that
+                # pulls: then the new commits hold what these do.
+                empty = flight._replace(num_steps=jnp.zeros_like(flight.num_steps))
+                flight_after = self._commit(part, empty, fixed)
+                return Outcome(part, flight_after, False, flight.valid)
+            return Outcome(part, flight, False, flight.valid)
+        new = flight
+        if due or self.carries:  # progress that is carried over has to be known until now
+            new = self._commit(part, flight, fixed)
+        part, rest = landed
+        if due:
+            part, new = self._eager(part, new, rest)
         lands = flight.num_steps > 0
-        new = after_landing(new, flight, due, lands, self.carries)
-        return Outcome(landed, new, lands, flight.valid)
+        new = self._after_landing(new, flight, due, lands)
+        return Outcome(part, new, due if self.eager else lands, flight.valid)
 
-    def landed(self, part: Part, flight: Flight) -> Part:
-        """The part after the commits in flight have been applied, if there are any."""
-        return chosen(flight.num_steps > 0, self._land(part, flight), part)
+    def landed(self, part: Part, flight: Flight) -> tuple[Part, list[jax.Array]]:
+        """(the part after the commits in flight were applied, if any, the others')."""
+        there = flight.num_steps > 0
+        after, rest = self._land((part, flight.sums), flight)
+        if self.eager:
+            rest = [jnp.where(there, row, 0) for row in rest]
+        return chosen(there, after, part), rest
+
+    def _after_landing(
+        self, new: Flight, old: Flight, due: Scalar | bool, lands: Scalar | bool
+    ) -> Flight:
+        lands = True if self.eager else lands  # each pulls its own center at its commit
+        return after_landing(new, old, due, lands, self.carries)
+
+    def _eager(
+        self, part: Part, new: Flight, rest: list[jax.Array]
+    ) -> tuple[Part, Flight]:
+        if not self.eager:
+            return part, new
+        part, state = step(
+            self.function, self.exchange, part, new, rest, self.moving, self._subtree
+        )
+        return part, new._replace(eager=state)
 
     def _exchange_now(self, part: Part, fixed: PyTree) -> Part:
         *_, since, missed = fixed
@@ -134,8 +176,12 @@ class Turn:
         voices, rows = Voices(~missed, self.weights), self._read(fixed, ~missed)
         return commit(self.exchange, part, flight, rows, since, voices)
 
-    def _land(self, part: Part, flight: Flight) -> Part:
-        return land(self.exchange, part, flight, self.moving, self._subtree)
+    def _land(
+        self, changing: tuple[Part, list[jax.Array]], flight: Flight
+    ) -> tuple[Part, list[jax.Array]]:
+        part, rows = changing
+        part, reduced = land(self.exchange, part, flight, self.moving, self._subtree)
+        return part, others(self.exchange, flight, reduced) if self.eager else rows
 
     def _read(self, fixed: PyTree, ready: jax.Array) -> list[Fixed]:
         before, sums, *_ = fixed

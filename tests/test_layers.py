@@ -85,7 +85,14 @@ LAYERS = {
         "_xla",
     },
     "_reductions": {"_collectives", "_commits", "_rounding", "_types", "_workers"},
-    "_local_checks": {"_checks", "_commits", "_jax_internals", "_reductions", "_types"},
+    "_local_checks": {
+        "_checks",
+        "_commits",
+        "_jax_internals",
+        "_reductions",
+        "_states",
+        "_types",
+    },
     "_exchange": {
         "_collectives",
         "_commits",
@@ -105,8 +112,17 @@ LAYERS = {
         "_types",
         "_workers",
     },
+    "_eager": {
+        "_collectives",
+        "_exchange",
+        "_in_flight",
+        "_reductions",
+        "_rounding",
+        "_types",
+    },
     "_turn": {
         "_conditional",
+        "_eager",
         "_exchange",
         "_fragments",
         "_in_flight",

@@ -69,14 +69,7 @@ def test_each_fragment_is_late_on_its_own(delay, mix):
         assert_close((centers[name], rows[name]), expected, err_msg=name)
 
 
-SCHEDULE = [
-    3,
-    4,
-    6,
-    7,
-    8,
-    13,
-]  # commits at these steps; some come before the delay is over
+SCHEDULE = [3, 4, 6, 7, 8, 13]  # some commits come before the delay is over
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -170,7 +163,7 @@ def test_workers_left_out_pull_the_center_whole(delay, mix, commit, weighted):
 
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("mix", [0.5, "carry"])
-def test_a_worker_of_nan_comes_back_with_the_center(delay, mix):
+def test_parameters_of_nan_are_left_out_also_of_the_mix(delay, mix):
     tx = late(delay, mix)
     params = emaopt.stack_workers(jnp.ones(4), WORKERS)
     state, params = tx.init(params), params.at[1].set(jnp.nan)

@@ -46,6 +46,7 @@ CASES = {
     "late": {"delay": 2, "mix": 0.5, "num_fragments": 2},
     "late, carried": {"delay": 3, "mix": "carry", "commit": "mean_gradient"},
     "late, int8": {"delay": 1, "exchange_dtype": jnp.int8, "error_feedback": True},
+    "late, eager": {"delay": 3, "eager": True, "num_fragments": 2},
     "late, sequential": {"delay": 3, "mix": 0.5, "reduce": "sequential"},
 }
 # bfloat16 and float8 are summed in their own precision, and in another order.

@@ -96,6 +96,7 @@ PROGRAMS = {
     "late": {"delay": 3, "mix": 0.5},
     "late, carried": {"delay": 10, "mix": "carry", "commit": "mean_gradient"},
     "late, fragments": {"delay": 5, "num_fragments": 2},
+    "late, eager": {"delay": 10, "eager": True},
 }
 FORMS = ["stacked", "shard_map"]
 BOTH = pytest.mark.parametrize("form", FORMS)
@@ -274,7 +275,9 @@ def dependencies(lines):
 
 @BOTH
 @pytest.mark.parametrize("steps", [5, 12])
-@pytest.mark.parametrize("name", ["late", "late, carried", "late, fragments"])
+@pytest.mark.parametrize(
+    "name", ["late", "late, carried", "late, fragments", "late, eager"]
+)
 def test_a_late_exchange_and_the_loop_of_local_steps_know_nothing_of_each_other(
     name, steps, form
 ):

@@ -154,10 +154,12 @@ def _start_workers(
         )
         return
     rows.left.update(_all_of(old, saved))
+    late = any(is_below(names, (*old.way, "in_flight")) for names in saved)
+    dropped = "; commits in flight were dropped, which synchronize lands before a save"
     rows.report.append(
         f"started {local.workers} workers from the center of {old.workers}, at "
         f"{joined(local.way)}; their optimizers' own slots are those of the workers of "
-        "the same numbers"
+        f"the same numbers{dropped if late else ''}"
     )
 
 
