@@ -2,7 +2,7 @@
 
     python local_worker.py DIRECTORY [--processes 2 --index 0 --port 1234] [...]
 
-Each device is a worker with data of its own. Two methods train in both forms side by
+Each device is a worker with data of its own. Three methods train in both forms side by
 side, each to an optimizer state that it would have alone. At each step, a process prints
 one JSON line for each of its workers with the digests of all that this worker holds, for
 which it asks no other process. Resumes from the latest step in the directory.
@@ -25,6 +25,9 @@ PERIOD = 5
 METHODS = {
     "agn": lambda **form: emaopt.agn(optax.adam(1e-2), PERIOD, **form),
     "diloco": lambda **form: emaopt.diloco(optax.adam(1e-2), period=PERIOD, **form),
+    "late": lambda **form: emaopt.diloco(
+        optax.adam(1e-2), period=PERIOD, delay=PERIOD, mix="carry", **form
+    ),
 }
 CASES = [f"{method}_{form}" for method in METHODS for form in ("stacked", "mapped")]
 AXIS = "workers"
