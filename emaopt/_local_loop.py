@@ -159,9 +159,10 @@ def local_round(
     """Takes local steps in a scan, and exchanges once.
 
     This is one round, whatever the optimizer's period. It equals calls of `update` with
-    exchange=False, the last with True, and compiles to no conditional. Afterwards the
-    parameters are exactly what the workers pulled, not only up to rounding, if there is
-    neither delay nor mix.
+    exchange=False, the last with True, up to rounding, and compiles to no conditional:
+    all fragments are exchanged together, so with `num_fragments` they take turns by
+    `update` only. Afterwards the parameters are exactly what the workers pulled, not only
+    up to rounding, if there is neither delay nor mix.
 
     With a `delay` the exchange is that of the commits of the round before. It comes
     first and apart from the steps: nothing in them waits for it, nor does it wait for
@@ -176,7 +177,8 @@ def local_round(
         it; in the stacked form for all workers, `jax.vmap(jax.value_and_grad(loss))`.
       params: The workers' parameters.
       opt_state: The optimizer's state.
-      batches: A tree of leaves [steps, ...]: a batch for each local step.
+      batches: A tree of leaves [steps, ...]: a batch for each local step; in the stacked
+        form [steps, W, ...].
 
     Returns:
       (params, opt_state, values), with the values of all steps, [steps, ...].

@@ -171,8 +171,8 @@ def local_updates(
 
     Returns:
       A transformation with a `LocalUpdatesState`. Its update takes extra arguments.
-      `exchange`: True forces an exchange at this step, False forbids it; it must be equal
-      on all workers; without a delay, Python values compile to no conditional.
+      `exchange`: True forces an exchange of all fragments, False forbids it; it must be
+      equal on all workers; without a delay, Python values compile to no conditional.
       `weights`: the weight of each worker's commit of this step, such as its examples or
       tokens: [W], in the mapped form each worker's own number, 0 (absent) or from 1e-30
       to 1e30.

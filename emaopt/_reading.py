@@ -140,8 +140,9 @@ def get_center(opt_state: PyTree, *, name: str | None = None) -> PyTree:
 
     Returns:
       The center: a tree like the parameters of one worker, at least float32. In the
-      mapped form, like the parameters that `init` saw. Leaves may be the state's own
-      arrays: copy before donating the state.
+      mapped form, like the parameters that `init` saw: outside of `shard_map` [W, ...]
+      with W equal copies, of which one is served: `jax.tree.map(lambda c: c[0], center)`.
+      Leaves may be the state's own arrays: copy before donating the state.
 
     Raises:
       ValueError: If there is no center, several, or a swapped one.

@@ -178,9 +178,9 @@ def restore(
     updates, and from one. All workers start from the center (slow weights); in a run
     without local updates the parameters take its place. The inner optimizers' slots are
     dealt out by number: worker w of new ones takes those of w modulo the saved number, a
-    run without workers those of the first. Sums since the last exchange are dropped. New
-    local updates take the outer optimizer's slots from the target, which must then have
-    arrays.
+    run without workers those of the first. Sums since the last exchange and commits in
+    flight are dropped: call `synchronize` before the save to keep them. New local updates
+    take the outer optimizer's slots from the target, which must then have arrays.
 
     Args:
       path: A checkpoint that emaopt or Orbax alone wrote; raw parameters come back raw,
