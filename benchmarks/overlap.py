@@ -1,4 +1,4 @@
-"""What late exchanges cost, and what they save: the options delay and mix.
+"""What late exchanges cost, and what they save: the options delay, mix and eager.
 
 With a delay of d steps the commits of a step land d steps later, and what is
 communicated can pass under the local steps in between (`emaopt.local_round`).
