@@ -58,7 +58,7 @@ def step(
     workers = exchange.workers
     gradients = [
         weighted(exchange, flight, row) / workers.num_workers + other
-        for row, other in zip(committed(exchange, flight), rest, strict=True)
+        for row, other in zip(committed(exchange, part, flight), rest, strict=True)
     ]
     params = subtree([jnp.asarray(leaf.pulled) for leaf in part.leaves])
     outer = optax.with_extra_args_support(exchange.outer)

@@ -73,10 +73,7 @@ def commit(
     )
     # They will be in memory, in the state: to check them computes nothing twice. All are
     # checked, so that what waits for the flags waits for all.
-    sent = [
-        row if leaf.residual is None else row + leaf.residual
-        for leaf, row in zip(part.leaves, committed(exchange, new), strict=True)
-    ]
+    sent = committed(exchange, part, new)
     kept = [sent, progress] if flight.progress is not None else [sent]
     rows = [
         list(of_leaf)
@@ -105,24 +102,24 @@ def land(
 
     `moving` tells the leaves that are exchanged. Returns what was reduced as well.
     """
-    rows = zip(moving, part.leaves, committed(exchange, flight), strict=True)
-    commits = {
-        k: row if leaf.residual is None else row + leaf.residual
-        for k, (moves, leaf, row) in enumerate(rows)
-        if moves
-    }
+    rows = committed(exchange, part, flight)
+    commits = {k: row for k, row in enumerate(rows) if moving[k]}
     counted = flight.weights > 0
     votes = Votes(flight.valid, counted, flight.weights, flight.num_present)
     # The workers' parameters are for elastic workers, who have no delay.
     return exchange.move(part, {}, commits, votes, subtree)
 
 
-def committed(exchange: Exchange, flight: Flight) -> list[jax.Array]:
-    """The commits in flight: what the workers did, or the mean of a step."""
-    if exchange.commit == "delta":
-        return flight.sums
-    steps = jnp.maximum(flight.num_steps, 1)  # 0: none in flight, the result is not used
-    return [row / steps.astype(row.dtype) for row in flight.sums]
+def committed(exchange: Exchange, part: Part, flight: Flight) -> list[jax.Array]:
+    """The commits in flight, with what the last ones lost in the exchange's dtype."""
+    rows = flight.sums
+    if exchange.commit != "delta":
+        steps = jnp.maximum(flight.num_steps, 1)  # 0: none in flight, to be ignored
+        rows = [row / steps.astype(row.dtype) for row in rows]
+    return [
+        row if leaf.residual is None else row + leaf.residual
+        for leaf, row in zip(part.leaves, rows, strict=True)
+    ]
 
 
 def chosen(due: Scalar, after: Part, before: Part) -> Part:

@@ -190,6 +190,13 @@ def _check_eager(settings: Settings) -> None:
         )
 
 
+def mixes(settings: Settings) -> bool:
+    """Whether workers keep a part of their own when they pull the center."""
+    if settings.mix == CARRY:  # without a delay there is no progress since the commit
+        return settings.delay > 0
+    return settings.mix != 0
+
+
 def keeps_both(settings: Settings) -> bool:
     """Whether progress is in flight beside sums of gradients, which do not tell it."""
     carries = settings.delay > 0 and settings.mix == CARRY
@@ -201,12 +208,15 @@ def check_in_flight(settings: Settings, state: LocalUpdatesState) -> None:
     there = isinstance(state.in_flight, InFlight)
     both = there and state.in_flight.progress is not None
     eager = there and state.in_flight.eager is not None
-    if (there, both, eager) != (settings.delay > 0, keeps_both(settings), settings.eager):
+    # The field is also what tells `local_round` of workers that mix without a delay.
+    given = (there, both, eager, there or state.in_flight is not None)
+    late = settings.delay > 0
+    if given != (late, keeps_both(settings), settings.eager, late or mixes(settings)):
         raise ValueError(
             f"{settings.function}: delay={settings.delay!r}, mix={settings.mix!r}, "
-            f"eager={settings.eager!r} are not those that made this state, whose commits "
-            "in flight have another form. Land them with emaopt.synchronize, and restore "
-            "what was saved then into the state that init makes."
+            f"eager={settings.eager!r} are not those that made this state, whose field "
+            "in_flight has another form. Land commits in flight with "
+            "emaopt.synchronize, and go on from init's state for the parameters."
         )
 
 

@@ -28,6 +28,7 @@ from emaopt._local_checks import (
     check_in_flight,
     keeping_structure,
     keeps_both,
+    mixes,
     refuse_branch,
 )
 from emaopt._rounding import applied, lead
@@ -60,12 +61,6 @@ class Engine(Settings):
             self.exchange_dtype,
         )
 
-    @property
-    def _mixes(self) -> bool:
-        """Whether workers keep a part of their own when they pull the center."""
-        # Without a delay there is no progress since the commit that could be carried.
-        return bool(self.delay) if self.mix == CARRY else self.mix != 0
-
     def init(self, params: PyTree) -> LocalUpdatesState:
         check_arrays(self.function, "params", params, others=True)
         leaves, treedef = jax.tree.flatten(params)
@@ -96,7 +91,7 @@ class Engine(Settings):
             none_in_flight, len(fragments), zero, each, zeros, both, eager
         )
         keeps_pulled = self._exchange.keeps_pulled or self.eager
-        still = optax.EmptyState() if self._mixes else None  # which `local_round` reads
+        still = optax.EmptyState() if mixes(self) else None  # which `local_round` reads
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
@@ -269,7 +264,7 @@ class Engine(Settings):
                     continue
                 target = leaf.center if leaf.pulled is None else leaf.pulled
                 target = of_all(target, leaves[i])
-                if self._mixes:
+                if mixes(self):
                     now = applied(leaves[i], steps[i])
                     target = mixed(workers, self.mix, target, now, *outcome.keeping(k))
                 steps[i] = lead(leaves[i], target, steps[i], outcome.pulls)
@@ -304,7 +299,7 @@ class Engine(Settings):
         """What exchanges change of each fragment."""
         leaves = leaves_of(treedef, state)
         # Asked who was left out, and does not mix; here stand any flags of that shape.
-        asks = self._mixes and not self.delay
+        asks = mixes(self) and not self.delay
         return [
             Part(
                 [leaves[i] for i in fragment],

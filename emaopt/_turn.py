@@ -94,6 +94,7 @@ class Turn:
         def act(changing: tuple[Part, Flight], now: PyTree) -> tuple[Part, Flight]:
             part, flight = changing
             due, lands, fixed = now
+            # Also where none is due: workers that carry their progress over need it.
             new = self._commit(part, flight, fixed)
             # The landing reads the old commits after the new ones are computed, and these
             # are stored after that: else XLA would copy both at every step.

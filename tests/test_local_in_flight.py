@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from local_oracle import NOISE, STARTS, WORKERS, gradients
 from test_local_delay import INNER, OUTER, PERIOD, START, late, value_and_grad
 
@@ -64,7 +66,9 @@ def test_another_number_of_workers_starts_with_nothing_in_flight(tmp_path):
     five = late(2, 0.5, num_workers=5)
     params = jnp.zeros((5, 4))
     target = {"params": params, "opt_state": five.init(params)}
-    restored = checkpoint.restore(tmp_path / "of 3", target)
+    said = []
+    restored = checkpoint.restore(tmp_path / "of 3", target, report=said.append)
+    assert any("commits in flight were dropped" in line for line in said)
     np.testing.assert_array_equal(restored["params"][4], state.center)
     for leaf in jax.tree.leaves(restored["opt_state"].in_flight):
         assert not np.any(leaf)
@@ -89,8 +93,22 @@ def test_specs_of_what_is_in_flight_tell_rows_from_what_is_shared(case):
     specs = emaopt.state_specs(tx, params, "workers").in_flight
     state = tx.init(params).in_flight
     for spec, leaf in zip(*map(jax.tree.leaves, (specs, state)), strict=True):
-        assert (spec == jax.P("workers")) == (leaf.shape[:1] == (WORKERS,))
-        assert (spec == jax.P()) == (leaf.ndim == 0)
+        assert (spec == P("workers")) == (leaf.shape[:1] == (WORKERS,))
+        assert (spec == P()) == (leaf.ndim == 0)
+
+
+@pytest.mark.parametrize("case", IN_FLIGHT)
+def test_shardings_of_what_is_in_flight_are_those_of_the_parameters(case):
+    mesh = jax.make_mesh((WORKERS, 2), ("workers", "model"), devices=jax.devices()[:6])
+    place = NamedSharding(mesh, P("workers", "model"))
+    params = {k: jax.device_put(jnp.ones((WORKERS, 4)), place) for k in START}
+    tx = late(**({"mix": 0.0} | IN_FLIGHT[case]))
+    found = emaopt.state_shardings(tx, params).in_flight
+    state = tx.init(params).in_flight
+    for sharding, leaf in zip(*map(jax.tree.leaves, (found, state)), strict=True):
+        spec = [P(), P("workers"), P("workers", "model")][leaf.ndim]
+        for one in (sharding, leaf.sharding):
+            assert one.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
 
 
 @pytest.mark.parametrize(
