@@ -1,7 +1,7 @@
-"""Times that are compared only within one run, as medians with their ends."""
+"""Times that are compared only within one run, as medians with their ends; tables."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -20,3 +20,13 @@ def in_turn(rivals: list[Callable[[], Any]], rounds: int) -> list[list[Any]]:
 def spread(values: list[float], form: str) -> str:
     middle = statistics.median(values)
     return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        yield f"| {' | '.join(cells)} |"

@@ -41,13 +41,15 @@ def test_model_prints_a_markdown_table(overlap):
     assert "| 27.2%" in row
 
 
-def test_quality_lands_what_is_in_flight_when_it_synchronizes(overlap):
-    overlap.load()
+def test_quality_lands_what_is_in_flight_when_it_synchronizes(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quality = importlib.import_module("overlap_quality")
+    quality.load()
 
-    case = overlap.Case(delay=1, mix="carry")
-    start = overlap.start(range(2), period=1, rounds=2)
-    assert start.batches.shape == (2, 2, 1, overlap.WORKERS, overlap.BATCH)
-    late, landed = overlap.train(start, 3e-3, 0.2, case=case)
+    case = quality.Case(delay=1, mix="carry")
+    start = quality.start(range(2), period=1, rounds=2)
+    assert start.batches.shape == (2, 2, 1, quality.WORKERS, quality.BATCH)
+    late, landed = quality.train(start, 3e-3, 0.2, case=case)
     assert np.all(np.asarray(landed.loss) < np.asarray(late.loss))  # it lacks a round
     assert late.loss[0] != late.loss[1]
 
