@@ -77,7 +77,7 @@ def local_updates(
 
     α=0 loses the progress since t; with α > 0 the next commit holds a part of what the
     center has had already. "carry" counts each step once, wherever it is. `local_round`
-    reduces the commits apart from the steps, so that the communication passes under them.
+    reduces the commits apart from the steps, so that communication can pass under them.
 
     What to watch:
       - A step whose gradients, or the parameters that it leads to, hold a NaN or inf is
@@ -115,8 +115,9 @@ def local_updates(
         ones are made. At a step with both, the new ones are made first, and hold what
         the workers did since the ones before; so with delay=period and mix=0 the next
         round begins from a center that lacks the last one. `exchange` decides on commits;
-        what is in flight lands also where it is False. A leaf without a gradient at
-        either of the two steps is left out: give it one at both, or at none.
+        what is in flight lands also where it is False. Give a leaf a gradient at both
+        steps or at neither: without one at the commit alone it hands in zeros, without
+        one at the landing alone its commits are dropped.
       - Late commits may want a smaller learning rate of `outer`. With Nesterov's momentum
         of 0.9, runs of benchmarks/overlap.py with delay=period and a number for `mix`
         diverged at 0.4 and above; with "carry" none did.
