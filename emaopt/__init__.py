@@ -10,7 +10,7 @@ Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
               get_center, stack_workers, state_specs, worker_spread, local_round,
               synchronize, simulate_async
-Modules:      checkpoint, batch_stats, posthoc, plots, tf1
+Modules:      checkpoint, batch_stats, elastic, posthoc, plots, tf1
 """
 
 from typing import TYPE_CHECKING
@@ -88,11 +88,12 @@ __all__ = [
 ]
 
 # Imported when they are first used: some have dependencies of their own.
-_LATE = ("batch_stats", "checkpoint", "plots", "posthoc", "tf1")
+_LATE = ("batch_stats", "checkpoint", "elastic", "plots", "posthoc", "tf1")
 
 if TYPE_CHECKING:
     from emaopt import batch_stats as batch_stats
     from emaopt import checkpoint as checkpoint
+    from emaopt import elastic as elastic
     from emaopt import plots as plots
     from emaopt import posthoc as posthoc
     from emaopt import tf1 as tf1

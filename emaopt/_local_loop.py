@@ -247,7 +247,7 @@ def local_round(
     values = jax.tree.map(lambda *all_: jnp.concatenate(all_), *pieces)
     params, opt_state = carry
     if state.in_flight is None:  # else workers keep something of their own, or pull early
-        params = _pulled(find_center("local_round", opt_state, None), params)
+        params = pulled_params(find_center("local_round", opt_state, None), params)
     return params, opt_state, values
 
 
@@ -370,7 +370,7 @@ def synchronize(
         in_flight=in_flight,
         center=jax.tree.unflatten(treedef, center),
     )
-    params = _pulled(new, params)
+    params = pulled_params(new, params)
     if state.pulled is not None:
         new = new._replace(
             pulled=jax.tree.map(
@@ -382,7 +382,7 @@ def synchronize(
     return params, replace(opt_state, state, new)
 
 
-def _pulled(state: LocalUpdatesState, params: PyTree) -> PyTree:
+def pulled_params(state: LocalUpdatesState, params: PyTree) -> PyTree:
     """The parameters, set to the values that the workers pulled."""
     target = state.center if state.pulled is None else state.pulled
 

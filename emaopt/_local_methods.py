@@ -23,7 +23,7 @@ from emaopt._checks import (
     check_optimizer,
 )
 from emaopt._local_options import Options, Period, takes_options, transformation
-from emaopt._local_updates import Engine
+from emaopt._reductions import OfWorkers
 from emaopt._types import PyTree
 
 
@@ -296,20 +296,17 @@ def block_momentum(
     check_flag(function, "nesterov", nesterov)
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None
+        updates: PyTree, state: PyTree, params: PyTree = None, *, num_workers: int = 1
     ) -> tuple[PyTree, PyTree]:
         del params
-        eta = block_momentum
-        if eta is None:
-            eta = 1 - 1 / engine.workers.num_workers
+        eta = 1 - 1 / num_workers if block_momentum is None else block_momentum
         scaled = jax.tree.map(lambda x: float(block_learning_rate) * x, updates)
         moves, state = optax.trace(float(eta), nesterov).update(scaled, state)
         return jax.tree.map(lambda x: -x, moves), state
 
     # The state of optax.trace does not depend on η, so any decay will do for `init`.
-    outer = optax.GradientTransformation(optax.trace(0.0).init, update)
-    engine = Engine(function, inner, outer, period, **options)
-    return optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    outer = OfWorkers(optax.trace(0.0).init, update)
+    return transformation(function, inner, outer, period=period, **options)
 
 
 def lookahead(

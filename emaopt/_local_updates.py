@@ -123,6 +123,9 @@ class Engine(Settings):
         order = exchange if isinstance(exchange, Order) else None
         forced: Any = exchange if order is None else order.commit
         check_call(self.function, state, params, forced)
+        if order is not None and order.ask:
+            order.settings = self
+            return updates, state
         # Below, `forced is not False` would not hold back NumPy's False.
         if isinstance(forced, np.bool_):
             forced = bool(forced)

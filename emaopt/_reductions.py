@@ -37,6 +37,10 @@ class Reduced(NamedTuple):
     reduced: Rows  # of all commits, what the center moved against; {} in turns
 
 
+class OfWorkers(optax.GradientTransformationExtraArgs):
+    """An outer optimizer that depends on how many workers there are: `num_workers`."""
+
+
 @dataclass(frozen=True)
 class Reduction(abc.ABC):
     """One way to reduce the workers' commits to one step of the center.
@@ -86,12 +90,15 @@ class Reduction(abc.ABC):
             (weights,) = self.workers.gather([weights])
         return decode(codes), decode(gathered), self.workers.valid(counted), weights
 
-    def _moved(self, old: Center, commits: Rows, subtree: Subtree) -> Center:
+    def moved(self, old: Center, commits: Rows, subtree: Subtree) -> Center:
         """The center after a step of the outer optimizer against reduced commits."""
         gradients = [commits.get(k, jnp.zeros_like(c)) for k, c in enumerate(old.leaves)]
         params = subtree(old.leaves)
+        number = {}
+        if isinstance(self.outer, OfWorkers):
+            number["num_workers"] = self.workers.num_workers
         updates, outer_state = self.outer.update(
-            subtree(gradients), old.outer_state, params
+            subtree(gradients), old.outer_state, params, **number
         )
         moved = jax.tree.leaves(applied(params, updates))
         # Weight decay, say, may move a leaf without a commit: such a leaf stays as it is.
@@ -140,12 +147,12 @@ class Sum(Reduction):
         # When this number is computed, no commit is read any more. The engine waits for
         # it before it overwrites the slots.
         num_done = after(num_valid, list(sums.values()))
-        sums = self._scaled(sums, num_valid)
-        center = self._moved(old, sums, subtree)
+        sums = self.scaled(sums, num_valid)
+        center = self.moved(old, sums, subtree)
         center = self.workers.equal_as(center, old)
         return Reduced(center, pulled, sent, num_done, sums)
 
-    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+    def scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
         del num_valid
         return sums
 
@@ -153,7 +160,7 @@ class Sum(Reduction):
 class Mean(Sum):
     """One outer step against the mean of all commits that count."""
 
-    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+    def scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
         divisor = jnp.maximum(num_valid, 1)
         return {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
 
@@ -180,7 +187,7 @@ class Sequential(Reduction):
             # outer optimizer's state.
             moved = jax.tree.map(
                 lambda new, old: jnp.where(valid, new, old),
-                self._moved(center, commits, subtree),
+                self.moved(center, commits, subtree),
                 center,
             )
             return moved, rows if elastic else {k: moved.leaves[k] for k in rows}

@@ -14,6 +14,7 @@ from emaopt._exchange import Exchange, Fixed, Part, Voices
 from emaopt._fragments import Column, subtree
 from emaopt._in_flight import Flight, after_landing, chosen, commit, land
 from emaopt._jax_internals import traced
+from emaopt._local_checks import Settings
 from emaopt._reductions import Subtree
 from emaopt._states import LocalUpdatesState
 from emaopt._tracing import TreeDef
@@ -22,15 +23,17 @@ from emaopt._types import PyTree, Scalar
 
 @dataclass(eq=False)  # so it has a hash, for wrappers that jit an update
 class Order:
-    """What `local_round` orders of a late update, in place of the flag `exchange`.
+    """What functions beside the optimizer order of it, in place of the flag `exchange`.
 
-    With neither `commit` nor `land` it is a step without an exchange.
+    With none of `commit`, `land` and `ask` it is a step without an exchange.
     """
 
     commit: bool = False  # make commits at this step
     land: bool = False  # take no step, and only land what is in flight
     landed: LocalUpdatesState | None = None  # let workers pull what has landed here
     delay: int = 0  # the engine's answer to `land`
+    ask: bool = False  # change nothing, and only answer with the settings
+    settings: Settings | None = None  # the engine's answer to `ask`
 
     def __bool__(self) -> bool:
         return self.commit  # as wrappers that read the flag understand it

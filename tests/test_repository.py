@@ -88,6 +88,7 @@ def test_types_have_names():
 LATE = {
     "batch_stats",
     "checkpoint",
+    "elastic",
     "plots",
     "posthoc",
     "tf1",

@@ -1,0 +1,60 @@
+"""What an exchange has to know of an optimizer and its state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emaopt._checks import check_arrays, check_optimizer
+from emaopt._local_checks import Settings
+from emaopt._reading import find_center, paired
+from emaopt._states import LocalUpdatesState
+from emaopt._turn import Order
+from emaopt._types import PyTree
+
+
+def found(
+    function: str,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+) -> tuple[Settings, LocalUpdatesState]:
+    """The local updates in an optimizer and its state, or an error.
+
+    Wrappers hide the optimizer's settings, so it is asked for them.
+    """
+    check_optimizer(function, "optimizer", optimizer)
+    check_arrays(function, "params", params, others=True)
+    state = find_center(function, opt_state, None)
+    order = Order(ask=True)
+    update = functools.partial(
+        optax.with_extra_args_support(optimizer).update, exchange=order
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    jax.eval_shape(update, zeros, opt_state, params)
+    settings = order.settings
+    if settings is None:
+        raise ValueError(
+            f"{function}: a wrapper in this optimizer does not pass extra arguments on "
+            "to the local updates. Use optax.with_extra_args_support for it."
+        )
+    named = settings.function
+    if settings.num_workers is not None or settings.axis_name is not None:
+        form = "num_workers" if settings.num_workers is not None else "axis_name"
+        raise ValueError(
+            f"{function}: {named} was built with {form}=, for workers in one program. "
+            "Here each process is one worker, with the form for one: leave it out."
+        )
+    if settings.reduce == "sequential":
+        raise ValueError(
+            f"{function}: {named} has reduce='sequential', but the commits of workers "
+            "that may die are added up: use reduce='mean' or 'sum'."
+        )
+    if settings.delay or settings.eager:
+        raise ValueError(
+            f"{function}: {named} has delay={settings.delay}, but what is in flight "
+            "would be lost with a worker: use delay=0."
+        )
+    paired(function, state.center, params)
+    return settings, state
