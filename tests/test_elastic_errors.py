@@ -202,7 +202,7 @@ def test_strangers_at_the_ports():
 def test_nobody_listens(monkeypatch):
     monkeypatch.setattr("emaopt.elastic._session._PATIENCE", 0.3)
     address = free_address()
-    with pytest.raises(ConnectionError, match=f"worker 0, which .* {address}, is gone"):
+    with pytest.raises(ConnectionError, match=f"worker 0, which .* is not at {address}"):
         connect(address, num_workers=2, worker=1)
 
 

@@ -17,9 +17,9 @@ class Crowd:
         for worker in workers:
             self.arrive(worker)
 
-    def arrive(self, worker, center=7):
+    def arrive(self, worker, center=7, number=0):
         self.told[worker], self.center[worker] = [], center
-        self.group.arrive(worker, ("host", worker))
+        self.group.arrive(worker, ("host", worker), number)
 
     def begin(self):
         self._deliver(self.group.begin())
@@ -155,6 +155,19 @@ def test_a_worker_that_comes_back_has_no_weight_even_with_the_same_center():
     assert crowd.told[0][-1]["holders"] == [0]
 
 
+def test_a_run_goes_on_with_the_number_of_its_first_worker():
+    crowd = Crowd()
+    for worker, number in ((1, 3), (0, 8), (2, 9)):
+        crowd.arrive(worker, number=number)
+    crowd.begin()
+    crowd.offer(0, 1, 2)
+    assert crowd.told[1][-1]["number"] == 9
+    crowd.done(0, 1, 2)
+    crowd.arrive(3, number=100)
+    crowd.offer(0, 1, 2)
+    assert crowd.told[0][-1]["number"] == 10
+
+
 def test_a_run_begins_with_the_center_of_its_first_worker():
     crowd = Crowd(0, 1)
     crowd.arrive(2, center=8)
@@ -230,7 +243,7 @@ def test_a_newcomer_without_anybody_who_has_the_center_is_refused():
     crowd.offer(2)
     crowd.leave(0)
     crowd.leave(1)
-    assert crowd.told[2][-1]["error"] == "no worker is left that has the group's center"
+    assert "no worker is left that has the group's center" in crowd.told[2][-1]["error"]
 
 
 @pytest.mark.quick(20)

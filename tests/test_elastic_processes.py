@@ -96,7 +96,7 @@ def test_the_death_of_worker_0_ends_the_run_and_all_go_on_from_the_checkpoint(tm
         assert (
             "ConnectionError: Workers.exchange: worker 0, which keeps the group" in error
         )
-        assert f"at {host}:{port}, is gone" in error
+        assert f"is not at {host}:{port}" in error
         assert "start all of them again, from the last checkpoint" in error
         agreed(run.said)
         losses = {one["number"]: one["loss"] for _, one in run.said}

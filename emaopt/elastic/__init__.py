@@ -40,6 +40,7 @@ def connect(
     num_workers: int,
     worker: int,
     heartbeat_timeout_seconds: float = 10,
+    number: int = 0,
 ) -> Workers:
     """Connects this process to an elastic run, in place of `jax.distributed.initialize`.
 
@@ -60,6 +61,8 @@ def connect(
       worker: The number of this one, from 0 to num_workers - 1.
       heartbeat_timeout_seconds: How long a machine may be silent. A process that computes
         is not: a thread answers for it.
+      number: Of the last exchange before, when a run goes on from a checkpoint; the next
+        one has the number after worker 0's. A worker that joins later gets the group's.
 
     Returns:
       The `Workers`, to exchange with and to close.
@@ -99,9 +102,11 @@ def connect(
     check_number(
         function, "heartbeat_timeout_seconds", heartbeat_timeout_seconds, 0, above=True
     )
+    check_integer(function, "number", number, 0)
     if jax.distributed.is_initialized():
         raise ValueError(
             f"{function}: jax.distributed is initialized, so collectives would wait for "
             "processes that may die. Leave jax.distributed.initialize out."
         )
-    return Workers(address, num_workers, worker, float(heartbeat_timeout_seconds))
+    seconds = float(heartbeat_timeout_seconds)
+    return Workers(address, num_workers, worker, seconds, number)

@@ -126,7 +126,7 @@ class Coordinator:
         self._writers[worker] = writer
         self._heard[worker] = self._loop.time()
         try:
-            self._group.arrive(worker, tuple(hello["address"]))
+            self._group.arrive(worker, tuple(hello["address"]), hello["number"])
             self._changed.set()
             _logger.info("worker %d is there", worker)
             if self._group.begun:

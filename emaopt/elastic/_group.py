@@ -40,16 +40,19 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.number = 0  # exchanges that have happened
+        self.number = 0  # of the last exchange
+        self._has_exchanged = False
         self.seats: dict[int, Seat] = {}
         self.begun = False
         self._fingerprint = 0  # of the group's center, once there was an exchange
         self._attempt: Attempt | None = None
         self._attempts = 0
 
-    def arrive(self, worker: int, address: Address) -> None:
-        """A worker is connected."""
+    def arrive(self, worker: int, address: Address, number: int) -> None:
+        """A worker is connected; `number` is that of the last exchange it knows of."""
         self.seats[worker] = Seat(address, founder=not self.begun)
+        if not self._has_exchanged and worker == min(self.seats):
+            self.number = number
 
     def begin(self) -> Outbox:
         """Whoever comes from now on is late."""
@@ -90,6 +93,7 @@ class Group:
             return [(w, told) for w in attempt.workers]
         self._fingerprint = fingerprint
         self.number += 1
+        self._has_exchanged = True
         self._attempt = None
         for w in attempt.workers:
             self.seats[w].offer = None
@@ -104,14 +108,17 @@ class Group:
         awaited = {w for w, seat in seats.items() if self._is_awaited(seat)}
         if self._attempt or not self.begun or not offering or awaited - set(offering):
             return []
-        if self.number == 0:
+        if not self._has_exchanged:
             # The run begins with the center of its first worker.
             self._fingerprint = _offer(seats[offering[0]])["fingerprint"]
             holders = [w for w in offering if self._has_center(w)]
         else:
             holders = [w for w in offering if seats[w].holds and self._has_center(w)]
         if not holders:
-            return self._refuse(offering, "no worker is left that has the group's center")
+            return self._refuse(
+                offering,
+                "no worker is left that has the group's center, so the run has ended",
+            )
         first = holders[0]
         others = [w for w in offering if _kind(seats[w]) != _kind(seats[first])]
         if others:
@@ -146,7 +153,7 @@ class Group:
         return [(w, {"op": "refused", "error": error}) for w in workers]
 
     def _is_awaited(self, seat: Seat) -> bool:
-        return seat.founder if self.number == 0 else seat.holds
+        return seat.holds if self._has_exchanged else seat.founder
 
     def _has_center(self, worker: int) -> bool:
         return _offer(self.seats[worker])["fingerprint"] == self._fingerprint

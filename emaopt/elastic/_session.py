@@ -43,9 +43,16 @@ class Turn(Protocol):
 class Session:
     """Belongs to the group as long as the coordinator lives."""
 
-    def __init__(self, address: Address, num_workers: int, worker: int, timeout: float):
+    def __init__(
+        self,
+        address: Address,
+        num_workers: int,
+        worker: int,
+        timeout: float,
+        number: int,
+    ):
         self._address = address
-        self._hello = {"worker": worker, "num_workers": num_workers}
+        self._hello = {"worker": worker, "num_workers": num_workers, "number": number}
         self._timeout = timeout
         self._coordinator: Coordinator | None = None
         self._link: Link | None = None
@@ -187,14 +194,14 @@ class Session:
                 self._address, self._hello, self._server.port, self._timeout, patience
             )
         except Lost as error:
-            raise self._gone(function, str(error)) from error
+            raise self._gone(function, str(error)) from None
         except ValueError as error:
             raise ValueError(f"{function}: {error}.") from None
 
     def _gone(self, function: str, why: str) -> ConnectionError:
         host, port = self._address
         return ConnectionError(
-            f"{function}: worker 0, which keeps the group together at {host}:{port}, is "
-            f"gone ({why}). The run has ended for all workers: start all of them again, "
-            "from the last checkpoint."
+            f"{function}: worker 0, which keeps the group together, is not at "
+            f"{host}:{port} ({why}). Without it a run ends for all workers: start all of "
+            "them again, from the last checkpoint."
         )

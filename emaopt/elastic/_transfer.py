@@ -134,10 +134,11 @@ class Peer:
         self._group = bytes.fromhex(group)
         self.num_bytes = 0  # that have come, but for the frames
         self._socket = tuned(socket.create_connection(address, timeout=timeout))
+        # Python's own timeout would wake this thread for every few bytes that come.
         self._socket.settimeout(None)
-        self._socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout), 0)
-        )
+        seconds, parts = divmod(timeout, 1)
+        limit = struct.pack("ll", int(seconds), int(parts * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def pull(
         self,

@@ -76,7 +76,14 @@ class Workers:
       log: A `Record` of each exchange that this worker took part in, for `replay`.
     """
 
-    def __init__(self, address: Address, num_workers: int, worker: int, timeout: float):
+    def __init__(
+        self,
+        address: Address,
+        num_workers: int,
+        worker: int,
+        timeout: float,
+        number: int,
+    ):
         self.worker = worker
         self.num_workers = num_workers
         self.log: list[Record] = []
@@ -84,7 +91,7 @@ class Workers:
         self._arena = Arena()  # for the sums
         # (num_steps, fingerprint) that the last exchange left.
         self._left: tuple[int, int] | None = None
-        self._session = Session(address, num_workers, worker, timeout)
+        self._session = Session(address, num_workers, worker, timeout, number)
 
     def exchange(
         self,
