@@ -11,10 +11,14 @@
            to an update of the mapped form of the same optimizer. Bytes: what one worker
            pulls, in units of the commits; 2 (W-1)/W is what an all-reduce needs.
 
+  quality  examples/elastic_diloco.py with its deaths and without any, on three seeds: the
+           held-out loss of the center after the last exchange.
+
 Times compare within one run only.
 
-    python benchmarks/elastic.py kills    # 10 minutes on 2 cores
-    python benchmarks/elastic.py time     # 5 minutes
+    python benchmarks/elastic.py kills      # 8 minutes on 2 cores
+    python benchmarks/elastic.py time       # 5 minutes
+    python benchmarks/elastic.py quality    # 13 minutes
 """
 
 import argparse
@@ -27,6 +31,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,6 +41,7 @@ from elastic_worker import SECONDS
 from timing import spread, table
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "elastic_diloco.py"
 STUCK = 60.0  # seconds without an exchange: far more than any start takes
 
 
@@ -145,15 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["kills", "time"])
+    parser.add_argument("what", choices=["kills", "time", "quality"])
     parser.add_argument("--kills", type=int, default=30, help="in each run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
+    parser.add_argument("--rounds", type=int, default=5, help="of times")
     given = parser.parse_args()
-    if given.what == "kills":
-        print_kills(given)
-    else:
-        print_time(given)
+    parts = {"kills": print_kills, "time": print_time, "quality": print_quality}
+    parts[given.what](given)
 
 
 def print_kills(given: argparse.Namespace) -> None:
@@ -207,6 +211,37 @@ def print_time(given: argparse.Namespace) -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     header = ["workers", "MB", "psum, ms", "sums / psum", "whole / whole"]
     print("\n".join(table([*header, "bytes", "2 (W-1)/W"], rows)))
+
+
+def print_quality(given: argparse.Namespace) -> None:
+    rows = []
+    for seed in range(3):
+        found = []
+        for options in (["--kills", ""], []):
+            with tempfile.TemporaryDirectory() as directory:
+                command = [sys.executable, str(EXAMPLE), "--seed", str(seed)]
+                subprocess.run(
+                    [*command, "--directory", directory, *options],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+                lines = (Path(directory) / "log.jsonl").read_text().splitlines()
+            records = [json.loads(line) for line in lines]
+            live = statistics.mean(len(record["live"]) for record in records)
+            found.append((records[-1]["loss"], live))
+        (quiet, _), (killed, live) = found
+        rows.append(
+            [
+                str(seed),
+                f"{quiet:.3f}",
+                f"{killed:.3f}",
+                f"{killed - quiet:+.3f}",
+                f"{live:.2f}",
+            ]
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    header = ["seed", "nobody dies", "three die", "difference", "workers, mean"]
+    print("\n".join(table(header, rows)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Server:
         self.changed = threading.Condition()  # also for what `Source.ready` says
         self.group = ""  # the coordinator's run, once it is known
         self._offers = Offers(0, {})
-        self._beat = timeout / 8
+        self._timeout = timeout
         self._listener = listening(host, 0)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="emaopt-server", daemon=True).start()
@@ -89,6 +89,7 @@ class Server:
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), tuned(connection):
+            _limit(connection, socket.SO_SNDTIMEO, self._timeout)
             while request := _received(connection, _REQUEST.size):
                 group, attempt, what, start, stop = _REQUEST.unpack(request)
                 if group.hex() != self.group:
@@ -104,7 +105,7 @@ class Server:
 
         while start < stop:
             with self.changed:
-                self.changed.wait_for(moves, timeout=self._beat)
+                self.changed.wait_for(moves, timeout=self._timeout / 8)
                 row, ready = self._found(attempt, what)
             if ready == _GONE:
                 connection.sendall(_FRAME.pack(_GONE))
@@ -134,11 +135,7 @@ class Peer:
         self._group = bytes.fromhex(group)
         self.num_bytes = 0  # that have come, but for the frames
         self._socket = tuned(socket.create_connection(address, timeout=timeout))
-        # Python's own timeout would wake this thread for every few bytes that come.
-        self._socket.settimeout(None)
-        seconds, parts = divmod(timeout, 1)
-        limit = struct.pack("ll", int(seconds), int(parts * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        _limit(self._socket, socket.SO_RCVTIMEO, timeout)
 
     def pull(
         self,
@@ -184,6 +181,15 @@ class Peer:
         with contextlib.suppress(OSError):  # wakes a thread that waits for bytes
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _limit(connection: socket.socket, what: int, timeout: float) -> None:
+    """Lets sending or receiving fail if nothing moves for so many seconds."""
+    # Python's own timeout would wake the thread for every few bytes that come.
+    connection.settimeout(None)
+    seconds, parts = divmod(timeout, 1)
+    limit = struct.pack("ll", int(seconds), int(parts * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, what, limit)
 
 
 def _received(connection: socket.socket, size: int) -> bytes:

@@ -1,0 +1,72 @@
+"""The examples, in a small setting, and the programs of the documentation."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALONE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+@pytest.mark.slow
+def test_elastic_diloco(tmp_path):
+    program = ROOT / "examples" / "elastic_diloco.py"
+    options = ["--num-workers=3", "--exchanges=14", "--kills=3:2 6:1"]
+    run = subprocess.run(
+        [sys.executable, program, *options, f"--directory={tmp_path}"],
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    assert [record["number"] for record in records] == list(range(1, 15))
+    assert records[0]["live"] == [0, 1, 2] and 2 not in records[4]["live"]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
+
+
+def blocks(page):
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_page_on_elastic_training(tmp_path):
+    worker, save, restore = blocks("elastic.md")
+    again = worker.replace("    number = 0\n", "")
+    again = again.replace("worker=rank", "worker=rank, number=number")
+    head, tail = again.split("data = ", 1)
+    tail = tail.replace("< 10", "< 12")
+    programs = {
+        "first": worker + save,
+        "again": head + restore + "print(number)\ndata = " + tail,
+    }
+    found = {}
+    for name, program in programs.items():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        run = {"ADDRESS": address, "WORLD_SIZE": "2", "RUN": str(tmp_path)}
+        members = [
+            subprocess.Popen(
+                [sys.executable, "-c", program],
+                env=ALONE | run | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        found[name] = [member.communicate(timeout=100)[0] for member in members]
+    first, again = found["first"], found["again"]
+    assert first[0] == first[1] and first[0].startswith("10 (0, 1) [")
+    assert [p.name for p in tmp_path.iterdir()] == ["10"]
+    assert again[0] == again[1] and again[0].startswith("10\n12 (0, 1) [")
