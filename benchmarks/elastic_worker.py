@@ -23,6 +23,7 @@ class Summed(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg == SUMMED:
+            assert isinstance(record.args, tuple)
             _, self.seconds, self.nbytes = record.args
 
 
@@ -30,9 +31,9 @@ def say(**what) -> None:
     print(json.dumps(what), flush=True)
 
 
-def tree(megabytes: float, worker: int = 0):
+def tree(megabytes: float):
     size = int(megabytes * 2**20 / 4 / 2)
-    return {"a": jnp.full(size, 1.0 + worker), "b": jnp.zeros((size // 64, 64))}
+    return {"a": jnp.ones(size), "b": jnp.zeros((size // 64, 64))}
 
 
 def hashed(center) -> str:
@@ -79,7 +80,15 @@ def kills(given: argparse.Namespace) -> None:
 
 def exchanges(given: argparse.Namespace) -> None:
     """Seconds of exchanges, and of their sums."""
-    optimizer, params, state, step = local(given, None)
+    optimizer, params = local(given, None)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = optimizer.update(grads, state, params, exchange=False)
+        return optax.apply_updates(params, updates), state
+
     summed = Summed()
     logger = logging.getLogger("emaopt.elastic")
     logger.addHandler(summed)
@@ -98,7 +107,7 @@ def collectives(given: argparse.Namespace) -> None:
     jax.distributed.initialize(given.address, given.workers, given.worker)
     mesh = Mesh(np.array(jax.devices()), "workers")
     rows, everywhere = PartitionSpec("workers"), PartitionSpec()
-    optimizer, params, _, _ = local(given, "workers")
+    optimizer, params = local(given, "workers")
     params = jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
             NamedSharding(mesh, rows), np.asarray(x)[None]
@@ -146,21 +155,10 @@ def collectives(given: argparse.Namespace) -> None:
         say(psum=found[0], whole=found[2] - found[1])
 
 
-def local(given: argparse.Namespace, axis_name):
-    """An optimizer, its start, and a local step."""
+def local(given: argparse.Namespace, axis_name: str | None):
+    """An optimizer and its start."""
     optimizer = emaopt.local_sgd(optax.sgd(1e-3), period=9, axis_name=axis_name)
-    params = tree(given.megabytes, given.worker)
-    if axis_name is not None:
-        return optimizer, params, None, None
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.tree.map(jnp.ones_like, params)
-        updates, state = optimizer.update(grads, state, params, exchange=False)
-        return optax.apply_updates(params, updates), state
-
-    params = tree(given.megabytes)
-    return optimizer, params, optimizer.init(params), step
+    return optimizer, tree(given.megabytes)
 
 
 def connected(given: argparse.Namespace) -> emaopt.elastic.Workers:

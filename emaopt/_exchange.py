@@ -97,7 +97,7 @@ class Exchange:
 
         def commits_of(fixed: list[Fixed]) -> Rows:
             return {
-                k: self._commit(leaves[k], f.local, f.accumulated, num_steps)
+                k: self.commit_of(leaves[k], f.local, f.accumulated, num_steps)
                 for k, f in enumerate(fixed)
                 if f.local is not None
             }
@@ -189,13 +189,14 @@ class Exchange:
         """Whether workers pull different values, which the state then has to keep."""
         return REDUCTIONS[self.reduce].pulls_differ or self.moving_rate is not None
 
-    def _commit(
+    def commit_of(
         self,
         leaf: Leaf,
         local: jax.Array,
         accumulated: jax.Array | None,
         num_steps: Scalar,
     ) -> jax.Array:
+        """The commit of one leaf, with what the last one lost."""
         elastic = self.moving_rate is not None
         # An elastic worker is drawn to the center as it is now, not as it was pulled.
         start = leaf.center if elastic or leaf.pulled is None else leaf.pulled

@@ -51,7 +51,7 @@ class Engine(Settings):
         return Stacked(self.num_workers)
 
     @property
-    def _exchange(self) -> Exchange:
+    def exchange(self) -> Exchange:
         return Exchange(
             self.workers,
             self.outer,
@@ -90,7 +90,7 @@ class Engine(Settings):
         empty = functools.partial(
             none_in_flight, len(fragments), zero, each, zeros, both, eager
         )
-        keeps_pulled = self._exchange.keeps_pulled or self.eager
+        keeps_pulled = self.exchange.keeps_pulled or self.eager
         still = optax.EmptyState() if mixes(self) else None  # which `local_round` reads
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
@@ -124,7 +124,7 @@ class Engine(Settings):
         forced: Any = exchange if order is None else order.commit
         check_call(self.function, state, params, forced)
         if order is not None and order.ask:
-            order.settings = self
+            order.answer = self
             return updates, state
         # Below, `forced is not False` would not hold back NumPy's False.
         if isinstance(forced, np.bool_):
@@ -350,7 +350,7 @@ class Engine(Settings):
     @property
     def _turn(self) -> Callable[..., Turn]:
         """Of what belongs to one fragment, its turn."""
-        own = self._exchange, self.delay, self.mix == CARRY, self.eager, self.function
+        own = self.exchange, self.delay, self.mix == CARRY, self.eager, self.function
         return functools.partial(Turn, *own)
 
     def _due(self, number: int, num_steps: Scalar, since: Scalar) -> Scalar:

@@ -90,7 +90,7 @@ class Reduction(abc.ABC):
             (weights,) = self.workers.gather([weights])
         return decode(codes), decode(gathered), self.workers.valid(counted), weights
 
-    def moved(self, old: Center, commits: Rows, subtree: Subtree) -> Center:
+    def _moved(self, old: Center, commits: Rows, subtree: Subtree) -> Center:
         """The center after a step of the outer optimizer against reduced commits."""
         gradients = [commits.get(k, jnp.zeros_like(c)) for k, c in enumerate(old.leaves)]
         params = subtree(old.leaves)
@@ -120,39 +120,43 @@ class Sum(Reduction):
             commits = {k: rate * row for k, row in commits.items()}
             for k, row in local.items():
                 pulled[k] = row.astype(commits[k].dtype) + commits[k]
+        sent, sums, num_valid = self._added(commits, counted, weights)
+        # When this number is computed, no commit is read any more. The engine waits for
+        # it before it overwrites the slots.
+        num_done = after(num_valid, list(sums.values()))
+        sums = self._scaled(sums, num_valid)
+        center = self._moved(old, sums, subtree)
+        center = self.workers.equal_as(center, old)
+        return Reduced(center, pulled, sent, num_done, sums)
+
+    def _added(
+        self, commits: Rows, counted: jax.Array, weights: jax.Array | None
+    ) -> tuple[Rows, Rows, Scalar]:
+        """(commits as they were sent, their weighted sums, how many counted)."""
         # Integers of different scales have no sum: they are gathered, decoded, weighed.
         # Floating commits are weighed before they travel, since the collective adds them.
         if self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer):
             sent, rows, valid, weights = self._gathered(commits, counted, weights)
             sums = {k: jnp.sum(_times(row, weights), 0) for k, row in rows.items()}
-            num_valid = jnp.sum(valid, dtype=jnp.int32)
-        else:
-            parts = self.workers.num_workers  # each gets a part of the dtype's range
-            codes = {
-                k: encoded(_times(row, weights), self.dtype, (), parts)[0]
-                for k, row in commits.items()
-            }
-            *sums, flags = self.workers.total(
-                [*codes.values(), counted.astype(jnp.float32)]
-            )
-            sums = dict(zip(codes, sums, strict=True))
-            sent, sums = (
-                {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
-                for coded in (codes, sums)
-            )
-            if weights is not None:  # back to the scale of the commits themselves
-                shares = jnp.where(weights > 0, weights, 1)
-                sent = {k: _times(row, 1 / shares) for k, row in sent.items()}
-            num_valid = flags.astype(jnp.int32)
-        # When this number is computed, no commit is read any more. The engine waits for
-        # it before it overwrites the slots.
-        num_done = after(num_valid, list(sums.values()))
-        sums = self.scaled(sums, num_valid)
-        center = self.moved(old, sums, subtree)
-        center = self.workers.equal_as(center, old)
-        return Reduced(center, pulled, sent, num_done, sums)
+            return sent, sums, jnp.sum(valid, dtype=jnp.int32)
+        parts = self.workers.num_workers  # each gets a part of the dtype's range
+        codes = {
+            k: encoded(_times(row, weights), self.dtype, (), parts)[0]
+            for k, row in commits.items()
+        }
+        *sums, flags = self.workers.total([*codes.values(), counted.astype(jnp.float32)])
+        sums = dict(zip(codes, sums, strict=True))
+        sent, sums = (
+            {k: decoded(row, None, commits[k].dtype) for k, row in coded.items()}
+            for coded in (codes, sums)
+        )
+        if weights is not None:  # back to the scale of the commits themselves
+            shares = jnp.where(weights > 0, weights, 1)
+            sent = {k: _times(row, 1 / shares) for k, row in sent.items()}
+        return sent, sums, flags.astype(jnp.int32)
 
-    def scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+        """What the center moves against, of the sums."""
         del num_valid
         return sums
 
@@ -160,7 +164,7 @@ class Sum(Reduction):
 class Mean(Sum):
     """One outer step against the mean of all commits that count."""
 
-    def scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
+    def _scaled(self, sums: Rows, num_valid: Scalar) -> Rows:
         divisor = jnp.maximum(num_valid, 1)
         return {k: row / divisor.astype(row.dtype) for k, row in sums.items()}
 
@@ -187,7 +191,7 @@ class Sequential(Reduction):
             # outer optimizer's state.
             moved = jax.tree.map(
                 lambda new, old: jnp.where(valid, new, old),
-                self.moved(center, commits, subtree),
+                self._moved(center, commits, subtree),
                 center,
             )
             return moved, rows if elastic else {k: moved.leaves[k] for k in rows}

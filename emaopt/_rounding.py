@@ -114,14 +114,14 @@ def rounded_stochastically(value: jax.Array, s: Scalar) -> jax.Array:
         index = index * size + lax.broadcasted_iota(jnp.uint32, value.shape, axis)
     # The noise covers the 16 bits that bfloat16 drops. Where their sum has a carry, the
     # value is rounded up, away from 0.
-    noise = _hash(index + _hash(jnp.asarray(s, jnp.uint32))) >> 16
+    noise = hashed(index + hashed(jnp.asarray(s, jnp.uint32))) >> 16
     bits = lax.bitcast_convert_type(value, jnp.uint32) + noise
     rounded = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     # A carry would make -0 of some NaNs.
     return jnp.where(jnp.isfinite(value), rounded, value)
 
 
-def _hash(x: jax.Array) -> jax.Array:
+def hashed(x: jax.Array) -> jax.Array:
     """Mixes 32 bits: two rounds of xor-shift and multiply.
 
     C. Wellons found these constants to have the least bias,

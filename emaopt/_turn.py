@@ -32,8 +32,8 @@ class Order:
     land: bool = False  # take no step, and only land what is in flight
     landed: LocalUpdatesState | None = None  # let workers pull what has landed here
     delay: int = 0  # the engine's answer to `land`
-    ask: bool = False  # change nothing, and only answer with the settings
-    settings: Settings | None = None  # the engine's answer to `ask`
+    ask: bool = False  # change nothing, and only answer
+    answer: Settings | None = None  # the engine itself, to `ask`
 
     def __bool__(self) -> bool:
         return self.commit  # as wrappers that read the flag understand it

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,8 +20,11 @@ SECONDS = 2.0  # the heartbeat timeout
 
 
 def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    while True:
+        # Below the ports that systems give to connections, which would take it again.
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return f"127.0.0.1:{port}"
 
 
 def together(body, num_workers, *, address=None, workers=None, seconds=SECONDS):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -13,6 +14,7 @@ from elastic_runs import together
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import emaopt
+from emaopt.elastic._programs import fingerprint
 
 WORKERS, PERIOD, ROUNDS = 3, 2, 3
 START = {"w": np.linspace(-1, 1, 7, dtype=np.float32), "b": np.float32(0.5)}
@@ -290,3 +292,109 @@ def test_replay_gives_the_same_centers():
         tx, params, tx.init(params), log, lambda number, worker: commits[number, worker]
     )
     chex.assert_trees_all_equal(again, centers)
+
+
+def test_fingerprints_tell_trees_apart():
+    chance = np.random.default_rng(0)
+    tree = {"w": np.full((256, 256), 0.1, np.float32), "b": np.ones(4, np.float32)}
+    others = [
+        {"w": np.full((256, 256), 0.7, np.float32), "b": tree["b"]},
+        {"w": tree["w"], "b": np.array([-1, -1, 1, 1], np.float32)},
+        {"w": tree["w"], "b": np.array([1, 1, 1, 0], np.float32)},
+        {"w": -tree["w"], "b": tree["b"]},
+        {"w": tree["w"].T + 1e-8, "b": tree["b"]},
+    ]
+    for _ in range(50):  # one bit of one element
+        bits = tree["w"].copy().view(np.uint32)
+        bits[tuple(chance.integers(0, 256, 2))] ^= 1 << chance.integers(0, 32)
+        others.append({"w": bits.view(np.float32), "b": tree["b"]})
+    ramp = np.arange(6, dtype=np.float32)
+    others += [
+        {"w": ramp},
+        {"w": ramp[::-1].copy()},
+        {"w": ramp.astype(ml_dtypes.bfloat16)},
+    ]
+    others += [{"w": np.zeros(0)}, {"w": jax.random.key(0)}, {"w": jax.random.key(1)}]
+    others += [{"w": np.array([True, False])}, {"w": np.array([1j, 0], np.complex64)}]
+    found = [int(fingerprint(one)) for one in (tree, *others)]
+    assert len(set(found)) == len(found)
+    assert found[0] == int(fingerprint(jax.tree.map(jnp.copy, tree)))
+
+
+def test_workers_with_other_centers_join_the_first_one():
+    tx = METHODS["diloco"]()
+
+    def body(workers):
+        params = {"w": jnp.full((256, 256), 0.1 + 0.6 * workers.worker)}
+        state = tx.init(params)
+        updates, state = tx.update(params, state, params, exchange=False)
+        params = optax.apply_updates(params, updates)
+        found = workers.exchange(tx, params, state)
+        return found.joined, found.params, emaopt.get_center(found.opt_state)
+
+    first, second = together(body, 2)
+    assert first[0] == second[0] == (1,)
+    chex.assert_trees_all_equal(first, second)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_integers_beside_a_leaf_that_has_none(last):
+    params = {"a": jnp.linspace(-1, 1, 5), "b": jnp.array([1 + 2j, -1j], jnp.complex64)}
+    if last:
+        params = {"a": params["b"], "b": params["a"]}
+    check(method(emaopt.diloco, sgd, exchange_dtype="int8"), params, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_elastic_averaging_in_an_exchange_dtype(dtype):
+    make = method(emaopt.easgd, sgd, moving_rate=0.2, exchange_dtype=dtype)
+    check(make, tolerance=0.1 if "8" in dtype[:6] else 5e-3)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 3.0), (2.0, 2.0, 2.0)])
+def test_error_feedback_keeps_what_did_not_count(weights):
+    make = method(emaopt.diloco, sgd, exchange_dtype="int8", error_feedback=True)
+    params = jax.tree.map(jnp.asarray, START)
+    _, wanted = stacked(make, params, weights=weights)
+    for worker, (_, state, _) in enumerate(elastic(make, params, weights=weights)):
+        row = jax.tree.map(lambda x, w=worker: x[w], wanted.residual)
+        chex.assert_trees_all_close(
+            center_node(state).residual, row, rtol=1e-3, atol=1e-6
+        )
+
+
+def test_states_of_numpy_arrays():
+    tx = METHODS["diloco"]()
+    params = jax.tree.map(np.asarray, START)
+
+    def body(workers):
+        state = jax.tree.map(np.asarray, tx.init(params))
+        for _ in range(2):
+            own, state, number, _, joined = workers.exchange(tx, params, state)
+            state = jax.tree.map(np.asarray, state)
+        return number, joined, own
+
+    first, second = together(body, 2)
+    assert first[:2] == (2, ())
+    chex.assert_trees_all_equal(first, second)
+
+
+def test_what_is_returned_may_be_donated():
+    tx = METHODS["diloco"]()
+    params = {"w": jnp.ones(1000)}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params, exchange=False)
+        return optax.apply_updates(params, updates), state
+
+    def body(workers):
+        own, state = jax.tree.map(jnp.copy, params), tx.init(params)
+        for _ in range(3):
+            own, state = step(own, state)
+            own, state, *_ = workers.exchange(tx, own, state)
+        return own, emaopt.get_center(state)
+
+    for own, center in together(body, 2):
+        chex.assert_trees_all_equal(own, center)
+        assert 0 < float(own["w"][0]) < 1

@@ -29,9 +29,9 @@ import jax
 from emaopt._checks import check_integer, check_number
 from emaopt.elastic._messages import parsed_address
 from emaopt.elastic._replay import pseudo_gradient, replay
-from emaopt.elastic._workers import Exchange, Record, Workers
+from emaopt.elastic._workers import Exchanged, Record, Workers
 
-__all__ = ["Exchange", "Record", "Workers", "connect", "pseudo_gradient", "replay"]
+__all__ = ["Exchanged", "Record", "Workers", "connect", "pseudo_gradient", "replay"]
 
 
 def connect(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 
 from emaopt.elastic._layout import Arena, Row, add_up, kinds_of, part_bounds
@@ -18,11 +19,13 @@ from emaopt.elastic._transfer import (
     CHUNK,
     COMMIT,
     REPAIR,
+    SCALES,
     SUM,
     Gone,
     Peer,
     Server,
     Source,
+    whole,
 )
 
 SUMMED = "exchange %d is summed after %.6f s, with %d bytes pulled"  # debug
@@ -40,7 +43,6 @@ class Plan:
     addresses: dict[int, Address]  # of all workers that live, in order
     holders: list[int]  # those that have the group's center; the others join
     weights: dict[int, float]  # of the commits that count, in order
-    scales: dict[int, list[float]]  # of integer commits, by leaf
     left_out: list[int]
 
     @classmethod
@@ -54,7 +56,6 @@ class Plan:
             addresses={w: (a[0], a[1]) for w, a in by_worker("addresses").items()},
             holders=message["holders"],
             weights=by_worker("weights"),
-            scales=by_worker("scales"),
             left_out=message["left_out"],
         )
 
@@ -90,6 +91,7 @@ class Attempt:
         worker: int,
         server: Server,
         commit: Row,
+        scales: Row,
         sums: Row,
         center: Row,
         arena: Arena,
@@ -104,6 +106,7 @@ class Attempt:
           worker: This one.
           server: Where the others pull its parts.
           commit: What this worker hands in.
+          scales: [leaves] float32, the factors that decode integers of it, or no arrays.
           sums: Where the sums are written.
           center: The group's values; where they are written, if this worker joins.
           arena: Where the commits are written that this worker adds up.
@@ -114,6 +117,7 @@ class Attempt:
         """
         self.plan, self._worker, self._server = plan, worker, server
         self._commit, self._sums, self._center = commit, sums, center
+        self._scales = {worker: scales}
         self._connect, self._report = connect, report
         self._patience = patience
         # All of this changes under the lock of `server.changed`.
@@ -128,9 +132,9 @@ class Attempt:
         start, stop = parts[worker]
         ready = sums.byte(start)
         self._sum = Source(sums, ready)
-        sources = {COMMIT: Source(commit, commit.byte(commit.size)), SUM: self._sum}
+        sources = {COMMIT: whole(commit), SCALES: whole(scales), SUM: self._sum}
         if worker in plan.holders and plan.joined:
-            sources[CENTER] = Source(center, center.byte(center.size))
+            sources[CENTER] = whole(center)
         server.offer(plan.attempt, sources)
         # Where the others' commits of this worker's part are written.
         senders = [w for w in plan.weights if w != worker]
@@ -222,6 +226,10 @@ class Attempt:
     def _pull_parts(self, worker: int, peer: Peer) -> None:
         plan, attempt = self.plan, self.plan.attempt
         if worker in self._rows:
+            own = self._scales[self._worker]
+            scales = Row([np.empty_like(row) for row in own.arrays])
+            peer.pull(attempt, SCALES, scales, 0, scales.byte(scales.size))
+            self._scales[worker] = scales  # read when the first of the commit is there
             start, stop = map(self._commit.byte, self._parts[self._worker])
             row, written = self._rows[worker], partial(self._write, worker)
             peer.pull(attempt, COMMIT, row, start, stop, start, written)
@@ -274,8 +282,11 @@ class Attempt:
                     else self._commit.arrays[leaf][inside]
                     for w in plan.weights
                 ]
-                scales = [plan.scales[w][leaf] for w in plan.weights if plan.scales[w]]
-                add_up(self._sums.arrays[leaf][inside], rows, shares, scales or None)
+                scales = None
+                if jnp.issubdtype(self._commit.arrays[leaf].dtype, jnp.integer):
+                    factors = (self._scales[w].arrays[0] for w in plan.weights)
+                    scales = [float(row[leaf]) for row in factors]
+                add_up(self._sums.arrays[leaf][inside], rows, shares, scales)
             with self._server.changed:
                 self._sum.ready = self._sums.byte(stop)
                 self._server.changed.notify_all()

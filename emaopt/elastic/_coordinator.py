@@ -116,8 +116,10 @@ class Coordinator:
                     await writer.drain()
                 else:
                     await self._listen(hello, reader, writer)
-            except (OSError, ValueError, TimeoutError):
+            except (OSError, ValueError, TypeError, KeyError, TimeoutError):
                 pass  # a connection that broke, or of somebody who speaks otherwise
+            except asyncio.CancelledError:
+                pass  # the service ends; asyncio would log this as an error
 
     async def _listen(
         self, hello: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -152,21 +154,25 @@ class Coordinator:
             case "done":
                 self._tell(self._group.done(worker, message))
             case "unreachable":
-                # One of two that do not reach each other has to go.
-                other = max(worker, message["worker"])
+                # One of two that do not reach each other has to go, for good: it would
+                # hold up every exchange.
+                one, other = sorted((worker, message["worker"]))
                 if other in self._writers:
-                    one = min(worker, message["worker"])
-                    self._expel(other, f"it and worker {one} do not reach each other")
+                    reason = f"workers {one} and {other} do not reach each other"
+                    self._expel(other, reason, "refused")
 
     def _tell(self, outbox: Outbox) -> None:
+        lines: dict[int, bytes] = {}  # by message, as many are told the same
         for worker, message in outbox:
             if writer := self._writers.get(worker):
-                writer.write(packed(message))
+                if id(message) not in lines:
+                    lines[id(message)] = packed(message)
+                writer.write(lines[id(message)])
 
-    def _expel(self, worker: int, reason: str) -> None:
+    def _expel(self, worker: int, reason: str, op: str = "expelled") -> None:
         writer = self._writers[worker]
         _logger.warning("worker %d is left out: %s", worker, reason)
-        writer.write(packed({"op": "expelled", "error": reason}))
+        writer.write(packed({"op": op, "error": reason}))
         writer.close()
         self._forget(worker)
 
@@ -178,20 +184,17 @@ class Coordinator:
 
     async def _refusal(self, hello: Message, writer: asyncio.StreamWriter) -> str | None:
         """Why a worker cannot come in, if it cannot."""
-        worker, num_workers = hello["worker"], hello["num_workers"]
-        if num_workers != self._num_workers:
-            return (
-                f"worker {worker} was started with num_workers={num_workers}, worker 0 "
-                f"with {self._num_workers}"
-            )
-        # A process that has just died may still count as alive; a worker that is started
-        # again waits for that.
-        patience = self._loop.time() + 2 * self._timeout
-        while worker in self._writers:
-            if self._loop.time() > patience:
-                return f"worker {worker} is there already; each process needs its own"
-            writer.write(packed({"op": "beat"}))
-            await asyncio.sleep(self._timeout / 20)
+        worker = hello["worker"]
+        own = {
+            "num_workers": self._num_workers,
+            "heartbeat_timeout_seconds": self._timeout,
+        }
+        for name, value in own.items():
+            if hello[name] != value:
+                return (
+                    f"worker {worker} was started with {name}={hello[name]}, worker 0 "
+                    f"with {value}"
+                )
         host, port = hello["address"]
         try:
             await _within(self._timeout / 2, _reach(host, port))
@@ -200,6 +203,14 @@ class Coordinator:
                 f"worker {worker} offers its parts at {host}:{port}, where worker 0 does "
                 "not reach it"
             )
+        # A process that has just died may still count as alive; a worker that is started
+        # again waits for that. This comes last: nothing is awaited before it is in.
+        patience = self._loop.time() + 2 * self._timeout
+        while worker in self._writers:
+            if self._loop.time() > patience:
+                return f"worker {worker} is there already; each process needs its own"
+            writer.write(packed({"op": "beat"}))
+            await asyncio.sleep(self._timeout / 20)
         return None
 
 

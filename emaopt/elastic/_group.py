@@ -20,7 +20,7 @@ class Seat:
 
 
 @dataclass
-class Attempt:
+class Round:
     """A try at an exchange, by the workers that have offered their commits."""
 
     ident: int
@@ -45,7 +45,7 @@ class Group:
         self.seats: dict[int, Seat] = {}
         self.begun = False
         self._fingerprint = 0  # of the group's center, once there was an exchange
-        self._attempt: Attempt | None = None
+        self._round: Round | None = None
         self._attempts = 0
 
     def arrive(self, worker: int, address: Address, number: int) -> None:
@@ -62,20 +62,20 @@ class Group:
     def leave(self, worker: int) -> Outbox:
         """A worker is gone."""
         self.seats.pop(worker, None)
-        if self._attempt is not None and worker in self._attempt.workers:
-            self._attempt = None
+        if self._round is not None and worker in self._round.workers:
+            self._round = None
         return self._next()
 
     def offer(self, worker: int, message: Message) -> Outbox:
         """A worker waits in an exchange with its commit."""
         seat = self.seats[worker]
-        seat.leaves = message.pop("leaves", None) or seat.leaves
+        seat.leaves = message.pop("leaves", seat.leaves)
         seat.offer = message
         return self._next()
 
     def done(self, worker: int, message: Message) -> Outbox:
         """A worker has everything, and has moved its center."""
-        attempt = self._attempt
+        attempt = self._round
         if attempt is None or message["attempt"] != attempt.ident:
             return []  # a word from before it began anew
         attempt.fingerprints[worker] = message["fingerprint"]
@@ -94,7 +94,7 @@ class Group:
         self._fingerprint = fingerprint
         self.number += 1
         self._has_exchanged = True
-        self._attempt = None
+        self._round = None
         for w in attempt.workers:
             self.seats[w].offer = None
             self.seats[w].holds = w in same
@@ -106,7 +106,7 @@ class Group:
         seats = self.seats
         offering = sorted(w for w, seat in seats.items() if seat.offer is not None)
         awaited = {w for w, seat in seats.items() if self._is_awaited(seat)}
-        if self._attempt or not self.begun or not offering or awaited - set(offering):
+        if self._round or not self.begun or not offering or awaited - set(offering):
             return []
         if not self._has_exchanged:
             # The run begins with the center of its first worker.
@@ -115,10 +115,8 @@ class Group:
         else:
             holders = [w for w in offering if seats[w].holds and self._has_center(w)]
         if not holders:
-            return self._refuse(
-                offering,
-                "no worker is left that has the group's center, so the run has ended",
-            )
+            error = "no worker is left that has the group's center"
+            return self._refuse(offering, error, "ended")
         first = holders[0]
         others = [w for w in offering if _kind(seats[w]) != _kind(seats[first])]
         if others:
@@ -140,17 +138,16 @@ class Group:
             "addresses": {str(w): self.seats[w].address for w in workers},
             "holders": holders,
             "weights": {str(w): offers[w]["weight"] for w in counted},
-            "scales": {str(w): offers[w]["scales"] for w in counted},
             "left_out": [w for w in present if w not in counted],
         }
-        self._attempt = Attempt(self._attempts, workers, plan)
+        self._round = Round(self._attempts, workers, plan)
         return [(w, plan) for w in workers]
 
-    def _refuse(self, workers: list[int], error: str) -> Outbox:
+    def _refuse(self, workers: list[int], error: str, op: str = "refused") -> Outbox:
         for w in workers:
             self.seats[w].offer = None
             self.seats[w].holds = self.seats[w].founder = False
-        return [(w, {"op": "refused", "error": error}) for w in workers]
+        return [(w, {"op": op, "error": error}) for w in workers]
 
     def _is_awaited(self, seat: Seat) -> bool:
         return seat.holds if self._has_exchanged else seat.founder

@@ -10,6 +10,7 @@ from emaopt.elastic._messages import (
     PROTOCOL,
     Address,
     Message,
+    limit,
     packed,
     parsed,
     tuned,
@@ -26,14 +27,7 @@ class Link:
     When the connection ends, the last event is {"op": "lost", "error": why}.
     """
 
-    def __init__(
-        self,
-        coordinator: Address,
-        hello: Message,
-        port: int,
-        timeout: float,
-        patience: float,
-    ):
+    def __init__(self, coordinator: Address, hello: Message, port: int, timeout: float):
         """Connects.
 
         Args:
@@ -41,7 +35,6 @@ class Link:
           hello: What it is told first, but for the address.
           port: Where others pull this worker's parts.
           timeout: Seconds of silence after which the other side counts as dead.
-          patience: Seconds to wait for a coordinator that does not listen yet.
 
         Raises:
           Lost: If none listens, or if it goes before it has answered.
@@ -50,10 +43,22 @@ class Link:
         self.events: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.is_lost = False
         self._timeout = timeout
-        self._socket = _connected(coordinator, timeout, patience)
+        try:
+            connection = socket.create_connection(coordinator, timeout=timeout)
+        except OSError as error:
+            raise Lost(str(error)) from error
+        self._socket = tuned(connection)
+        limit(self._socket, socket.SO_SNDTIMEO, timeout)
         self._lines = self._socket.makefile("rb")
         self._sending = threading.Lock()
         self._heard = time.monotonic()
+        try:
+            self._greet(coordinator, hello, port)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self, coordinator: Address, hello: Message, port: int) -> None:
         # Worker 0 is where all others find the coordinator.
         own = coordinator[0] if hello["worker"] == 0 else self._socket.getsockname()[0]
         self.send({"op": "hello", "protocol": PROTOCOL, **hello, "address": [own, port]})
@@ -63,14 +68,19 @@ class Link:
         if first["op"] == "refused":
             raise ValueError(first["error"])
         if first["op"] != "welcome":
-            raise Lost(first["error"])
+            raise Lost(first.get("error", "it does not answer as worker 0 does"))
         self.group: str = first["group"]  # the coordinator's run
-        self.number: int = first["number"]
 
     def send(self, message: Message) -> None:
         """Sends a message; if the connection has ended, `events` will tell."""
-        with self._sending, contextlib.suppress(OSError):
+        with self._sending:
+            self._send(message)
+
+    def _send(self, message: Message) -> None:
+        try:
             self._socket.sendall(packed(message))
+        except OSError:
+            self.close()  # the other side may have got a part of it
 
     def next(self) -> Message:
         """Waits for the next event."""
@@ -100,23 +110,12 @@ class Link:
         self.events.put({"op": "lost", "error": error})
 
     def _beat(self) -> None:
-        while time.monotonic() - self._heard < self._timeout:
-            self.send({"op": "beat"})
-            if self.is_lost:
-                return
+        while time.monotonic() - self._heard < self._timeout and not self.is_lost:
+            # A long message is a sign of life, too.
+            if self._sending.acquire(timeout=self._timeout / 8):
+                try:
+                    self._send({"op": "beat"})
+                finally:
+                    self._sending.release()
             time.sleep(self._timeout / 8)
         self.close()  # which ends `_read`
-
-
-def _connected(address: Address, timeout: float, patience: float) -> socket.socket:
-    until = time.monotonic() + patience
-    while True:
-        try:
-            connection = tuned(socket.create_connection(address, timeout=timeout))
-        except OSError as error:
-            if time.monotonic() > until:
-                raise Lost(str(error)) from error
-            time.sleep(min(0.1, timeout / 10))
-        else:
-            connection.settimeout(None)
-            return connection

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
@@ -56,3 +57,12 @@ def tuned(connection: socket.socket) -> socket.socket:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return connection
+
+
+def limit(connection: socket.socket, what: int, timeout: float) -> None:
+    """Lets sending or receiving fail if nothing moves for so many seconds."""
+    # Python's own timeout would wake the thread for every few bytes that come.
+    connection.settimeout(None)
+    seconds, parts = divmod(timeout, 1)
+    packed = struct.pack("ll", int(seconds), int(parts * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, what, packed)

@@ -1,6 +1,7 @@
 """What a worker computes on its own devices: its commit, and the center after all."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from emaopt._collectives import in_turn
-from emaopt._commits import decoded, encoded, make_commit
-from emaopt._fragments import column_of, fragments_of, subtree, tree_of
+from emaopt._commits import decoded, encoded
+from emaopt._exchange import Exchange, Leaf, Part, Votes
+from emaopt._fragments import column_of, fragments_of, leaves_of, subtree, tree_of
 from emaopt._in_flight import mixed
-from emaopt._local_checks import Settings, as_rate, mixes
+from emaopt._local_checks import Settings, mixes
 from emaopt._local_loop import pulled_params
-from emaopt._reductions import REDUCTIONS, Center, OfWorkers, Sum
+from emaopt._local_updates import Engine
+from emaopt._reductions import Mean, OfWorkers, Reduction, Rows, Sum
+from emaopt._rounding import hashed
 from emaopt._states import LocalUpdatesState
 from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped
@@ -25,18 +29,18 @@ class Handed(NamedTuple):
     """What a worker hands in, leaf by leaf of those that are exchanged."""
 
     codes: list[jax.Array]  # the commit as it travels
-    scales: list[jax.Array]  # () of integer codes; else []
-    residual: list[jax.Array]  # what it will have lost, with error feedback; else []
+    scales: jax.Array | None  # [leaves] float32, of integer codes; 1 where there is none
     valid: jax.Array  # () bool: finite, and no step was missed
     num_steps: jax.Array  # () int32: the steps since the last exchange
 
 
 class Counts(NamedTuple):
-    """What a worker learns of the others' commits."""
+    """What a worker learns of the commits."""
 
     num_counted: Scalar | int  # commits in the sums
     num_left_out: Scalar | int  # that were not finite
-    valid: Scalar | bool  # whether its own is one of the sums, or would be with a weight
+    counted: Scalar | bool  # whether its own is in the sums
+    valid: Scalar | bool  # or would be, with a weight
 
 
 class _Live(Mapped):
@@ -51,19 +55,62 @@ class _Live(Mapped):
         return self._num_workers
 
 
+@dataclass(frozen=True)
+class _Collected(Sum):
+    """A reduction of commits that have been added up already."""
+
+    sums: Rows  # of the commits, as they were before `rate`
+    num_counted: Scalar | int
+
+    def _added(self, commits, counted, weights) -> tuple[Rows, Rows, Scalar]:
+        sent, sums = {}, {}
+        for k, row in commits.items():
+            code, scale = encoded(row, self.dtype, self.workers.axes(row))
+            sent[k] = decoded(code, scale, row.dtype)
+            sums[k] = self.sums[k].astype(row.dtype)
+            if self.rate is not None:
+                sums[k] *= self.rate(self.workers.num_workers)
+        return sent, sums, jnp.asarray(self.num_counted, jnp.int32)
+
+
+@dataclass(frozen=True)
+class _CollectedMean(_Collected, Mean):
+    """The mean of such commits."""
+
+
+_REDUCTIONS = {"mean": _CollectedMean, "sum": _Collected}
+
+
+@dataclass(frozen=True)
+class _Elsewhere(Exchange):
+    """An exchange of which the sums come from elsewhere."""
+
+    sums: Rows
+    num_counted: Scalar | int
+
+    @property
+    def _reduction(self) -> Reduction:
+        kind = _REDUCTIONS[self.reduce]
+        own = self.workers, self.outer, self.dtype, self.moving_rate
+        return kind(*own, self.sums, self.num_counted)
+
+
 class Programs:
     """The programs of one optimizer, compiled once for each kind of tree."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.commit = jax.jit(functools.partial(_commit, settings))
-        self.coded = jax.jit(functools.partial(_coded, settings))
-        self.hand_in = jax.jit(functools.partial(_hand_in, settings))
+    def __init__(self, engine: Engine):
+        self.settings = settings = engine
+        exchange = engine.exchange
+        self.commit = jax.jit(functools.partial(_commit, settings, exchange))
+        self.coded = jax.jit(functools.partial(_coded, exchange))
+        self.hand_in = jax.jit(functools.partial(_hand_in, settings, exchange))
         self.follow = jax.jit(functools.partial(_follow, settings))
-        self._move = jax.jit(functools.partial(_move, settings), static_argnums=0)
+        move = functools.partial(_move, settings, exchange)
+        self._move = jax.jit(move, static_argnums=0)
         # Compiled for each number of workers that live only if something depends on it.
-        outer, rate = settings.outer, settings.moving_rate
-        self._counts = callable(rate) or isinstance(outer, OfWorkers)
+        self._counts = callable(settings.moving_rate) or isinstance(
+            exchange.outer, OfWorkers
+        )
 
     def move(
         self,
@@ -71,7 +118,6 @@ class Programs:
         state: LocalUpdatesState,
         params: PyTree,
         sums: list[jax.Array],
-        residual: list[jax.Array],
         counts: Counts,
     ) -> LocalUpdatesState:
         """The state after the exchange.
@@ -80,11 +126,15 @@ class Programs:
           num_live: How many workers take part.
           state, params: Before the exchange, with what the group shares.
           sums: Of the commits, for each leaf that is exchanged.
-          residual: `Handed.residual`.
           counts: How many commits are in the sums.
         """
-        num_live = num_live if self._counts else 1
-        return self._move(num_live, state, params, sums, residual, counts)
+        return self._move(num_live if self._counts else 1, state, params, sums, counts)
+
+
+@functools.lru_cache(maxsize=8)
+def programs_of(engine: Engine) -> Programs:
+    """The programs of an optimizer, the same for each call."""
+    return Programs(engine)
 
 
 def shared(state: LocalUpdatesState) -> dict[str, PyTree]:
@@ -100,25 +150,25 @@ def exchanged(function: str, center: list[Any], num_fragments: int) -> list[int]
 
 @jax.jit
 def fingerprint(tree: PyTree) -> jax.Array:
-    """() uint32, another one if the bits of one element change.
+    """() uint32, almost surely another one if any bit of the tree is another one.
 
     It does not depend on how the leaves are laid out over devices.
     """
 
     def of(leaf: jax.Array) -> jax.Array:
         bits = _bits(leaf)
-        factor, stride = jnp.full(bits.shape, jnp.uint32(1)), 2
+        index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
         for axis in reversed(range(bits.ndim)):
-            index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            factor += jnp.uint32(stride & _WORD) * index
+            along = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            index += jnp.uint32(stride & _WORD) * along
             stride *= bits.shape[axis]
-        # An odd factor: no two values of an element have the same product.
-        return jnp.sum(bits * factor, dtype=jnp.uint32)
+        # Mixed before they are added: else equal or opposite elements would cancel.
+        return jnp.sum(hashed(bits ^ hashed(index)), dtype=jnp.uint32)
 
     total = jnp.uint32(0)
     # In turn: on CPU XLA writes the bits of each leaf to memory.
     for one in in_turn(of, list(map(raw, jax.tree.leaves(tree)))):
-        total = total * jnp.uint32(0x9E3779B1) + one
+        total = hashed(total + one)
     return total
 
 
@@ -138,110 +188,126 @@ def _bits(leaf: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
 
 
+class _Piece(NamedTuple):
+    """One fragment before an exchange."""
+
+    positions: list[int]
+    leaves: list[Leaf]
+    local: Rows  # the worker's parameters
+    commits: Rows
+
+
+def _pieces(
+    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
+) -> list[_Piece]:
+    leaves, treedef = jax.tree.flatten(params)
+    changing = leaves_of(treedef, state)
+    sums = column_of(treedef, state.accumulated)
+    center = [leaf.center for leaf in changing]
+    fragments = fragments_of(settings.function, center, settings.num_fragments)
+    pieces = []
+    for fragment, since in zip(fragments, state.since_exchange, strict=True):
+        # Without a step since the exchange the commit is not counted.
+        steps = jnp.maximum(since, 1)
+        local = {k: jnp.asarray(leaves[i]) for k, i in enumerate(fragment)}
+        commits = {
+            k: exchange.commit_of(changing[i], local[k], sums[i], steps)
+            for k, i in enumerate(fragment)
+        }
+        pieces.append(_Piece(fragment, [changing[i] for i in fragment], local, commits))
+    return pieces
+
+
 def _commit(
-    settings: Settings, state: LocalUpdatesState, params: PyTree
+    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
 ) -> list[jax.Array]:
     """The commits of the leaves that are exchanged, before they are encoded."""
-    leaves, treedef = jax.tree.flatten(params)
-    column = functools.partial(column_of, treedef)
-    center, pulled, residual, sums = map(
-        column, (state.center, state.pulled, state.residual, state.accumulated)
-    )
-    fragments = fragments_of(settings.function, center, settings.num_fragments)
-    commits = {}
-    for fragment, since in zip(fragments, state.since_exchange, strict=True):
-        for i in fragment:
-            # Elastic workers are drawn to the center as it is now.
-            elastic = settings.moving_rate is not None or pulled[i] is None
-            start = center[i] if elastic else pulled[i]
-            # Without a step since the exchange the commit is not counted.
-            steps = jnp.maximum(since, 1)
-            local = jnp.asarray(leaves[i])
-            row = make_commit(settings.commit, start, local, sums[i], steps)
-            commits[i] = row if residual[i] is None else row + residual[i]
+    commits = {
+        i: piece.commits[k]
+        for piece in _pieces(settings, exchange, state, params)
+        for k, i in enumerate(piece.positions)
+    }
     return [commits[i] for i in sorted(commits)]
 
 
-def _hand_in(settings: Settings, state: LocalUpdatesState, params: PyTree) -> Handed:
-    rows = _commit(settings, state, params)
-    pairs = _coded(settings, rows)
-    lost = [
-        row - decoded(code, scale, row.dtype)
-        for row, (code, scale) in zip(rows, pairs, strict=True)
-    ]
+def _coded(
+    exchange: Exchange, rows: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """(the commits as they travel, the factors that decode them, None for floats)."""
+    pairs = [encoded(row, exchange.dtype, exchange.workers.axes(row)) for row in rows]
+    codes = [code for code, _ in pairs]
+    if exchange.dtype is None or not jnp.issubdtype(exchange.dtype, jnp.integer):
+        return codes, None
+    scales = [1.0 if scale is None else scale.reshape(()) for _, scale in pairs]
+    return codes, jnp.array(scales, jnp.float32)
+
+
+def _hand_in(
+    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
+) -> Handed:
+    rows = _commit(settings, exchange, state, params)
+    codes, scales = _coded(exchange, rows)
     missed = jnp.any(jnp.stack(state.has_missed))
     return Handed(
-        codes=[code for code, _ in pairs],
-        scales=[scale.reshape(()) for _, scale in pairs if scale is not None],
-        residual=[] if state.residual is None else lost,
-        valid=Mapped().finite([[row] for row in rows], ~missed),
+        codes=codes,
+        scales=scales,
+        valid=exchange.workers.finite([[row] for row in rows], ~missed),
         num_steps=jnp.max(jnp.stack(state.since_exchange)),
     )
 
 
-def _coded(
-    settings: Settings, rows: list[jax.Array]
-) -> list[tuple[jax.Array, jax.Array | None]]:
-    """Commits as they travel, and the factors that decode them, if they need any."""
-    axes = Mapped().axes
-    return [encoded(row, settings.exchange_dtype, axes(row)) for row in rows]
-
-
 def _move(
     settings: Settings,
+    exchange: Exchange,
     num_live: int,
     state: LocalUpdatesState,
     params: PyTree,
     sums: list[jax.Array],
-    residual: list[jax.Array],
     counts: Counts,
 ) -> LocalUpdatesState:
     # The memory of the sums is used again. Past a barrier no output can be one of them.
     sums = lax.optimization_barrier(sums)
-    leaves, treedef = jax.tree.flatten(params)
-    column = functools.partial(column_of, treedef)
-    center, pulled, kept = map(column, (state.center, state.pulled, state.residual))
-    fragments = fragments_of(settings.function, center, settings.num_fragments)
-    positions = exchanged(settings.function, center, settings.num_fragments)
-    workers, valid = _Live(num_live), jnp.asarray(counts.valid)
-    kind = REDUCTIONS[settings.reduce]
-    assert issubclass(kind, Sum)
-    reduction = kind(workers, settings.outer, None, None)
-    rate = as_rate(settings.function, settings.moving_rate)
-    factor = None if rate is None else rate(num_live)
-    total = {
-        i: row.astype(center[i].dtype) if factor is None else factor * row
-        for i, row in zip(positions, sums, strict=True)
-    }
-    for i, row in zip(positions, residual, strict=False):
-        kept[i] = jnp.where(valid, row, kept[i])
-    outer_state = []
-    for fragment, old_state in zip(fragments, state.outer_state, strict=True):
-        old = Center([center[i] for i in fragment], old_state)
-        rows = {k: total[i] for k, i in enumerate(fragment)}
-        moved = reduction.moved(
-            old,
-            reduction.scaled(rows, jnp.asarray(counts.num_counted)),
-            functools.partial(subtree, treedef, fragment),
+    treedef = jax.tree.structure(params)
+    changed = leaves_of(treedef, state)
+    pieces = _pieces(settings, exchange, state, params)
+    positions = sorted(i for piece in pieces for i in piece.positions)
+    by_position = dict(zip(positions, sums, strict=True))
+    valid, counted = jnp.asarray(counts.valid), jnp.asarray(counts.counted)
+    num_present = jnp.asarray(counts.num_counted + counts.num_left_out)
+    num_left_out, outer_state = state.num_left_out, []
+    for piece, before in zip(pieces, state.outer_state, strict=True):
+        landing = _Elsewhere(
+            _Live(num_live),
+            exchange.outer,
+            exchange.commit,
+            exchange.reduce,
+            exchange.moving_rate,
+            exchange.dtype,
+            sums={k: by_position[i] for k, i in enumerate(piece.positions)},
+            num_counted=counts.num_counted,
         )
-        outer_state.append(moved.outer_state)
-        for i, leaf in zip(fragment, moved.leaves, strict=True):
-            if factor is not None:
-                # The worker moves by its commit, from where both were.
-                local = jnp.asarray(leaves[i])
-                own = make_commit("delta", center[i], local, None, jnp.int32(1))
-                own = local.astype(own.dtype) + factor * own
-                pulled[i] = jnp.where(valid, own, leaf)
-            center[i] = leaf
+        part, _ = landing.move(
+            Part(piece.leaves, before, num_left_out, None),
+            piece.local,
+            piece.commits,
+            Votes(valid, counted, None, num_present),
+            functools.partial(subtree, treedef, piece.positions),
+        )
+        num_left_out = part.num_left_out
+        outer_state.append(part.outer_state)
+        for i, leaf in zip(piece.positions, part.leaves, strict=True):
+            changed[i] = leaf
+    pulled = [leaf.pulled for leaf in changed]
+    residual = [leaf.residual for leaf in changed]
+    center = [leaf.center for leaf in changed]
     tree = functools.partial(tree_of, treedef)
-    left_out = state.num_left_out + counts.num_left_out * len(fragments)
     return state._replace(
-        num_left_out=jnp.maximum(left_out, state.num_left_out),  # full, it stays full
+        num_left_out=num_left_out,
         since_exchange=jax.tree.map(jnp.zeros_like, state.since_exchange),
         has_missed=jax.tree.map(jnp.zeros_like, state.has_missed),
         outer_state=tuple(outer_state),
         pulled=tree(pulled, state.pulled),
-        residual=tree(kept, state.residual),
+        residual=tree(residual, state.residual),
         center=tree(center, state.center),
     )
 

@@ -12,8 +12,8 @@ from emaopt._fragments import column_of
 from emaopt._types import PyTree
 from emaopt.elastic._attempt import shares_of
 from emaopt.elastic._layout import add_up, sum_dtype
-from emaopt.elastic._programs import Counts, Programs, exchanged
-from emaopt.elastic._settings import found
+from emaopt.elastic._programs import Counts, exchanged
+from emaopt.elastic._settings import center_of, programs_for
 from emaopt.elastic._workers import Record
 
 
@@ -46,12 +46,13 @@ def pseudo_gradient(
       [-1. -2.]
     """
     function = "elastic.pseudo_gradient"
-    settings, state = found(function, optimizer, params, opt_state)
+    programs = programs_for(function, optimizer, params, opt_state)
+    state = center_of(function, params, opt_state)
     treedef = jax.tree.structure(params)
     center = column_of(treedef, state.center)
     nodes: list[PyTree] = [optax.MaskedNode()] * len(center)
-    positions = exchanged(function, center, settings.num_fragments)
-    rows = Programs(settings).commit(state, params)
+    positions = exchanged(function, center, programs.settings.num_fragments)
+    rows = programs.commit(state, params)
     for i, row in zip(positions, rows, strict=True):
         nodes[i] = row
     return jax.tree.unflatten(treedef, nodes)
@@ -100,11 +101,11 @@ def replay(
     function = "elastic.replay"
     check_sequence(function, "log", log, "records")
     check_callable(function, "commits", commits, 2)
-    settings, state = found(function, optimizer, params, opt_state)
-    programs = Programs(settings)
+    programs = programs_for(function, optimizer, params, opt_state)
+    state = center_of(function, params, opt_state)
     treedef = jax.tree.structure(params)
     positions = exchanged(
-        function, column_of(treedef, state.center), settings.num_fragments
+        function, column_of(treedef, state.center), programs.settings.num_fragments
     )
     centers = []
     for before, record in zip([None, *log], log, strict=False):
@@ -117,22 +118,19 @@ def replay(
         rows, scales = [], []
         for worker in record.weights:
             commit = column_of(treedef, commits(record.number, worker))
-            pairs = programs.coded([jnp.asarray(commit[i]) for i in positions])
-            rows.append([np.asarray(code) for code, _ in pairs])
-            scales.append([scale for _, scale in pairs])
+            codes, factors = programs.coded([jnp.asarray(commit[i]) for i in positions])
+            rows.append([np.asarray(code) for code in codes])
+            scales.append(factors)
         sums = []
         for k, i in enumerate(positions):
             code = rows[0][k].dtype if rows else leaves[i].dtype
             out = np.empty(leaves[i].size, sum_dtype(code, leaves[i].dtype))
-            factors = [s[k].item() for s in scales if s[k] is not None]
-            add_up(
-                out,
-                [row[k].reshape(-1) for row in rows],
-                shares_of(record.weights),
-                factors or None,
-            )
+            is_integer = jnp.issubdtype(code, jnp.integer)
+            factors = [float(row[k]) for row in scales] if is_integer else None
+            columns = [row[k].reshape(-1) for row in rows]
+            add_up(out, columns, shares_of(record.weights), factors)
             sums.append(jnp.asarray(out.reshape(leaves[i].shape)))
-        counts = Counts(len(record.weights), len(record.left_out), False)
-        state = programs.move(len(record.live), state, params, sums, [], counts)
+        counts = Counts(len(record.weights), len(record.left_out), False, False)
+        state = programs.move(len(record.live), state, params, sums, counts)
         centers.append(state.center)
     return centers

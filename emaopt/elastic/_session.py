@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 from typing import Protocol
 
 from emaopt.elastic._attempt import Attempt, Plan
@@ -9,18 +10,19 @@ from emaopt.elastic._coordinator import Coordinator
 from emaopt.elastic._layout import Arena, Row
 from emaopt.elastic._link import Link, Lost
 from emaopt.elastic._messages import Address, Message, listening
-from emaopt.elastic._transfer import REPAIR, Peer, Server, Source
+from emaopt.elastic._transfer import REPAIR, Peer, Server, whole
 
 _logger = logging.getLogger("emaopt.elastic")
 _PATIENCE = 300.0  # seconds within which worker 0 has to be there, as in jax.distributed
 
 
-class Turn(Protocol):
+class Hand(Protocol):
     """What a worker brings to an exchange, and makes of it."""
 
-    offer: Message  # weight, valid, fingerprint, scales and kind
+    offer: Message  # weight, valid, fingerprint and kind
     leaves: list[str]  # what is exchanged, in words
     commit: Row
+    scales: Row  # the factors that decode it, by leaf; no arrays for floats
     sums: Row  # where the sums will be
 
     def center(self, joins: bool) -> Row:
@@ -52,12 +54,17 @@ class Session:
         number: int,
     ):
         self._address = address
-        self._hello = {"worker": worker, "num_workers": num_workers, "number": number}
+        self._hello = {
+            "worker": worker,
+            "num_workers": num_workers,
+            "heartbeat_timeout_seconds": timeout,
+            "number": number,
+        }
         self._timeout = timeout
         self._coordinator: Coordinator | None = None
         self._link: Link | None = None
         self._arena = Arena()
-        self._is_known = False  # whether this connection has said what is exchanged
+        self._kind = ""  # of what this connection has said is exchanged
         self._server = Server(address[0], timeout)
         try:
             if worker == 0:
@@ -73,7 +80,7 @@ class Session:
     def is_open(self) -> bool:
         return self._server.is_open
 
-    def exchange(self, turn: Turn) -> Plan:
+    def exchange(self, hand: Hand) -> Plan:
         """Waits for the others, until the exchange has happened for all that live.
 
         Raises:
@@ -81,7 +88,7 @@ class Session:
           ConnectionError: If the coordinator is gone.
         """
         attempt: Attempt | None = None
-        link = self._offered(turn)
+        link = self._offered(hand)
         try:
             while True:
                 event = link.next()
@@ -93,15 +100,15 @@ class Session:
                         if attempt is not None:
                             attempt.cancel()
                             _logger.warning("an exchange begins anew with the others")
-                        attempt = self._attempt(Plan.of(event), turn, link)
+                        attempt = self._attempt(Plan.of(event), hand, link)
                     case "complete":
                         plan = event["attempt"].plan
-                        self._tell_done(link, plan, turn.move(plan))
+                        self._tell_done(link, plan, hand.move(plan))
                     case "repair":
                         assert attempt is not None  # a plan has come before
-                        self._repair(attempt, turn, event["sources"])
+                        self._repair(attempt, hand, event["sources"])
                     case "repaired":
-                        self._tell_done(link, event["attempt"].plan, turn.repair())
+                        self._tell_done(link, event["attempt"].plan, hand.repair())
                     case "commit":
                         assert attempt is not None
                         return attempt.plan
@@ -111,19 +118,25 @@ class Session:
                         raise event["error"]
                     case "refused":
                         raise ValueError(f"Workers.exchange: {event['error']}.")
+                    case "ended":
+                        raise ConnectionError(
+                            f"Workers.exchange: {event['error']}: the run has ended."
+                        )
                     case "expelled":
                         _logger.warning("this worker was left out: %s", event["error"])
                     case "lost":
                         if attempt is not None:
                             attempt.cancel()
-                        attempt, link = None, self._offered(turn)
-        except BaseException:
-            link.close()  # else others would wait; at its next exchange it joins again
-            raise
+                        attempt, link = None, self._offered(hand)
         finally:
             if attempt is not None:
                 attempt.cancel()
             self._server.withdraw()
+
+    def drop(self) -> None:
+        """Lets the others go on without it; it joins again at its next exchange."""
+        if self._link is not None:
+            self._link.close()
 
     def close(self) -> None:
         """Leaves; worker 0 waits until no other worker is there."""
@@ -141,37 +154,37 @@ class Session:
             self._coordinator.stop()
         self._server.close()
 
-    def _offered(self, turn: Turn) -> Link:
+    def _offered(self, hand: Hand) -> Link:
         """Offers a commit, on a new connection if the old one has ended."""
         link = self._link
         if link is None or link.is_lost:
             link = self._link = self._connected("Workers.exchange", self._timeout)
-            self._is_known = False
+            self._kind = ""
             if link.group != self._server.group:
                 link.close()
                 raise self._gone("Workers.exchange", "it has been started anew")
-        leaves = {} if self._is_known else {"leaves": turn.leaves}
-        self._is_known = True
-        link.send({"op": "offer", **turn.offer, **leaves})
+        kind = hand.offer["kind"]
+        leaves = {} if self._kind == kind else {"leaves": hand.leaves}
+        self._kind = kind
+        link.send({"op": "offer", **hand.offer, **leaves})
         return link
 
     def _tell_done(self, link: Link, plan: Plan, fingerprint: int) -> None:
         done = {"op": "done", "attempt": plan.attempt}
         link.send({**done, "fingerprint": fingerprint})
 
-    def _repair(self, attempt: Attempt, turn: Turn, sources: list[int]) -> None:
+    def _repair(self, attempt: Attempt, hand: Hand, sources: list[int]) -> None:
         """Lets others pull the center after the exchange, or pulls it from them."""
         if self._hello["worker"] in sources:
-            row = turn.moved(differs=False)
-            source = Source(row, row.byte(row.size))
-            self._server.add(attempt.plan.attempt, REPAIR, source)
+            row = hand.moved(differs=False)
+            self._server.add(attempt.plan.attempt, REPAIR, whole(row))
             return
         _logger.info(
             "this worker's devices round differently than others': it pulls their center"
         )
-        attempt.repair(turn.moved(differs=True), sources)
+        attempt.repair(hand.moved(differs=True), sources)
 
-    def _attempt(self, plan: Plan, turn: Turn, link: Link) -> Attempt:
+    def _attempt(self, plan: Plan, hand: Hand, link: Link) -> Attempt:
         worker = self._hello["worker"]
         joins = worker in plan.joined
         connect = functools.partial(Peer, group=link.group, timeout=self._timeout)
@@ -179,24 +192,28 @@ class Session:
             plan=plan,
             worker=worker,
             server=self._server,
-            commit=turn.commit,
-            sums=turn.sums,
-            center=turn.center(joins) if plan.joined else Row([]),
+            commit=hand.commit,
+            scales=hand.scales,
+            sums=hand.sums,
+            center=hand.center(joins) if plan.joined else Row([]),
             arena=self._arena,
             connect=connect,
-            patience=self._timeout,
+            patience=2 * self._timeout,  # a lost machine is noticed before
             report=link.events.put,
         )
 
     def _connected(self, function: str, patience: float) -> Link:
-        try:
-            return Link(
-                self._address, self._hello, self._server.port, self._timeout, patience
-            )
-        except Lost as error:
-            raise self._gone(function, str(error)) from None
-        except ValueError as error:
-            raise ValueError(f"{function}: {error}.") from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                port, seconds = self._server.port, self._timeout
+                return Link(self._address, self._hello, port, seconds)
+            except Lost as error:
+                if time.monotonic() > until:
+                    raise self._gone(function, str(error)) from None
+            except ValueError as error:
+                raise ValueError(f"{function}: {error}.") from None
+            time.sleep(min(0.1, self._timeout / 10))
 
     def _gone(self, function: str, why: str) -> ConnectionError:
         host, port = self._address

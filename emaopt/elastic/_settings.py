@@ -3,42 +3,49 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from emaopt._checks import check_arrays, check_optimizer
-from emaopt._local_checks import Settings
+from emaopt._local_updates import Engine
 from emaopt._reading import find_center, paired
 from emaopt._states import LocalUpdatesState
 from emaopt._turn import Order
 from emaopt._types import PyTree
+from emaopt.elastic._programs import Programs, programs_of
 
 
-def found(
+def center_of(function: str, params: PyTree, opt_state: PyTree) -> LocalUpdatesState:
+    """The state of the local updates, an error unless it is of these parameters."""
+    check_arrays(function, "params", params, others=True)
+    state = find_center(function, opt_state, None)
+    paired(function, state.center, params)
+    return state
+
+
+def programs_for(
     function: str,
     optimizer: optax.GradientTransformation,
     params: PyTree,
     opt_state: PyTree,
-) -> tuple[Settings, LocalUpdatesState]:
-    """The local updates in an optimizer and its state, or an error.
+) -> Programs:
+    """The programs of an optimizer's local updates, or an error.
 
     Wrappers hide the optimizer's settings, so it is asked for them.
     """
     check_optimizer(function, "optimizer", optimizer)
-    check_arrays(function, "params", params, others=True)
-    state = find_center(function, opt_state, None)
+    find_center(function, opt_state, None)
     order = Order(ask=True)
     update = functools.partial(
         optax.with_extra_args_support(optimizer).update, exchange=order
     )
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    jax.eval_shape(update, zeros, opt_state, params)
-    settings = order.settings
-    if settings is None:
+    jax.eval_shape(update, *jax.eval_shape(lambda: (params, opt_state, params)))
+    if order.answer is None:
         raise ValueError(
             f"{function}: a wrapper in this optimizer does not pass extra arguments on "
             "to the local updates. Use optax.with_extra_args_support for it."
         )
+    settings = order.answer
+    assert isinstance(settings, Engine)
     named = settings.function
     if settings.num_workers is not None or settings.axis_name is not None:
         form = "num_workers" if settings.num_workers is not None else "axis_name"
@@ -56,5 +63,4 @@ def found(
             f"{function}: {named} has delay={settings.delay}, but what is in flight "
             "would be lost with a worker: use delay=0."
         )
-    paired(function, state.center, params)
-    return settings, state
+    return programs_of(settings)

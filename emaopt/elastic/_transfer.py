@@ -1,16 +1,20 @@
 """Parts of arrays from one worker to another."""
 
 import contextlib
+import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from emaopt.elastic._layout import Row
-from emaopt.elastic._messages import Address, listening, tuned
+from emaopt.elastic._messages import Address, limit, listening, tuned
 
-COMMIT, SUM, CENTER, REPAIR = range(4)  # what can be pulled
+_logger = logging.getLogger("emaopt.elastic")
+
+COMMIT, SCALES, SUM, CENTER, REPAIR = range(5)  # what can be pulled
 CHUNK = 1 << 22  # bytes that are added up, or sent, at a time
 
 _REQUEST = struct.Struct("!8sQBQQ")  # group, attempt, what, first and last byte
@@ -28,6 +32,11 @@ class Source:
     def __init__(self, row: Row, ready: int):
         self.row = row
         self.ready = ready  # bytes, from the first on, that may be read
+
+
+def whole(row: Row) -> Source:
+    """A row that is ready."""
+    return Source(row, row.byte(row.size))
 
 
 class Offers(NamedTuple):
@@ -77,19 +86,21 @@ class Server:
         self._listener.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while True:
+            try:
                 connection, _ = self._listener.accept()
                 threading.Thread(
-                    target=self._serve,
-                    args=(connection,),
-                    name="emaopt-part",
-                    daemon=True,
+                    target=self._serve, args=(connection,), daemon=True
                 ).start()
+            except (OSError, RuntimeError) as error:  # too many files or threads, say
+                if not self.is_open:
+                    return
+                _logger.warning("a worker could not be served: %s", error)
+                time.sleep(self._timeout / 20)
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), tuned(connection):
-            _limit(connection, socket.SO_SNDTIMEO, self._timeout)
+            limit(connection, socket.SO_SNDTIMEO, self._timeout)
             while request := _received(connection, _REQUEST.size):
                 group, attempt, what, start, stop = _REQUEST.unpack(request)
                 if group.hex() != self.group:
@@ -135,7 +146,7 @@ class Peer:
         self._group = bytes.fromhex(group)
         self.num_bytes = 0  # that have come, but for the frames
         self._socket = tuned(socket.create_connection(address, timeout=timeout))
-        _limit(self._socket, socket.SO_RCVTIMEO, timeout)
+        limit(self._socket, socket.SO_RCVTIMEO, timeout)
 
     def pull(
         self,
@@ -181,15 +192,6 @@ class Peer:
         with contextlib.suppress(OSError):  # wakes a thread that waits for bytes
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-
-def _limit(connection: socket.socket, what: int, timeout: float) -> None:
-    """Lets sending or receiving fail if nothing moves for so many seconds."""
-    # Python's own timeout would wake the thread for every few bytes that come.
-    connection.settimeout(None)
-    seconds, parts = divmod(timeout, 1)
-    limit = struct.pack("ll", int(seconds), int(parts * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, what, limit)
 
 
 def _received(connection: socket.socket, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """Workers that come and go: what a process of an elastic run calls."""
 
+import functools
 import hashlib
-import math
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -31,12 +31,12 @@ from emaopt.elastic._programs import (
     shared,
 )
 from emaopt.elastic._session import Session
-from emaopt.elastic._settings import found
+from emaopt.elastic._settings import center_of, programs_for
 
 _FUNCTION = "Workers.exchange"  # named in errors
 
 
-class Exchange(NamedTuple):
+class Exchanged(NamedTuple):
     """Result of `Workers.exchange`.
 
     params, opt_state: the worker's, to go on from. number: exchanges of the run so far,
@@ -54,7 +54,7 @@ class Exchange(NamedTuple):
 class Record(NamedTuple):
     """What is to be known of an exchange to compute it again, as `replay` does.
 
-    number, live, joined: as in `Exchange`. left_out: the workers whose commits were not
+    number, live, joined: as in `Exchanged`. left_out: the workers whose commits were not
     finite. weights: by worker, of the commits that counted.
     """
 
@@ -87,7 +87,8 @@ class Workers:
         self.worker = worker
         self.num_workers = num_workers
         self.log: list[Record] = []
-        self._programs: dict[int, Programs] = {}
+        self._optimizer: optax.GradientTransformation | None = None  # the last one
+        self._programs: Any = None  # of it
         self._arena = Arena()  # for the sums
         # (num_steps, fingerprint) that the last exchange left.
         self._left: tuple[int, int] | None = None
@@ -100,7 +101,7 @@ class Workers:
         opt_state: PyTree,
         *,
         weight: float = 1.0,
-    ) -> Exchange:
+    ) -> Exchanged:
         """Exchanges with the workers that live, after some local steps of each.
 
         The commits since the last exchange are reduced as the optimizer says, its outer
@@ -133,7 +134,7 @@ class Workers:
             counts as one with 0.
 
         Returns:
-          An `Exchange(params, opt_state, number, live, joined)`.
+          An `Exchanged(params, opt_state, number, live, joined)`.
 
         Raises:
           ConnectionError: If worker 0 is gone, which ends the run for all.
@@ -145,35 +146,53 @@ class Workers:
         """
         if not self._session.is_open:
             raise ValueError(f"{_FUNCTION}: these workers have been closed.")
+        try:
+            return self._exchanged(optimizer, params, opt_state, weight)
+        except BaseException:
+            self._session.drop()  # else the others would wait
+            raise
+
+    def _exchanged(
+        self,
+        optimizer: optax.GradientTransformation,
+        params: PyTree,
+        opt_state: PyTree,
+        weight: float,
+    ) -> Exchanged:
         check_number(_FUNCTION, "weight", weight, 0)
-        if not math.isfinite(weight):
-            raise ValueError(f"{_FUNCTION}: weight must be finite, got {weight!r}.")
-        settings, state = found(_FUNCTION, optimizer, params, opt_state)
-        programs = self._programs.setdefault(id(settings), Programs(settings))
+        if weight and not LIGHTEST <= weight <= HEAVIEST:
+            raise ValueError(
+                f"{_FUNCTION}: weight must be 0 or in [{LIGHTEST}, {HEAVIEST}], got "
+                f"{weight!r}."
+            )
+        if self._programs is None or optimizer is not self._optimizer:
+            self._programs = programs_for(_FUNCTION, optimizer, params, opt_state)
+            self._optimizer = optimizer
+        programs, state = self._programs, center_of(_FUNCTION, params, opt_state)
         handed = programs.hand_in(state, params)
         steps = int(state.num_steps) - int(handed.num_steps)
         if self._left is None:
             left = int(fingerprint(shared(state)))
-        elif self._left[0] != steps:
+        elif self._left[0] == steps:
+            left = self._left[1]
+        else:
             raise ValueError(
                 f"{_FUNCTION}: the center is not what the last exchange left. Only "
                 "exchanges may move it: pass exchange=False to every optimizer.update. "
                 "To go on from a checkpoint, close these workers and connect again."
             )
-        else:
-            left = self._left[1]
-        turn = _Turn(
-            self.worker, programs, params, state, handed, left, float(weight), self._arena
+        hand = _Hand(
+            self.worker, programs, params, state, handed, left, weight, self._arena
         )
-        plan = self._session.exchange(turn)
-        new, after, left = turn.result()
+        plan = self._session.exchange(hand)
+        new, after, left = hand.result()
         self._left = int(new.num_steps), left
         record = Record(
             plan.number, plan.live, plan.joined, tuple(plan.left_out), plan.weights
         )
         self.log.append(record)
         opt_state = replace(opt_state, state, new)
-        return Exchange(after, opt_state, record.number, record.live, record.joined)
+        return Exchanged(after, opt_state, record.number, record.live, record.joined)
 
     def close(self) -> None:
         """Leaves the group; the others go on without this worker.
@@ -198,7 +217,7 @@ class Workers:
             self._session.end()
 
 
-class _Turn:
+class _Hand:
     """One exchange of one worker, between its devices and the memory of its host."""
 
     def __init__(
@@ -219,60 +238,59 @@ class _Turn:
         positions = exchanged(settings.function, center, settings.num_fragments)
         self._centers = [center[i] for i in positions]
         codes = [np.asarray(code) for code in handed.codes]
+        scales = [] if handed.scales is None else [np.asarray(handed.scales)]
         dtypes = [
             sum_dtype(code.dtype, leaf.dtype)
             for code, leaf in zip(codes, self._centers, strict=True)
         ]
-        self.commit = Row(codes)
+        self.commit, self.scales = Row(codes), Row(scales)
         kinds = [(code.size, dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         (self.sums,) = arena.rows(kinds)
-        self._group: Row | None = None  # what is shared before, and
-        self._others: Row | None = None  # after the exchange, in the host's memory
+        # What is shared before and after the exchange, in the host's memory.
+        self._before, self._after = Row([]), Row([])
         self.leaves = _in_words(settings, params, state)
-        if weight:
-            weight = float(np.clip(weight, LIGHTEST, HEAVIEST))
         self.offer = {
             # Without a step there is nothing to hand in.
-            "weight": weight if int(handed.num_steps) else 0.0,
+            "weight": float(weight) if int(handed.num_steps) else 0.0,
             "valid": bool(handed.valid),
             "fingerprint": fingerprint,
-            "scales": [float(scale) for scale in handed.scales],
             "kind": hashlib.sha256("\n".join(self.leaves).encode()).hexdigest(),
         }
 
     def center(self, joins: bool) -> Row:
-        if self._group is None:
-            self._group = _row(_told(self._state), new=joins)
-        return self._group
+        # Anew for each attempt: it may join in one and not in the other.
+        self._before = _row(_told(self._state), new=joins)
+        return self._before
 
     def move(self, plan: Plan) -> int:
         joins = self._worker in plan.joined
         state = self._state
         if joins:
-            assert self._group is not None
-            told = _written(self._group, _told(state))
-            state = state._replace(num_steps=told[1], **told[0])
+            shared_, num_steps = _written(self._before, _told(state))
+            state = state._replace(num_steps=num_steps, **shared_)
         sums = [
             _placed(row.reshape(leaf.shape), leaf)
             for row, leaf in zip(self.sums.arrays, self._centers, strict=True)
         ]
         self._valid = bool(self._handed.valid) and not joins
-        counts = Counts(len(plan.weights), len(plan.left_out), self._valid)
-        new = self._programs.move(
-            len(plan.live), state, self._params, sums, self._handed.residual, counts
-        )
+        counted = self._worker in plan.weights
+        counts = Counts(len(plan.weights), len(plan.left_out), counted, self._valid)
+        new = self._programs.move(len(plan.live), state, self._params, sums, counts)
         # Ready, because the memory of the sums is going to be used again.
         new = jax.block_until_ready(new)
         self._new = jax.tree.map(_beside, new, self._state)
         return self._fingerprint()
 
     def moved(self, differs: bool) -> Row:
-        self._others = _row(shared(self._new), new=differs)
-        return self._others
+        self._after = _row(shared(self._new), new=differs)
+        return self._after
 
     def repair(self) -> int:
-        assert self._others is not None
-        self._new = self._new._replace(**_written(self._others, shared(self._new)))
+        new = self._new._replace(**_written(self._after, shared(self._new)))
+        if new.pulled is not None and not self._valid:  # then it has pulled the center
+            copies = jax.tree.map(functools.partial(jnp.array, copy=True), new.center)
+            new = new._replace(pulled=copies)
+        self._new = new
         return self._fingerprint()
 
     def result(self) -> tuple[LocalUpdatesState, PyTree, int]:
@@ -324,6 +342,8 @@ def _placed(value: Any, like: jax.Array) -> jax.Array:
     """The value as an array where another one is."""
     # On one device it is bound to it only if the other one is: else all programs would
     # be compiled anew for the arrays that come of it.
+    if not isinstance(like, jax.Array):
+        return jax.device_put(value)
     bound = like.committed or not isinstance(like.sharding, SingleDeviceSharding)
     return jax.device_put(value, like.sharding if bound else None)
 
