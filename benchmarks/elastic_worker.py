@@ -93,6 +93,7 @@ def exchanges(given: argparse.Namespace) -> None:
     logger = logging.getLogger("emaopt.elastic")
     logger.addHandler(summed)
     logger.setLevel(logging.DEBUG)
+    logger.propagate = False
     with connected(given) as workers:
         for _ in range(given.rounds):
             params, state = jax.block_until_ready(step(params, state))

@@ -13,13 +13,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import emaopt
-from emaopt import batch_stats, checkpoint, digits, plots, posthoc, tf1
+from emaopt import batch_stats, checkpoint, digits, elastic, plots, posthoc, tf1
 
 MODULES = {
     "": emaopt,
     "batch_stats.": batch_stats,
     "checkpoint.": checkpoint,
     "digits.": digits,
+    "elastic.": elastic,
     "plots.": plots,
     "posthoc.": posthoc,
     "tf1.": tf1,
@@ -43,6 +44,7 @@ PARAMS = {"w": jnp.ones(2), "b": jnp.ones(())}
 TX = optax.named_chain(("sgd", SGD), ("ema:0.5", emaopt.average_params(0.5)))
 STATE = TX.update(PARAMS, TX.init(PARAMS), PARAMS)[1]
 WORKERS = emaopt.local_sgd(SGD, period=2, num_workers=2)
+WORKER = emaopt.local_sgd(SGD, period=2)
 STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PARAMS)
 CENTERED = WORKERS.init(STACKED)
 TRAINING = {"params": PARAMS, "opt_state": STATE}
@@ -196,6 +198,18 @@ CALLS: dict[str, dict[str, Any]] = {
         "raw": [0.3, 0.2],
         "averaged": [0.2, 0.1],
     },
+    "elastic.pseudo_gradient": {
+        "optimizer": WORKER,
+        "params": PARAMS,
+        "opt_state": WORKER.init(PARAMS),
+    },
+    "elastic.replay": {
+        "optimizer": WORKER,
+        "params": PARAMS,
+        "opt_state": WORKER.init(PARAMS),
+        "log": [elastic.Record(1, (0,), (), (), {0: 1.0})],
+        "commits": lambda number, worker: PARAMS,
+    },
     "plots.new_axes": {},
     "plots.save": {"axes": AXES, "path": NEW},
     "plots.weight_curves": {"axes": AXES, "profiles": {"a": (WEIGHTS, WEIGHTS)}},
@@ -253,6 +267,8 @@ def public() -> dict[str, Any]:
     found = {}
     for prefix, module in MODULES.items():
         for name in module.__all__:
+            if prefix + name == "elastic.connect":
+                continue  # it waits for others
             if inspect.isfunction(value := getattr(module, name)):
                 found[prefix + name] = value
     return found

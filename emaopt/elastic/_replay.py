@@ -100,6 +100,11 @@ def replay(
     """
     function = "elastic.replay"
     check_sequence(function, "log", log, "records")
+    if others := [one for one in log if not isinstance(one, Record)]:
+        raise TypeError(
+            f"{function}: log must be a sequence of Records, as Workers.log is; got "
+            f"{others[0]!r}."
+        )
     check_callable(function, "commits", commits, 2)
     programs = programs_for(function, optimizer, params, opt_state)
     state = center_of(function, params, opt_state)

@@ -33,7 +33,9 @@ def programs_for(
     Wrappers hide the optimizer's settings, so it is asked for them.
     """
     check_optimizer(function, "optimizer", optimizer)
-    find_center(function, opt_state, None)
+    check_arrays(function, "params", params, others=True)
+    state = find_center(function, opt_state, None)
+    paired(function, state.center, params, stacked=True)
     order = Order(ask=True)
     update = functools.partial(
         optax.with_extra_args_support(optimizer).update, exchange=order

@@ -119,14 +119,16 @@ class Workers:
         At the first exchange of a run the center is that of worker 0; workers whose own
         one, or whose outer state, is another join.
 
-        It needs memory of the host: the size of the commits, in `exchange_dtype`, for the
-        sums and again as much for the others' commits. It is kept for the next exchange.
+        It needs memory of the host, which is kept for the next exchange: the size of the
+        sums, in a floating `exchange_dtype` if there is one, and about that of a commit
+        for the others' commits. While a worker joins, also the center and outer state.
         Call it outside of jit.
 
         Args:
           optimizer: A transformation with local updates in it, in the form for one worker
             (neither num_workers nor axis_name), with reduce="mean" or "sum" and without a
-            delay. Its updates were called with exchange=False; `period` is not read.
+            delay. Its updates were called with exchange=False; `period` and
+            `warmup_steps` are not read.
           params: The worker's parameters, on its own devices.
           opt_state: The optimizer's state.
           weight: How much this commit counts beside the others', such as the number of
@@ -137,7 +139,8 @@ class Workers:
           An `Exchanged(params, opt_state, number, live, joined)`.
 
         Raises:
-          ConnectionError: If worker 0 is gone, which ends the run for all.
+          ConnectionError: If worker 0 is gone, which ends the run for all, or if nobody
+            is left that has the group's center.
           ValueError: If the optimizer or the state is none that can be exchanged, if the
             center has moved since the last exchange, or if the other workers exchange
             something else. After an error the worker is not waited for; it joins again
@@ -197,8 +200,8 @@ class Workers:
     def close(self) -> None:
         """Leaves the group; the others go on without this worker.
 
-        Worker 0 waits until they have closed as well, or died: with its process the run
-        ends for all.
+        Worker 0 waits until those that are connected have closed as well, or died: with
+        its process the run ends for all. Who comes later gets a `ConnectionError`.
         """
         self._session.close()
 
