@@ -49,16 +49,13 @@ class Server:
 
     def __init__(self, host: str, timeout: float):
         self.changed = threading.Condition()  # also for what `Source.ready` says
+        self.is_open = True
         self.group = ""  # the coordinator's run, once it is known
         self._offers = Offers(0, {})
         self._timeout = timeout
         self._listener = listening(host, 0)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="emaopt-server", daemon=True).start()
-
-    @property
-    def is_open(self) -> bool:
-        return self._listener.fileno() >= 0
 
     def offer(self, attempt: int, sources: dict[int, Source]) -> None:
         """Offers these and nothing else."""
@@ -80,6 +77,7 @@ class Server:
             self.changed.notify_all()
 
     def close(self) -> None:
+        self.is_open = False
         self.withdraw()
         with contextlib.suppress(OSError):  # wakes the thread in `accept`
             self._listener.shutdown(socket.SHUT_RDWR)
