@@ -321,7 +321,7 @@ def test_fingerprints_tell_trees_apart():
     assert found[0] == int(fingerprint(jax.tree.map(jnp.copy, tree)))
 
 
-def test_workers_with_other_centers_join_the_first_one():
+def test_workers_with_other_centers_join_the_first_one(caplog):
     tx = METHODS["diloco"]()
 
     def body(workers):
@@ -334,6 +334,7 @@ def test_workers_with_other_centers_join_the_first_one():
 
     first, second = together(body, 2)
     assert first[0] == second[0] == (1,)
+    assert "worker 1 begins with another center than worker 0" in caplog.text
     chex.assert_trees_all_equal(first, second)
 
 

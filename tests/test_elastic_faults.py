@@ -250,7 +250,7 @@ def test_a_late_worker_after_the_end():
     ended = threading.Event()
 
     def body(workers):
-        found = workers.exchange(tx, PARAMS, tx.init(PARAMS))
+        found = workers.exchange(tx, *stepped(tx, PARAMS, tx.init(PARAMS)))
         if workers.worker == 0:
             late.start()
             joined.wait(20)

@@ -80,7 +80,7 @@ def test_the_first_exchange_waits_for_all_that_were_there_at_the_beginning():
     crowd.offer(2)
     assert crowd.last(0, 1, 2) == ["plan"] * 3
     plan = crowd.told[0][-1]
-    assert plan["holders"] == [0, 1, 2] and plan["number"] == 1
+    assert plan["holders"] == [0, 1, 2] and plan["number"] == 1 and plan["is_first"]
     assert plan["addresses"]["1"] == ("host", 1)
 
 
@@ -185,6 +185,7 @@ def test_commits_that_do_not_count(changed, left_out):
     crowd.offer(1, **changed)
     plan = crowd.told[0][-1]
     assert (plan["weights"], plan["left_out"]) == ({"0": 1.0}, left_out)
+    assert not plan["is_first"]
     assert plan["holders"] == [0, 1]
 
 
@@ -235,6 +236,18 @@ def test_who_exchanges_something_else_is_refused_and_the_others_go_on():
     )
     assert crowd.last(0) == ["plan"]
     assert crowd.told[0][-1]["holders"] == [0]
+
+
+def test_the_last_that_has_the_center_may_come_back_with_it():
+    crowd = begun(0, 1)
+    center = crowd.center[0]
+    crowd.leave(1)
+    crowd.leave(0)
+    crowd.arrive(0, center)
+    crowd.arrive(1, center=8)
+    crowd.offer(0, 1)
+    plan = crowd.told[0][-1]
+    assert (plan["holders"], plan["weights"]) == ([0], {"0": 1.0})
 
 
 def test_a_newcomer_without_anybody_who_has_the_center_is_refused():

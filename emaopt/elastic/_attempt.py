@@ -42,6 +42,7 @@ class Plan:
     number: int  # of the exchange
     addresses: dict[int, Address]  # of all workers that live, in order
     holders: list[int]  # those that have the group's center; the others join
+    is_first: bool  # whether it is the first exchange since the run has been started
     weights: dict[int, float]  # of the commits that count, in order
     left_out: list[int]
 
@@ -55,6 +56,7 @@ class Plan:
             number=message["number"],
             addresses={w: (a[0], a[1]) for w, a in by_worker("addresses").items()},
             holders=message["holders"],
+            is_first=message["is_first"],
             weights=by_worker("weights"),
             left_out=message["left_out"],
         )

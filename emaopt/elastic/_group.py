@@ -113,7 +113,9 @@ class Group:
             self._fingerprint = _offer(seats[offering[0]])["fingerprint"]
             holders = [w for w in offering if self._has_center(w)]
         else:
-            holders = [w for w in offering if seats[w].holds and self._has_center(w)]
+            having = [w for w in offering if self._has_center(w)]
+            # Who left and came back with the same center may be the last that has it.
+            holders = [w for w in having if seats[w].holds] or having
         if not holders:
             error = "no worker is left that has the group's center"
             return self._refuse(offering, error, "ended")
@@ -137,6 +139,7 @@ class Group:
             "number": self.number + 1,
             "addresses": {str(w): self.seats[w].address for w in workers},
             "holders": holders,
+            "is_first": not self._has_exchanged,
             "weights": {str(w): offers[w]["weight"] for w in counted},
             "left_out": [w for w in present if w not in counted],
         }

@@ -76,9 +76,11 @@ def replay(
       params: One worker's parameters, for their structure.
       opt_state: The state with which the run began, or was before the first record.
       log: `Workers.log`, as far as the numbers follow one another without a gap; for a
-        whole run, that of a worker that was always there, such as worker 0.
+        whole run, that of a worker that was always there, such as worker 0. Where the run
+        went on from a checkpoint, the last record of each number.
       commits: A function (number, worker) -> the `pseudo_gradient` that this worker
-        handed in; called for those whose commits counted.
+        handed in: what that returned just before the exchange. It is called for those
+        whose commits counted.
 
     Returns:
       The center after each exchange: trees like that of `emaopt.get_center`.
@@ -116,8 +118,9 @@ def replay(
     for before, record in zip([None, *log], log, strict=False):
         if before is not None and record.number != before.number + 1:
             raise ValueError(
-                f"{function}: in log, exchange {record.number} follows {before.number}. "
-                "Take the log of a worker that was in all of them."
+                f"{function}: in log, exchange {record.number} follows {before.number}, "
+                "but the numbers have to go up by one. Take the log of a worker that was "
+                "in all; if a run went on from a checkpoint, the last record of each."
             )
         leaves = column_of(treedef, state.center)
         rows, scales = [], []

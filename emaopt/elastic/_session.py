@@ -187,6 +187,14 @@ class Session:
     def _attempt(self, plan: Plan, hand: Hand, link: Link) -> Attempt:
         worker = self._hello["worker"]
         joins = worker in plan.joined
+        if joins and plan.is_first:
+            _logger.warning(
+                "worker %d begins with another center than worker %d, and joins without "
+                "a commit: was it restored from another checkpoint, or moved by an "
+                "update without exchange=False?",
+                worker,
+                plan.holders[0],
+            )
         connect = functools.partial(Peer, group=link.group, timeout=self._timeout)
         return Attempt(
             plan=plan,

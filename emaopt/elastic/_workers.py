@@ -73,7 +73,7 @@ class Workers:
     Attributes:
       worker: The number of this one.
       num_workers: How many there are at most.
-      log: A `Record` of each exchange that this worker took part in, for `replay`.
+      log: A `Record` of each exchange that this process took part in, for `replay`.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Workers:
             `warmup_steps` are not read.
           params: The worker's parameters, on its own devices.
           opt_state: The optimizer's state.
-          weight: How much this commit counts beside the others', such as the number of
-            its examples; 0: not at all. A worker without a step since the last exchange
-            counts as one with 0.
+          weight: A Python number, how much this commit counts beside the others', such as
+            the number of its examples; 0: not at all. A worker without a step since the
+            last exchange counts as one with 0.
 
         Returns:
           An `Exchanged(params, opt_state, number, live, joined)`.
