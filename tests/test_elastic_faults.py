@@ -42,7 +42,7 @@ def test_nothing_is_left_running():
 
 @pytest.mark.parametrize("fault", ["weight", "interrupt", "center"])
 def test_who_fails_outside_of_the_exchange_is_not_waited_for(fault, monkeypatch):
-    tx, failed = local_sgd(), threading.Event()
+    tx, failed, went_on = local_sgd(), threading.Event(), threading.Event()
 
     def body(workers):
         params, state = stepped(tx, PARAMS, tx.init(PARAMS))
@@ -58,11 +58,13 @@ def test_who_fails_outside_of_the_exchange_is_not_waited_for(fault, monkeypatch)
                 else:
                     interrupted(workers, tx, params, state)
             failed.set()
+            assert went_on.wait(20)  # else it may come back before the others go on
         else:
             assert fault == "interrupt" or failed.wait(20)
             params, state, _, live, _ = workers.exchange(tx, params, state)
             if fault != "interrupt":  # then the exchange had happened
                 assert live == (0,)
+            went_on.set()
         live = ()
         while live != (0, 1):  # it joins again
             params, state = stepped(tx, params, state)

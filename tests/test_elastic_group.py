@@ -213,6 +213,16 @@ def test_a_worker_that_still_differs_joins_the_next_time():
     assert crowd.told[1][-1]["holders"] == [0]
 
 
+def test_a_worker_that_still_differs_is_not_waited_for():
+    crowd = begun(0, 1)
+    crowd.offer(0, 1)
+    crowd.done(0)
+    crowd.done(1, rounding=1)
+    crowd.done(1, rounding=2)
+    crowd.offer(0)
+    assert crowd.last(0) == ["plan"]
+
+
 def test_a_death_in_a_repair():
     crowd = begun(0, 1, 2)
     crowd.offer(0, 1, 2)
