@@ -16,7 +16,7 @@ from pathlib import Path
 import emaopt
 
 LIMIT = 60  # s, for anything that is waited for
-SECONDS = 2.0  # the heartbeat timeout
+SECONDS = 4.0  # the heartbeat timeout
 
 
 def free_address():

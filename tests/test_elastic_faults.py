@@ -231,7 +231,7 @@ def test_two_that_do_not_reach_each_other(monkeypatch):
         except ValueError as error:
             return str(error)
 
-    first, second, third = together(body, 3, seconds=0.5)
+    first, second, third = together(body, 3, seconds=1.5)
     assert first == second == (0, 1)
     assert "workers 1 and 2 do not reach each other" in third
 

@@ -113,12 +113,12 @@ def test_the_death_of_worker_0_ends_the_run_and_all_go_on_from_the_checkpoint(tm
 
 @pytest.mark.slow
 def test_a_worker_that_stands_still_is_left_out_and_joins_again(tmp_path):
-    with Processes(3, "--seconds=1.5", log=tmp_path / "log") as run:
+    with Processes(3, "--seconds=3", log=tmp_path / "log") as run:
         run.start(0, 1, 2)
         run.wait_for(reached(3, 0, 1, 2))
         run.send(signal.SIGSTOP, 1)
         before = newest(run.said)
-        run.wait_for(reached(before + 10, 0, 2), seconds=6)
+        run.wait_for(reached(before + 10, 0, 2), seconds=12)
         run.send(signal.SIGCONT, 1)
         run.wait_for(lambda said: numbers_of(said, 1)[-1] > before + 10)
         said = list(run.said)
@@ -145,7 +145,7 @@ def test_worker_0_may_stand_still_for_less_than_the_timeout(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_may_start_late_and_worker_0_waits_for_all_to_close(tmp_path):
-    with Processes(3, "--seconds=1.5", log=tmp_path / "log") as run:
+    with Processes(3, "--seconds=3", log=tmp_path / "log") as run:
         run.start(0, 1, options=["--rounds=600"])
         run.wait_for(reached(3, 0, 1))
         run.start(2, options=["--rounds=1000"])
