@@ -10,7 +10,6 @@
            sum of all commits. "whole": `Workers.exchange`, beside what an exchange adds
            to an update of the mapped form of the same optimizer. Bytes: what one worker
            pulls, in units of the commits; 2 (W-1)/W is what an all-reduce needs.
-
   quality  examples/elastic_diloco.py with three deaths and without any, on three seeds:
            the held-out loss of the center after 60 exchanges, and how many workers took
            part in one on average.
@@ -28,7 +27,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -50,9 +48,8 @@ class Run:
     """The processes of one run, and all that they say."""
 
     def __init__(self, role: str, num_workers: int, **options: float):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        # Not one of the ports that the system gives to connections of the workers.
+        self.address = f"127.0.0.1:{random.SystemRandom().randrange(20_000, 32_000)}"
         options = {"workers": num_workers, **options}
         pairs = [(f"--{name}", str(value)) for name, value in options.items()]
         self.command = [sys.executable, str(WORKER), role, self.address]
@@ -70,7 +67,7 @@ class Run:
             [*self.command, str(worker), *self.options],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if worker else None,
+            stderr=subprocess.DEVNULL if worker else None,
             text=True,
         )
         self.processes[worker] = process

@@ -45,6 +45,12 @@ def kind_of(leaf: object) -> str | None:
     return next((k.__name__ for k in _KINDS if jnp.issubdtype(dtype, k)), "key")
 
 
+def key_data(leaf: jax.Array) -> jax.Array:
+    """The integers of keys of random numbers; other leaves as they are."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """The floating or complex dtype to compute in: float32 for a narrower one."""
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)

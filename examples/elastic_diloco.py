@@ -23,8 +23,8 @@ import argparse
 import itertools
 import json
 import pydoc_data.topics
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -152,9 +152,10 @@ def drive(given):
     """Starts the workers, kills some, and starts them again; returns what they logged."""
     given.directory.mkdir(parents=True, exist_ok=True)
     log = given.directory / "log.jsonl"
-    log.unlink(missing_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    if log.exists():
+        raise SystemExit(f"{given.directory} holds a run: give another --directory")
+    # Not one of the ports that the system gives to connections of the workers.
+    address = f"127.0.0.1:{random.randrange(20_000, 32_000)}"
 
     def start(worker):
         program = [sys.executable, __file__, "--worker", worker, "--address", address]

@@ -21,10 +21,10 @@ def main():
     key = jax.random.key(given.worker)
     params = {"w": jnp.ones(given.size), "b": jnp.zeros((3, 2), jnp.bfloat16)}
     state = optimizer.init(params)
-    manager = Path(given.checkpoints) if given.checkpoints else None
-    if manager is not None and (newest := steps(manager)):
+    saved = Path(given.checkpoints) if given.checkpoints else None
+    if saved is not None and (newest := steps(saved)):
         tree = emaopt.checkpoint.restore(
-            manager / str(newest[-1]), {"params": params, "opt_state": state}
+            saved / str(newest[-1]), {"params": params, "opt_state": state}
         )
         params, state = tree["params"], tree["opt_state"]
 
@@ -65,18 +65,14 @@ def main():
                 left_out=record.left_out,
                 weights=list(record.weights.items()),
                 center=hashed(emaopt.get_center(state)),
-                shared=hashed((emaopt.get_center(state), outer_state(state))),
+                shared=hashed((state.center, state.outer_state)),
                 loss=float(jnp.mean(jnp.abs(emaopt.get_center(state)["w"] - 2))),
             )
-            if manager is not None and given.worker == min(live):
+            if saved is not None and given.worker == min(live):
                 emaopt.checkpoint.save(
-                    manager / str((steps(manager) or [0])[-1] + 1),
+                    saved / str((steps(saved) or [0])[-1] + 1),
                     {"params": params, "opt_state": state},
                 )
-
-
-def outer_state(state):
-    return state.outer_state
 
 
 def steps(directory):

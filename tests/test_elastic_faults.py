@@ -184,7 +184,7 @@ def test_an_interrupted_connect_leaves_nothing_behind(monkeypatch):
 
 
 def test_a_server_out_of_files_goes_on():
-    tx = local_sgd()
+    tx, failing = local_sgd(), []
 
     def body(workers):
         params, state = stepped(tx, PARAMS, tx.init(PARAMS))
@@ -203,7 +203,8 @@ def test_a_server_out_of_files_goes_on():
                         raise OSError(errno.EMFILE, "too many open files")
                     return listener.accept()
 
-            workers._session._server._listener = Failing()
+            failing.append(Failing())
+            workers._session._server._listener = failing[0]
         found = [workers.exchange(tx, params, state)]
         for _ in range(3):
             params, state = stepped(tx, *found[-1][:2])
@@ -212,6 +213,7 @@ def test_a_server_out_of_files_goes_on():
 
     for lives in together(body, 3, seconds=4):
         assert lives == [(0, 1, 2)] * 4
+    assert not failing[0].left
 
 
 def test_two_that_do_not_reach_each_other(monkeypatch):

@@ -167,7 +167,7 @@ def test_pulls(server, connected):
     size = CHUNK // 4 + 1000  # more than one frame
     row = Row([np.arange(size, dtype=np.float32), np.arange(7, dtype=np.int8)])
     server.offer(3, {COMMIT: whole(row)})
-    (got,) = Arena().rows(kinds_of(row))
+    (got,) = Arena().rows(kinds_of(row, 0, row.size))
     peer, seen = connected(), []
     end = row.byte(row.size)
     peer.pull(3, COMMIT, got, 0, end, progress=seen.append)
@@ -183,7 +183,7 @@ def test_pulls(server, connected):
 def test_pulls_wait_for_what_is_not_ready(server, connected):
     row = Row([np.arange(1000, dtype=np.float32)])
     source = whole(row, ready=0)
-    (got,) = Arena().rows(kinds_of(row))
+    (got,) = Arena().rows(kinds_of(row, 0, row.size))
     peer = connected(timeout=0.6)  # less than it is going to take
 
     def later():

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from elastic_runs import free_address
 
 ROOT = Path(__file__).parents[1]
 ALONE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -53,9 +53,7 @@ def test_the_page_on_elastic_training(tmp_path):
     }
     found = {}
     for name, program in programs.items():
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        run = {"ADDRESS": address, "WORLD_SIZE": "2", "RUN": str(tmp_path)}
+        run = {"ADDRESS": free_address(), "WORLD_SIZE": "2", "RUN": str(tmp_path)}
         members = [
             subprocess.Popen(
                 [sys.executable, "-c", program],

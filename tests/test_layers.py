@@ -281,7 +281,7 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._arrays": {"_types", "checkpoint"},
-    "checkpoint._checksums": {"_names", "_types"},
+    "checkpoint._checksums": {"_leaves", "_names", "_types"},
     "checkpoint._read": {"_types", "checkpoint", "checkpoint._files", "orbax"},
     "checkpoint._units": {"_names", "_nodes", "checkpoint._files"},
     "checkpoint._worker_rows": {
@@ -426,6 +426,7 @@ LAYERS = {
         "_exchange",
         "_fragments",
         "_in_flight",
+        "_leaves",
         "_local_checks",
         "_local_loop",
         "_local_updates",
@@ -447,6 +448,7 @@ LAYERS = {
     "elastic._workers": {
         "_checks",
         "_fragments",
+        "_leaves",
         "_local_checks",
         "_names",
         "_nodes",
@@ -454,7 +456,6 @@ LAYERS = {
         "_types",
         "elastic._attempt",
         "elastic._layout",
-        "elastic._messages",
         "elastic._programs",
         "elastic._session",
         "elastic._settings",
@@ -473,6 +474,7 @@ LAYERS = {
         "_checks",
         "elastic._messages",
         "elastic._replay",
+        "elastic._session",
         "elastic._workers",
     },
 }

@@ -21,6 +21,7 @@ from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 
+from emaopt._leaves import key_data
 from emaopt._names import Names, leaves_with_keys
 from emaopt._types import Leaf, PyTree
 
@@ -108,8 +109,7 @@ def _sums(leaves: Iterable[Leaf]) -> list[tuple[str, list[int]]]:
 def _begin(leaf: Leaf, pool: Executor) -> tuple[str, list[Callable[[], int]]]:
     """The dtype of a leaf, and a function for each copy that returns its sum."""
     if isinstance(leaf, jax.Array):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)  # what Orbax writes
+        leaf = key_data(leaf)  # what Orbax writes
         return str(leaf.dtype), _of_copies(leaf, pool)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         leaf = np.asarray(leaf)

@@ -29,6 +29,7 @@ import jax
 from emaopt._checks import check_integer, check_number
 from emaopt.elastic._messages import parsed_address
 from emaopt.elastic._replay import pseudo_gradient, replay
+from emaopt.elastic._session import Session
 from emaopt.elastic._workers import Exchanged, Record, Workers
 
 __all__ = ["Exchanged", "Record", "Workers", "connect", "pseudo_gradient", "replay"]
@@ -109,4 +110,4 @@ def connect(
             "processes that may die. Leave jax.distributed.initialize out."
         )
     seconds = float(heartbeat_timeout_seconds)
-    return Workers(address, num_workers, worker, seconds, number)
+    return Workers(Session(address, num_workers, worker, seconds, number))

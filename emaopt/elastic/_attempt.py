@@ -132,8 +132,7 @@ class Attempt:
         parts = dict(zip(plan.live, itertools.pairwise(bounds), strict=True))
         self._parts: dict[int, tuple[int, int]] = parts  # in elements
         start, stop = parts[worker]
-        ready = sums.byte(start)
-        self._sum = Source(sums, ready)
+        self._sum = Source(sums, ready=sums.byte(start))
         sources = {COMMIT: whole(commit), SCALES: whole(scales), SUM: self._sum}
         if worker in plan.holders and plan.joined:
             sources[CENTER] = whole(center)
@@ -162,11 +161,12 @@ class Attempt:
         """Runs the tasks at the same time, and reports when all have ended well."""
         self._num_left = len(tasks)
         threads = [
-            threading.Thread(target=self._guarded, args=(task, end), daemon=True)
+            threading.Thread(target=self._guarded, args=(task, end), name="emaopt-part")
             for task in tasks
         ]
         self._threads += threads
         for thread in threads:
+            thread.daemon = True
             thread.start()
 
     def cancel(self) -> None:

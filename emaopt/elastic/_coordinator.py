@@ -30,12 +30,15 @@ class Coordinator:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._heard: dict[int, float] = {}  # when a worker was last heard of
         self._changed = asyncio.Event()  # somebody came or went
-        self._started = threading.Event()
+        self._started = threading.Event()  # or failed to
+        self._is_serving = False
         self._thread = threading.Thread(
             target=self._run, name="emaopt-coordinator", daemon=True
         )
         self._thread.start()
         self._started.wait()
+        if not self._is_serving:
+            raise OSError("elastic.connect: the coordinator could not start")
 
     def wait(self) -> None:
         """Returns when no other worker than 0 is connected."""
@@ -49,8 +52,11 @@ class Coordinator:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(self._serve())
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(self._serve())
+        finally:
+            self._started.set()
 
     async def _serve(self) -> None:
         task = asyncio.current_task()
@@ -59,6 +65,7 @@ class Coordinator:
         server = await asyncio.start_server(
             self._welcome, sock=self._listener, limit=LONGEST
         )
+        self._is_serving = True
         self._started.set()
         try:
             await asyncio.gather(self._begin(), self._watch())
@@ -141,7 +148,7 @@ class Coordinator:
                 self._forget(worker)
 
     def _greeting(self) -> Message:
-        return {"op": "welcome", "group": self._ident, "number": self._group.number}
+        return {"op": "welcome", "group": self._ident}
 
     def _read(self, worker: int, writer: asyncio.StreamWriter, message: Message) -> None:
         if self._writers.get(worker) is not writer:

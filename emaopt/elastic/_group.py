@@ -98,7 +98,7 @@ class Group:
         for w in attempt.workers:
             self.seats[w].offer = None
             self.seats[w].holds = w in same
-        told = {"op": "commit", "number": self.number}
+        told = {"op": "commit"}
         return [(w, told) for w in attempt.workers] + self._next()
 
     def _next(self) -> Outbox:

@@ -83,11 +83,8 @@ class Arena:
         return [Row([array(*one) for one in kind]) for kind in kinds]
 
 
-def kinds_of(
-    row: Row, start: int = 0, stop: int | None = None
-) -> list[tuple[int, np.dtype[Any]]]:
-    """(size, dtype) of the arrays of a row, or of the pieces of a part of it."""
-    stop = row.size if stop is None else stop
+def kinds_of(row: Row, start: int, stop: int) -> list[tuple[int, np.dtype[Any]]]:
+    """(size, dtype) of the pieces of a part of a row."""
     pieces = [row.arrays[k][inside] for k, inside in row.segments(start, stop)]
     return [(piece.size, piece.dtype) for piece in pieces]
 
@@ -122,8 +119,7 @@ def add_up(
       scales: Of each row's code, for integers, else None.
     """
     wide = np.dtype(np.float32) if out.dtype.itemsize < 4 else out.dtype
-    total: Array | None = out if out.dtype == wide else np.empty(out.shape, wide)
-    assert total is not None
+    total = out if out.dtype == wide else np.empty(out.shape, wide)
     if not rows:
         total[...] = 0
     for number, row in enumerate(rows):

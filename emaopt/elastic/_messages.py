@@ -9,7 +9,7 @@ Message: TypeAlias = dict[str, Any]
 Address: TypeAlias = tuple[str, int]
 
 PROTOCOL = "emaopt elastic 1"
-LONGEST = 1 << 26  # bytes of a line: names of leaves, scales of integer commits
+LONGEST = 1 << 26  # bytes of a line, which may hold the names of all leaves
 
 
 def packed(message: Message) -> bytes:

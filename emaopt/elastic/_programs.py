@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,17 @@ from jax import lax
 from emaopt._collectives import in_turn
 from emaopt._commits import decoded, encoded
 from emaopt._exchange import Exchange, Leaf, Part, Votes
-from emaopt._fragments import column_of, fragments_of, leaves_of, subtree, tree_of
+from emaopt._fragments import (
+    Column,
+    column_of,
+    fragments_of,
+    leaves_of,
+    subtree,
+    tree_of,
+)
 from emaopt._in_flight import mixed
-from emaopt._local_checks import Settings, mixes
+from emaopt._leaves import key_data
+from emaopt._local_checks import mixes
 from emaopt._local_loop import pulled_params
 from emaopt._local_updates import Engine
 from emaopt._reductions import Mean, OfWorkers, Reduction, Rows, Sum
@@ -99,18 +107,14 @@ class Programs:
     """The programs of one optimizer, compiled once for each kind of tree."""
 
     def __init__(self, engine: Engine):
-        self.settings = settings = engine
-        exchange = engine.exchange
-        self.commit = jax.jit(functools.partial(_commit, settings, exchange))
-        self.coded = jax.jit(functools.partial(_coded, exchange))
-        self.hand_in = jax.jit(functools.partial(_hand_in, settings, exchange))
-        self.follow = jax.jit(functools.partial(_follow, settings))
-        move = functools.partial(_move, settings, exchange)
-        self._move = jax.jit(move, static_argnums=0)
+        self.engine = engine
+        self.commit = jax.jit(functools.partial(_commit, engine))
+        self.coded = jax.jit(functools.partial(_coded, engine.exchange))
+        self.hand_in = jax.jit(functools.partial(_hand_in, engine))
+        self.follow = jax.jit(functools.partial(_follow, engine))
+        self._move = jax.jit(functools.partial(_move, engine), static_argnums=0)
         # Compiled for each number of workers that live only if something depends on it.
-        self._counts = callable(settings.moving_rate) or isinstance(
-            exchange.outer, OfWorkers
-        )
+        self._counts = callable(engine.moving_rate) or isinstance(engine.outer, OfWorkers)
 
     def move(
         self,
@@ -143,9 +147,10 @@ def shared(state: LocalUpdatesState) -> dict[str, PyTree]:
     return {field: getattr(state, field) for field in fields}
 
 
-def exchanged(function: str, center: list[Any], num_fragments: int) -> list[int]:
+def exchanged(engine: Engine, center: Column) -> list[int]:
     """The positions of the leaves that are exchanged, in order."""
-    return sorted(i for f in fragments_of(function, center, num_fragments) for i in f)
+    fragments = fragments_of(engine.function, center, engine.num_fragments)
+    return sorted(i for fragment in fragments for i in fragment)
 
 
 @jax.jit
@@ -167,15 +172,9 @@ def fingerprint(tree: PyTree) -> jax.Array:
 
     total = jnp.uint32(0)
     # In turn: on CPU XLA writes the bits of each leaf to memory.
-    for one in in_turn(of, list(map(raw, jax.tree.leaves(tree)))):
+    for one in in_turn(of, list(map(key_data, jax.tree.leaves(tree)))):
         total = hashed(total + one)
     return total
-
-
-def raw(leaf: jax.Array) -> jax.Array:
-    """The numbers of a leaf that may hold keys of random numbers."""
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def _bits(leaf: jax.Array) -> jax.Array:
@@ -197,15 +196,13 @@ class _Piece(NamedTuple):
     commits: Rows
 
 
-def _pieces(
-    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
-) -> list[_Piece]:
+def _pieces(engine: Engine, state: LocalUpdatesState, params: PyTree) -> list[_Piece]:
     leaves, treedef = jax.tree.flatten(params)
     changing = leaves_of(treedef, state)
     sums = column_of(treedef, state.accumulated)
     center = [leaf.center for leaf in changing]
-    fragments = fragments_of(settings.function, center, settings.num_fragments)
-    pieces = []
+    fragments = fragments_of(engine.function, center, engine.num_fragments)
+    exchange, pieces = engine.exchange, []
     for fragment, since in zip(fragments, state.since_exchange, strict=True):
         # Without a step since the exchange the commit is not counted.
         steps = jnp.maximum(since, 1)
@@ -218,13 +215,11 @@ def _pieces(
     return pieces
 
 
-def _commit(
-    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
-) -> list[jax.Array]:
+def _commit(engine: Engine, state: LocalUpdatesState, params: PyTree) -> list[jax.Array]:
     """The commits of the leaves that are exchanged, before they are encoded."""
     commits = {
         i: piece.commits[k]
-        for piece in _pieces(settings, exchange, state, params)
+        for piece in _pieces(engine, state, params)
         for k, i in enumerate(piece.positions)
     }
     return [commits[i] for i in sorted(commits)]
@@ -242,23 +237,20 @@ def _coded(
     return codes, jnp.array(scales, jnp.float32)
 
 
-def _hand_in(
-    settings: Settings, exchange: Exchange, state: LocalUpdatesState, params: PyTree
-) -> Handed:
-    rows = _commit(settings, exchange, state, params)
-    codes, scales = _coded(exchange, rows)
+def _hand_in(engine: Engine, state: LocalUpdatesState, params: PyTree) -> Handed:
+    rows = _commit(engine, state, params)
+    codes, scales = _coded(engine.exchange, rows)
     missed = jnp.any(jnp.stack(state.has_missed))
     return Handed(
         codes=codes,
         scales=scales,
-        valid=exchange.workers.finite([[row] for row in rows], ~missed),
+        valid=engine.workers.finite([[row] for row in rows], ~missed),
         num_steps=jnp.max(jnp.stack(state.since_exchange)),
     )
 
 
 def _move(
-    settings: Settings,
-    exchange: Exchange,
+    engine: Engine,
     num_live: int,
     state: LocalUpdatesState,
     params: PyTree,
@@ -269,12 +261,12 @@ def _move(
     sums = lax.optimization_barrier(sums)
     treedef = jax.tree.structure(params)
     changed = leaves_of(treedef, state)
-    pieces = _pieces(settings, exchange, state, params)
-    positions = sorted(i for piece in pieces for i in piece.positions)
+    positions = exchanged(engine, [leaf.center for leaf in changed])
     by_position = dict(zip(positions, sums, strict=True))
     valid, counted = jnp.asarray(counts.valid), jnp.asarray(counts.counted)
     num_present = jnp.asarray(counts.num_counted + counts.num_left_out)
     num_left_out, outer_state = state.num_left_out, []
+    exchange, pieces = engine.exchange, _pieces(engine, state, params)
     for piece, before in zip(pieces, state.outer_state, strict=True):
         landing = _Elsewhere(
             _Live(num_live),
@@ -313,18 +305,18 @@ def _move(
 
 
 def _follow(
-    settings: Settings,
+    engine: Engine,
     state: LocalUpdatesState,
     params: PyTree,
     valid: Scalar | bool,
 ) -> PyTree:
     """The parameters that a worker goes on from, of the state after the exchange."""
-    if not mixes(settings):
+    if not mixes(engine):
         return pulled_params(state, params)
     leaves, treedef = jax.tree.flatten(params)
     center = column_of(treedef, state.center)
-    for i in exchanged(settings.function, center, settings.num_fragments):
+    for i in exchanged(engine, center):
         local, valid = jnp.asarray(leaves[i]), jnp.asarray(valid)
-        own = mixed(Mapped(), settings.mix, center[i], local, valid, None)
+        own = mixed(engine.workers, engine.mix, center[i], local, valid, None)
         leaves[i] = own.astype(local.dtype)
     return jax.tree.unflatten(treedef, leaves)

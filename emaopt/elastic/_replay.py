@@ -51,9 +51,8 @@ def pseudo_gradient(
     treedef = jax.tree.structure(params)
     center = column_of(treedef, state.center)
     nodes: list[PyTree] = [optax.MaskedNode()] * len(center)
-    positions = exchanged(function, center, programs.settings.num_fragments)
     rows = programs.commit(state, params)
-    for i, row in zip(positions, rows, strict=True):
+    for i, row in zip(exchanged(programs.engine, center), rows, strict=True):
         nodes[i] = row
     return jax.tree.unflatten(treedef, nodes)
 
@@ -111,9 +110,7 @@ def replay(
     programs = programs_for(function, optimizer, params, opt_state)
     state = center_of(function, params, opt_state)
     treedef = jax.tree.structure(params)
-    positions = exchanged(
-        function, column_of(treedef, state.center), programs.settings.num_fragments
-    )
+    positions = exchanged(programs.engine, column_of(treedef, state.center))
     centers = []
     for before, record in zip([None, *log], log, strict=False):
         if before is not None and record.number != before.number + 1:

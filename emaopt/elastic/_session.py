@@ -53,6 +53,7 @@ class Session:
         timeout: float,
         number: int,
     ):
+        self.worker, self.num_workers = worker, num_workers
         self._address = address
         self._hello = {
             "worker": worker,
@@ -175,30 +176,26 @@ class Session:
 
     def _repair(self, attempt: Attempt, hand: Hand, sources: list[int]) -> None:
         """Lets others pull the center after the exchange, or pulls it from them."""
-        if self._hello["worker"] in sources:
+        if self.worker in sources:
             row = hand.moved(differs=False)
             self._server.add(attempt.plan.attempt, REPAIR, whole(row))
-            return
-        _logger.info(
-            "this worker's devices round differently than others': it pulls their center"
-        )
-        attempt.repair(hand.moved(differs=True), sources)
+        else:
+            attempt.repair(hand.moved(differs=True), sources)
 
     def _attempt(self, plan: Plan, hand: Hand, link: Link) -> Attempt:
-        worker = self._hello["worker"]
-        joins = worker in plan.joined
+        joins = self.worker in plan.joined
         if joins and plan.is_first:
             _logger.warning(
                 "worker %d begins with another center than worker %d, and joins without "
                 "a commit: was it restored from another checkpoint, or moved by an "
                 "update without exchange=False?",
-                worker,
+                self.worker,
                 plan.holders[0],
             )
         connect = functools.partial(Peer, group=link.group, timeout=self._timeout)
         return Attempt(
             plan=plan,
-            worker=worker,
+            worker=self.worker,
             server=self._server,
             commit=hand.commit,
             scales=hand.scales,

@@ -87,9 +87,9 @@ class Server:
         while True:
             try:
                 connection, _ = self._listener.accept()
-                threading.Thread(
-                    target=self._serve, args=(connection,), daemon=True
-                ).start()
+                thread = threading.Thread(target=self._serve, args=(connection,))
+                thread.name, thread.daemon = "emaopt-serve", True
+                thread.start()
             except (OSError, RuntimeError) as error:  # too many files or threads, say
                 if not self.is_open:
                     return

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from emaopt._checks import check_number
 from emaopt._fragments import column_of
+from emaopt._leaves import is_averaged, key_data
 from emaopt._local_checks import HEAVIEST, LIGHTEST, Settings
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import replace
@@ -20,20 +22,25 @@ from emaopt._states import LocalUpdatesState
 from emaopt._types import PyTree
 from emaopt.elastic._attempt import Plan
 from emaopt.elastic._layout import Arena, Array, Row, sum_dtype
-from emaopt.elastic._messages import Address
 from emaopt.elastic._programs import (
     Counts,
     Handed,
     Programs,
     exchanged,
     fingerprint,
-    raw,
     shared,
 )
 from emaopt.elastic._session import Session
 from emaopt.elastic._settings import center_of, programs_for
 
 _FUNCTION = "Workers.exchange"  # named in errors
+_ROUNDING = 1e-3  # two centers that differ by more do so for another reason
+_DIFFERS = (
+    "worker %d computed another center than the others, by %.1g of it, and pulls theirs: "
+    "devices may round differently, but all need the same outer optimizer"
+)
+
+_logger = logging.getLogger("emaopt.elastic")
 
 
 class Exchanged(NamedTuple):
@@ -76,23 +83,16 @@ class Workers:
       log: A `Record` of each exchange that this process took part in, for `replay`.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        num_workers: int,
-        worker: int,
-        timeout: float,
-        number: int,
-    ):
-        self.worker = worker
-        self.num_workers = num_workers
+    def __init__(self, session: Session):
+        self.worker = session.worker
+        self.num_workers = session.num_workers
         self.log: list[Record] = []
-        self._optimizer: optax.GradientTransformation | None = None  # the last one
-        self._programs: Any = None  # of it
+        self._session = session
+        # The last optimizer, and the programs of it.
+        self._known: tuple[optax.GradientTransformation, Programs] | None = None
         self._arena = Arena()  # for the sums
         # (num_steps, fingerprint) that the last exchange left.
         self._left: tuple[int, int] | None = None
-        self._session = Session(address, num_workers, worker, timeout, number)
 
     def exchange(
         self,
@@ -108,7 +108,7 @@ class Workers:
         optimizer moves the center, and the parameters go on from there. It waits for the
         workers that were in the last exchange and live. One that dies meanwhile is left
         out, and so is a commit that is not finite. What is returned has happened on all
-        workers that live; center and outer state are bit-equal on them, on like hardware.
+        workers that live; center and outer state are equal on them, bit for bit.
 
         A worker that comes later, or comes back, takes part in its first exchange without
         a commit: it gets the group's center and outer state, and goes on from them. So it
@@ -168,10 +168,10 @@ class Workers:
                 f"{_FUNCTION}: weight must be 0 or in [{LIGHTEST}, {HEAVIEST}], got "
                 f"{weight!r}."
             )
-        if self._programs is None or optimizer is not self._optimizer:
-            self._programs = programs_for(_FUNCTION, optimizer, params, opt_state)
-            self._optimizer = optimizer
-        programs, state = self._programs, center_of(_FUNCTION, params, opt_state)
+        if self._known is None or optimizer is not self._known[0]:
+            programs = programs_for(_FUNCTION, optimizer, params, opt_state)
+            self._known = optimizer, programs
+        (_, programs), state = self._known, center_of(_FUNCTION, params, opt_state)
         handed = programs.hand_in(state, params)
         steps = int(state.num_steps) - int(handed.num_steps)
         if self._left is None:
@@ -236,10 +236,8 @@ class _Hand:
     ):
         self._worker, self._programs = worker, programs
         self._params, self._state, self._handed = params, state, handed
-        settings = programs.settings
         center = column_of(jax.tree.structure(params), state.center)
-        positions = exchanged(settings.function, center, settings.num_fragments)
-        self._centers = [center[i] for i in positions]
+        self._centers = [center[i] for i in exchanged(programs.engine, center)]
         codes = [np.asarray(code) for code in handed.codes]
         scales = [] if handed.scales is None else [np.asarray(handed.scales)]
         dtypes = [
@@ -251,7 +249,7 @@ class _Hand:
         (self.sums,) = arena.rows(kinds)
         # What is shared before and after the exchange, in the host's memory.
         self._before, self._after = Row([]), Row([])
-        self.leaves = _in_words(settings, params, state)
+        self.leaves = _in_words(programs.engine, params, state)
         self.offer = {
             # Without a step there is nothing to hand in.
             "weight": float(weight) if int(handed.num_steps) else 0.0,
@@ -290,6 +288,9 @@ class _Hand:
 
     def repair(self) -> int:
         new = self._new._replace(**_written(self._after, shared(self._new)))
+        distance = float(_distance(self._new.center, new.center))
+        level = logging.WARNING if distance > _ROUNDING else logging.INFO
+        _logger.log(level, _DIFFERS, self._worker, distance)
         if new.pulled is not None and not self._valid:  # then it has pulled the center
             copies = jax.tree.map(functools.partial(jnp.array, copy=True), new.center)
             new = new._replace(pulled=copies)
@@ -309,6 +310,15 @@ class _Hand:
         return self._left
 
 
+@jax.jit
+def _distance(own: PyTree, others: PyTree) -> jax.Array:
+    """‖own - others‖ / ‖others‖ of two centers; the norm of `own` if that is 0."""
+    pairs = list(zip(jax.tree.leaves(own), jax.tree.leaves(others), strict=True))
+    pairs = [(x, y) for x, y in pairs if is_averaged(x)]
+    size = optax.tree.norm([y for _, y in pairs])
+    return optax.tree.norm([x - y for x, y in pairs]) / jnp.where(size > 0, size, 1)
+
+
 def _told(state: LocalUpdatesState) -> PyTree:
     """What a worker that joins is told: what all share, and how far the group is."""
     return shared(state), state.num_steps
@@ -316,7 +326,7 @@ def _told(state: LocalUpdatesState) -> PyTree:
 
 def _row(tree: PyTree, new: bool) -> Row:
     """The tree in the host's memory, or room for one like it."""
-    arrays = [np.asarray(raw(leaf)) for leaf in jax.tree.leaves(tree)]
+    arrays = [np.asarray(key_data(leaf)) for leaf in jax.tree.leaves(tree)]
     if not new:
         return Row(arrays)
     (row,) = Arena().rows([(array.size, array.dtype) for array in arrays])
@@ -327,7 +337,7 @@ def _written(row: Row, like: PyTree) -> PyTree:
     """What has been written to a row, as a tree like another."""
     leaves, treedef = jax.tree.flatten(like)
     arrays = [
-        _cooked(array.reshape(np.shape(raw(leaf))), leaf)
+        _cooked(array.reshape(np.shape(key_data(leaf))), leaf)
         for array, leaf in zip(row.arrays, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
