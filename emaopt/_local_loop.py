@@ -25,7 +25,7 @@ from emaopt._leaves import is_array, is_averaged
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired, refuse_one_worker
 from emaopt._states import InFlight, LocalUpdatesState
-from emaopt._turn import Order
+from emaopt._turn import Order, update_of
 from emaopt._types import AxisName, PyTree
 from emaopt._workers import Mapped, Stacked, resized
 
@@ -184,7 +184,8 @@ def local_round(
       (params, opt_state, values), with the values of all steps, [steps, ...].
 
     Raises:
-      ValueError: If there is no step, or if the state has no center or several.
+      ValueError: If there is no step, if the state has no center or several, or if a
+        wrapper does not take extra arguments.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -209,7 +210,7 @@ def local_round(
         )
     state = find_center("local_round", opt_state, None)
     paired("local_round", state.center, params, stacked=True)
-    update = optax.with_extra_args_support(optimizer).update
+    update = update_of("local_round", optimizer)
     ((num_steps, *_),) = steps
 
     late = isinstance(state.in_flight, InFlight)

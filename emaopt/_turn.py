@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from emaopt._conditional import once_if
 from emaopt._eager import others, step
@@ -37,6 +38,24 @@ class Order:
 
     def __bool__(self) -> bool:
         return self.commit  # as wrappers that read the flag understand it
+
+
+def update_of(
+    function: str, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[PyTree, PyTree]]:
+    """An optimizer's update, an error unless it takes an order for local updates."""
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        refuse_dropped(function)
+    return optimizer.update
+
+
+def refuse_dropped(function: str) -> NoReturn:
+    """Raises for an optimizer that does not pass an order on."""
+    raise ValueError(
+        f"{function}: a wrapper in this optimizer does not pass extra arguments on to "
+        "the local updates, so they cannot be told when to exchange. It must be an "
+        "optax.GradientTransformationExtraArgs, whose update takes **extra_args."
+    )
 
 
 class Outcome(NamedTuple):

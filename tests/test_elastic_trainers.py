@@ -18,7 +18,9 @@ import emaopt
 ALL = {"w": True, "b": True}
 WRAPPERS = {
     "chain": lambda tx: optax.chain(optax.clip(10.0), tx),
-    "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(10.0)), ("local", tx)),
+    "named_chain": lambda tx: optax.named_chain(
+        ("clip", optax.clip(10.0)), ("local", tx)
+    ),
     "masked": lambda tx: optax.masked(tx, ALL),
     "partition": lambda tx: optax.partition({"all": tx}, {"w": "all", "b": "all"}),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),

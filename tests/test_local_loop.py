@@ -334,3 +334,15 @@ def test_parts_of_the_parameters_have_specs_and_ends(form):
         after, _ = emaopt.synchronize(state, optax.apply_updates(params, updates))
         np.testing.assert_array_equal(after["w"], np.full((2, 3), -2))
         np.testing.assert_array_equal(after["b"], params["b"])
+
+
+def test_rounds_refuse_a_wrapper_that_drops_the_exchange():
+    inner = emaopt.local_sgd(optax.sgd(1.0), period=9, num_workers=2)
+    for tx in (
+        optax.GradientTransformation(inner.init, inner.update),
+        optax.MultiSteps(inner, 1).gradient_transformation(),
+    ):
+        params = emaopt.stack_workers(jnp.zeros(()), 2)
+        given = (params, tx.init(params), jnp.ones((3, 2)))
+        with pytest.raises(ValueError, match=r"local_round: .* extra arguments"):
+            emaopt.local_round(tx, jax.vmap(lambda p, b: (b, p)), *given)

@@ -9,7 +9,7 @@ from emaopt._checks import check_arrays, check_optimizer
 from emaopt._local_updates import Engine
 from emaopt._reading import find_center, paired
 from emaopt._states import LocalUpdatesState
-from emaopt._turn import Order
+from emaopt._turn import Order, refuse_dropped, update_of
 from emaopt._types import PyTree
 from emaopt.elastic._programs import Programs, programs_of
 
@@ -37,15 +37,10 @@ def programs_for(
     state = find_center(function, opt_state, None)
     paired(function, state.center, params, stacked=True)
     order = Order(ask=True)
-    update = functools.partial(
-        optax.with_extra_args_support(optimizer).update, exchange=order
-    )
+    update = functools.partial(update_of(function, optimizer), exchange=order)
     jax.eval_shape(update, *jax.eval_shape(lambda: (params, opt_state, params)))
     if order.answer is None:
-        raise ValueError(
-            f"{function}: a wrapper in this optimizer does not pass extra arguments on "
-            "to the local updates. Use optax.with_extra_args_support for it."
-        )
+        refuse_dropped(function)
     settings = order.answer
     assert isinstance(settings, Engine)
     named = settings.function
