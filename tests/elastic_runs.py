@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emaopt
@@ -28,22 +27,49 @@ def free_address():
 
 
 def together(body, num_workers, *, address=None, workers=None, seconds=SECONDS):
-    """Runs body(workers) on each worker, in a thread of its own; returns the results."""
-    address = address or free_address()
+    """Runs body(workers) on each worker, in a thread of its own; returns the results.
+
+    Once one has failed, the exchanges of the others fail, too: their loops wait for it.
+    """
+    address, failed = address or free_address(), threading.Event()
+    chosen = list(range(num_workers) if workers is None else workers)
+    results, errors = {}, []
 
     def run(worker):
-        with emaopt.elastic.connect(
-            address,
-            num_workers=num_workers,
-            worker=worker,
-            heartbeat_timeout_seconds=seconds,
-        ) as connected:
-            return body(connected)
+        try:
+            with emaopt.elastic.connect(
+                address,
+                num_workers=num_workers,
+                worker=worker,
+                heartbeat_timeout_seconds=seconds,
+            ) as connected:
+                whole = connected.exchange
 
-    chosen = range(num_workers) if workers is None else workers
-    with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(run, worker) for worker in chosen]
-        return [future.result(timeout=LIMIT) for future in futures]
+                def exchange(*args, **options):
+                    assert not failed.is_set(), "another worker has failed"
+                    return whole(*args, **options)
+
+                connected.exchange = exchange
+                results[worker] = body(connected)
+        except BaseException as error:
+            errors.append(error)
+            failed.set()
+
+    # Daemons, which a process does not wait for at its end.
+    threads = [threading.Thread(target=run, args=(w,), daemon=True) for w in chosen]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + LIMIT
+    while any(thread.is_alive() for thread in threads) and not failed.is_set():
+        if time.monotonic() > until:
+            failed.set()
+            raise TimeoutError(f"workers {chosen} are not done after {LIMIT} s")
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join(LIMIT / 2)
+    if errors:
+        raise errors[0]
+    return [results[worker] for worker in chosen]
 
 
 class Processes:
