@@ -114,7 +114,7 @@ def located_at(
         found = fitting(state, average, map(split, params))
         if len(found) == 1:
             return found[0]
-        way = found[0].params if found else split(params[0])
+        way = found[0].params if found else split(params[0] if params else None)
         raise ValueError(
             f"{function}: the average at {joined(average)} is of {len(found)} of "
             f"params={tuple(params)}; it must be of one. Say which, as params="

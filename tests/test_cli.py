@@ -732,7 +732,8 @@ def test_a_kill_in_the_middle_leaves_no_half_output(what, force, run, tmp_path):
         "import contextlib\n"
         "def kill(done, total):\n"
         "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cli.progress_bar = lambda doing: contextlib.nullcontext(kill)\n"
+        "for module in (cli, cli._conversions):\n"
+        "    module.progress_bar = lambda doing: contextlib.nullcontext(kill)\n"
         "cli.app(sys.argv[1:])"
     )
     arguments = ["average", run, "--out", out]

@@ -56,13 +56,20 @@ def test_commands_write_what_the_functions_do(write, options, tmp_path):
 
 
 def test_commands_and_functions_have_the_same_defaults():
+    registered = [one.callback for one in cli.app.registered_commands]
+    commands = {one.__name__: one for one in registered if one is not None}
     for name, function, renamed in (
-        ("export", checkpoint.export_safetensors, {"out": "safetensors"}),
+        (
+            "export",
+            checkpoint.export_safetensors,
+            {"out": "safetensors", "shard_bytes": "shard_size"},
+        ),
+        ("convert", checkpoint.convert, {}),
         ("average", checkpoint.average, {}),
         ("synthesize", checkpoint.synthesize, {}),
         ("inspect", checkpoint.describe, {}),
     ):
-        theirs = inspect.signature(getattr(cli, name)).parameters
+        theirs = inspect.signature(commands[name]).parameters
         ours = inspect.signature(function).parameters
         for option, parameter in ours.items():
             if option in ("report", "progress", "rcond"):

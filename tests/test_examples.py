@@ -68,3 +68,9 @@ def test_the_page_on_elastic_training(tmp_path):
     assert first[0] == first[1] and first[0].startswith("10 (0, 1) [")
     assert [p.name for p in tmp_path.iterdir()] == ["10"]
     assert again[0] == again[1] and again[0].startswith("10\n12 (0, 1) [")
+
+
+def test_the_page_on_adopting(tmp_path):
+    scope = {"directory": str(tmp_path)}
+    for block in blocks("adopting.md"):
+        exec(compile(block, "adopting.md", "exec"), scope)

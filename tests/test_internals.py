@@ -307,7 +307,14 @@ def test_only_the_leaves_without_a_placeholder_are_restored(saved):
 def test_arrays_are_written_in_batches_as_orbax_reads_them(tmp_path):
     arrays = {("a",): np.arange(3.0), ("b",): np.ones((2, 2), np.int32)}
     tree = {n[0]: _orbax.Pending(n, x.shape, x.dtype) for n, x in arrays.items()}
-    batches = ({name: array} for name, array in arrays.items())
+    halves = (slice(0, 1), slice(0, 2)), (slice(1, 2), slice(0, 2))
+    tree["b"].chunk = (1, 2)
+    first = [_orbax.Part(("a",), (slice(0, 3),), True, arrays["a",])]
+    second, third = (
+        [_orbax.Part(("b",), half, half is halves[1], arrays["b",][half])]
+        for half in halves
+    )
+    batches = iter([first, second, third])
     with ocp.Checkpointer(_orbax.writer(batches)) as checkpointer:
         checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave(tree))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -334,24 +341,43 @@ def test_typed_keys_are_found_in_what_any_process_wrote(saved):
     assert _orbax.typed_keys(saved) == {"key"}
 
 
-def test_a_batch_is_written_when_the_one_before_is(monkeypatch):
+def test_two_batches_are_written_at_once_and_no_more(monkeypatch):
     seen = []
 
     class Future:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, value=None):
+            self.name, self.value = name, value
 
         def result(self, timeout=None):
             seen.append(("done", self.name))
+            return self.value
 
-    async def serialize(self, values, infos, args=None):
-        seen.append(("begun", infos[0]))
-        return [Future(infos[0])]
+    class Store:
+        def __init__(self, name):
+            self.name = name
 
-    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "serialize", serialize)
-    leaves = [_orbax.Pending((n,), (1,), np.dtype(np.float32)) for n in "ab"]
-    batches = iter([{leaf.names: np.zeros(1, np.float32)} for leaf in leaves])
-    writing = _orbax._Writing(batches).serialize(leaves, ["a", "b"], [None, None])
-    last = asyncio.run(writing)
-    assert seen == [("begun", "a"), ("done", "a"), ("begun", "b")]
-    assert [future.name for future in last] == ["b"]
+        def __getitem__(self, index):
+            return self
+
+        def write(self, array, **options):
+            seen.append(("begun", self.name))
+            return Future(self.name)
+
+    class Info:
+        async def await_path_creation(self):
+            pass
+
+    def created(leaf, info, args):
+        return Future("open", Store(leaf.names[0]))
+
+    monkeypatch.setattr(_orbax, "_created", created)
+    leaves = [_orbax.Pending((n,), (1,), np.dtype(np.float32)) for n in "abc"]
+    part = np.zeros(1, np.float32)
+    batches = iter([[_orbax.Part(leaf.names, (), True, part)] for leaf in leaves])
+    asyncio.run(_orbax._Writing(batches).serialize(leaves, [Info()] * 3))
+    steps = [(what, name) for what, name in seen if name != "open"]
+    begun, done = (
+        [steps.index((what, name)) for name in "abc"] for what in ("begun", "done")
+    )
+    assert begun == sorted(begun) and done == sorted(done)
+    assert begun[1] < done[0] < begun[2] < done[1]  # two under way, and never three

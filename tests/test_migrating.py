@@ -15,10 +15,13 @@ from tensorflow_records import assert_close, load
 import emaopt
 
 PAGE = (Path(__file__).parent.parent / "MIGRATING.md").read_text()
+SAVED = Path(__file__).parent / "data" / "bundles" / "v1_ema" / "model.ckpt-7"
 SETUP, *PARTS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 SECTIONS = {text.splitlines()[0]: text for text in PARTS}
 EMA, CONTRIB, TFM, OPTIMIZER, AGN = SECTIONS
-BLOCK = re.compile(r"```python\n(?P<block>.*?)```|^(?P<row>\|.*\|)$", re.DOTALL | re.M)
+BLOCK = re.compile(
+    r"```python\n(?P<block>.*?)```|^(?P<row>\|[^\n]*\|)$", re.DOTALL | re.M
+)
 CELL = re.compile(r"(?<!\\)\|")
 
 
@@ -44,7 +47,7 @@ def programs(text):
 @functools.cache
 def run(section):
     """What the names mean after the section, and the value of each row by its code."""
-    scope, values = {}, {}
+    scope, values = {"saved": str(SAVED)}, {}
     for program in [*programs(SETUP), *programs(SECTIONS[section])]:
         try:
             values[program] = eval(program, scope)
@@ -185,3 +188,20 @@ def test_workers_of_agn_are_restored_and_their_center_is_served():
     mean = jax.tree.map(lambda x: x.mean(axis=0), saved["params"])
     close(scope["stacked"], emaopt.stack_workers(mean, 2))
     assert scope["trace"].pushed.tolist() == [False, False, True, True]
+
+
+def test_a_run_with_its_files_goes_on():
+    scope, _ = run(EMA)
+    with np.load(SAVED.parent / "expected.npz") as tensors:
+        state = scope["state"]
+        kernel = "tower/dense/kernel"
+        average = emaopt.get_average(state["opt_state"])["dense"]["kernel"]
+        raw = state["params"]["dense"]["kernel"]
+        np.testing.assert_array_equal(raw, tensors[kernel])
+        shadow = tensors[f"{kernel}/ExponentialMovingAverage"]
+        np.testing.assert_array_equal(average, shadow)
+        np.testing.assert_array_equal(
+            scope["swapped"]["params"]["dense"]["kernel"], shadow
+        )
+    assert state["opt_state"].averaging.num_updates == 7
+    assert scope["served"]["tower"]["dense"]["bias"].shape == (3,)

@@ -74,6 +74,7 @@ def test_the_file_is_as_the_format_specifies(exported):
     content = exported.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}  # which transformers ask for
     data = content[8 + length :]
     found = {"layer/" + name: kind for name, kind in DTYPES.items()}
     found |= {"layer/empty": "F32", "layer/scalar": "F32"}

@@ -30,10 +30,13 @@ from emaopt.checkpoint import (
     _record,
     _replacement,
     _restore,
+    _sources,
     _trees,
 )
+from emaopt.checkpoint._adopt import adopt
 from emaopt.checkpoint._average_names import average_names
 from emaopt.checkpoint._combinations import average, combine
+from emaopt.checkpoint._convert import convert
 from emaopt.checkpoint._description import Description, describe
 from emaopt.checkpoint._manager import handler_registry
 from emaopt.checkpoint._safetensors import export_safetensors
@@ -42,9 +45,11 @@ from emaopt.checkpoint._synthesis import Synthesis, synthesize
 __all__ = [
     "Description",
     "Synthesis",
+    "adopt",
     "average",
     "average_names",
     "combine",
+    "convert",
     "describe",
     "export_safetensors",
     "handler_registry",
@@ -295,7 +300,7 @@ def load_averaged(
     check_text("load_averaged", "name", name, optional=True)
     check_text("load_averaged", "at", at, optional=True)
     check_flag("load_averaged", "ignore_extra", ignore_extra)
-    files = _files.open_files("load_averaged", path, at=at, option="at", lazy=True)
+    files = _sources.open_source("load_averaged", path, at=at, lazy=True)
     return _restore.averages(files, target, sharding, dtype, name, at, ignore_extra)
 
 

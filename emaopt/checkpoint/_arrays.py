@@ -5,9 +5,11 @@ metadata and its restore open every array's file, and the file of its sharding, 
 coroutine for each; with many small arrays that is most of a restore.
 """
 
+import functools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
@@ -23,6 +25,8 @@ Part = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 # What an array is read as: NumPy's, or one of JAX's with a dtype and a sharding.
 Plan: TypeAlias = np.ndarray | jax.ShapeDtypeStruct
 Index: TypeAlias = tuple[int | slice | np.ndarray, ...]
+
+_THREADS = 4  # that read arrays of other formats
 
 
 class DiskArray:
@@ -40,6 +44,22 @@ class DiskArray:
         return self._store
 
     @property
+    def is_open(self) -> bool:
+        return self._store is not None
+
+    def prepare(self) -> None:
+        """Begins what has to be done once before any part is read."""
+
+    def reading(
+        self, index: Index, dtype: np.dtype
+    ) -> ts.Future[np.ndarray] | Future[np.ndarray]:
+        """Begins to read a part, perhaps already as `dtype`."""
+        store = self.store
+        if dtype != self.dtype and {dtype, self.dtype} <= _CAST:
+            store = ts.cast(store, dtype)
+        return store[index].read()
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.store.shape)
 
@@ -49,14 +69,78 @@ class DiskArray:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
+        if not self.shape:
+            return ()
         return tuple(self.store.chunk_layout.read_chunk.shape or self.shape)
+
+
+class StoredArray(DiskArray):
+    """An array of another program's, in a TensorStore."""
+
+    def __init__(self, store: ts.TensorStore):
+        self._store = store
+        self.whole = True
+
+
+class MadeArray(DiskArray):
+    """An array of another format, of which a function reads parts.
+
+    TensorStore could call such a function by itself (virtual_chunked), but the process
+    then crashed after errors in it.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[Part], np.ndarray],
+        chunk: tuple[int, ...] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ):
+        self._prepare = prepare
+        self._shape, self._dtype, self.read = shape, dtype, read
+        self._chunk = shape if chunk is None else chunk
+        self.whole = True
+
+    @property
+    def is_open(self) -> bool:
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._dtype
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return self._chunk
+
+    def reading(self, index: Index, dtype: np.dtype) -> Future[np.ndarray]:
+        return _pool().submit(self._at, index)
+
+    def prepare(self) -> None:
+        if self._prepare is not None:
+            _pool().submit(self._prepare)  # its error comes again when it is read
+
+    def _at(self, index: Index) -> np.ndarray:
+        slices = [one for one in index if isinstance(one, slice)]
+        if len(slices) < len(self.shape):  # rows for other workers
+            return self.read(tuple((0, n) for n in self.shape))[index]
+        bounds = (one.indices(n) for one, n in zip(slices, self.shape, strict=True))
+        return self.read(tuple((start, stop) for start, stop, _ in bounds))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="emaopt-read")
 
 
 def open_all(leaves: Iterable[Leaf]) -> None:
     """Opens those arrays among the leaves that are not open yet, all at once."""
-    closed = [
-        leaf for leaf in leaves if isinstance(leaf, DiskArray) and leaf._store is None
-    ]
+    closed = [leaf for leaf in leaves if isinstance(leaf, DiskArray) and not leaf.is_open]
     opening = _orbax.opened([leaf._info for leaf in closed])
     for leaf, store in zip(closed, opening, strict=True):
         leaf._store = store.result()
@@ -98,7 +182,7 @@ def read(leaves: Iterable[tuple[DiskArray, Leaf]], limit: int) -> Iterator[Leaf]
     An array is read in the parts that this process's devices hold, each part once. The
     plan may have other rows than the array: see `index_of`.
     """
-    running: deque[tuple[int, Plan, dict[Part, ts.Future[np.ndarray]]]] = deque()
+    running: deque[tuple[int, Plan, dict[Part, Any]]] = deque()
     under_way = 0
 
     def oldest() -> np.ndarray | jax.Array:
@@ -113,12 +197,9 @@ def read(leaves: Iterable[tuple[DiskArray, Leaf]], limit: int) -> Iterator[Leaf]
         # stays with glibc: 1.5 to 1.8 times a state of 1 GiB was resident.
         while running and under_way + size > limit:
             yield oldest()
-        store = leaf.store
-        if plan.dtype != leaf.dtype and {plan.dtype, leaf.dtype} <= _CAST:
-            store = ts.cast(store, plan.dtype)
         under_way += size
         reading = {
-            part: store[index_of(part, plan.shape, leaf.shape)].read()
+            part: leaf.reading(index_of(part, plan.shape, leaf.shape), plan.dtype)
             for part in set(_parts(plan).values())
         }
         running.append((size, plan, reading))

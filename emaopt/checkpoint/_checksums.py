@@ -90,12 +90,22 @@ def check(
         if dtype == saved_dtype and any(one != saved for one in found):
             odd.append(name)
     if odd:
-        where = ", ".join(map("/".join, sorted(odd)))
-        raise ValueError(
-            f"{function}: {path} holds other numbers at {where} than were saved: the "
-            "checksums differ. Its files are damaged, take another step; nothing was "
-            "restored from this one."
-        )
+        raise differing(function, path, odd)
+
+
+def differing(function: str, path: epath.Path, odd: Iterable[Names]) -> ValueError:
+    """The error for arrays that are not those that were saved."""
+    where = ", ".join(map("/".join, sorted(odd)))
+    return ValueError(
+        f"{function}: {path} holds other numbers at {where} than were saved: the "
+        "checksums differ. Its files are damaged, take another step; nothing was "
+        "restored from this one."
+    )
+
+
+def has_one(dtype: np.dtype) -> bool:
+    """Whether arrays of a dtype have checksums."""
+    return jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_
 
 
 def _sums(leaves: Iterable[Leaf]) -> list[tuple[str, list[int]]]:
@@ -113,7 +123,7 @@ def _begin(leaf: Leaf, pool: Executor) -> tuple[str, list[Callable[[], int]]]:
         return str(leaf.dtype), _of_copies(leaf, pool)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         leaf = np.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype != np.bool_:
+        if not has_one(leaf.dtype):
             return "", []  # text, objects, integers beyond 64 bits
         return str(leaf.dtype), [_begin_numpy(leaf, pool)]
     return "", []
@@ -183,20 +193,41 @@ def _as_integers(array: jax.Array) -> tuple[jax.Array, int]:
     return array.astype(jnp.uint32), in_word
 
 
+class Running:
+    """The checksum of an array that comes in pieces, in C order."""
+
+    def __init__(self) -> None:
+        self._total = self._words = 0  # the sum, and how many words are in it
+        self._rest = np.zeros(0, np.uint8)  # bytes that do not make a word yet
+
+    def add(self, array: np.ndarray) -> None:
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if (bits := jax.dtypes.itemsize_bits(array.dtype)) < 8:
+            content = content & np.uint8(2**bits - 1)  # the rest of a byte is undefined
+        if self._rest.size:
+            content = np.concatenate([self._rest, content])
+        size = content.size // 4
+        words, self._rest = content[: 4 * size].view("<u4"), content[4 * size :].copy()
+        done = 0
+        while done < size:
+            # _PART divides 2³⁰, so no part crosses a place where the factors begin anew.
+            part = words[done : done + _PART - self._words % _PART]
+            self._total += _of_words(part, self._words % 2**30)
+            done += part.size
+            self._words += part.size
+
+    def result(self) -> int:
+        last = np.zeros(4, np.uint8)
+        last[: self._rest.size] = self._rest
+        total = self._total + int(last.view("<u4")[0]) * (2 * (self._words % 2**30) + 1)
+        return total % 2**32
+
+
 def _of_numpy(array: np.ndarray) -> int:
     """The sum of an array, as NumPy computes it."""
-    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if (bits := jax.dtypes.itemsize_bits(array.dtype)) < 8:
-        content = content & np.uint8(2**bits - 1)  # the rest of a byte is undefined
-    size = content.size // 4
-    words = content[: 4 * size].view("<u4")
-    last = np.zeros(4, np.uint8)
-    last[: content.size % 4] = content[4 * size :]
-    total = int(last.view("<u4")[0]) * (2 * (size % 2**30) + 1)
-    # _PART divides 2³⁰, so no part crosses a place where the factors begin anew.
-    for begin in range(0, size, _PART):
-        total += _of_words(words[begin : begin + _PART], begin % 2**30)
-    return total % 2**32
+    running = Running()
+    running.add(array)
+    return running.result()
 
 
 def _of_words(words: np.ndarray, begin: int) -> int:

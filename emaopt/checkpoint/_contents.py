@@ -16,6 +16,7 @@ from emaopt._nodes import (
     served_nodes,
 )
 from emaopt._places import Place
+from emaopt._states import AVERAGE
 from emaopt._types import PyTree
 from emaopt.checkpoint import _files, _trees
 from emaopt.checkpoint._files import Names, listed, located_in
@@ -117,6 +118,17 @@ def parameters(function: str, files: _files.Files) -> list[Names]:
     return sorted({_located(function, files, n, ()).params for n in nodes})
 
 
+def averages(function: str, files: _files.Files) -> list[Average]:
+    """All averages of parameters in a checkpoint, with the parameters of each."""
+    found = [one for one in _everything(files) if one.field == AVERAGE.field]
+    return [
+        one
+        if one.served
+        else one._replace(params=_located(function, files, one.average, ()).params)
+        for one in found
+    ]
+
+
 def said_of(
     files: _files.Files, prefix: Names, places: Iterable[Names], *, raw: bool = False
 ) -> tuple[str, tuple[str, ...]]:
@@ -142,6 +154,8 @@ def said_of(
     if not averages:
         if files.marker is None and files.combination:
             record = files.combination
+            if record.get("converted"):
+                return record["weights"], ()
             return f"a combination of {record['weights']}", ()
         if not others:
             return "the raw parameters", ()
@@ -329,8 +343,10 @@ def _located(function: str, files: _files.Files, average: Names, way: Names) -> 
     """The parameters of an average that is not served, found as if none were served."""
     served = files.marker.served if files.marker else ()
     known = [one.params for one in served]
-    tree = _logical(files)
-    return located_in(function, tree, average, at=way, known=known, option="at")
+    # Other code's layout may tell where the parameters are.
+    told = files.found[average].params if average in files.found else None
+    tree, at = _logical(files), way or told or ()
+    return located_in(function, tree, average, at=at, known=known, option="at")
 
 
 def _logical(files: _files.Files) -> PyTree:

@@ -1,5 +1,6 @@
 """Describes what a checkpoint holds, in numbers and names, without reading arrays."""
 
+import glob
 from typing import NamedTuple
 
 from etils import epath
@@ -9,7 +10,7 @@ from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._types import DecayLike, Json, Path
 from emaopt._weights import MOST, WeightSummary, weight_summary
-from emaopt.checkpoint import _files, _replacement, _selection, _synthesis
+from emaopt.checkpoint import _files, _replacement, _selection, _sources, _synthesis
 
 
 class Leaf(NamedTuple):
@@ -25,7 +26,7 @@ class AverageDescription(NamedTuple):
     """An average in a checkpoint."""
 
     name: str
-    num_updates: int
+    num_updates: int | None  # None if other code wrote it and does not say
     served: bool  # whether it stands under the parameters' names
     summary: WeightSummary | None  # of its weights, if its name tells its decay
 
@@ -80,20 +81,24 @@ def describe(path: Path, *, at: str | None = None) -> Description:
     """
     check_readable("describe", "path", path)
     check_text("describe", "at", at, optional=True)
-    files = _files.open_files("describe", path, at=at, option="at")
+    files = _sources.open_source("describe", path, at=at)
     ways, served = _selection.what_stands("describe", files, at)
     leaves = []
     for names, leaf in _files.all_leaves(files).items():
+        if _files.is_added(files, names):
+            continue
         kind = str(getattr(leaf, "dtype", "text"))
         shape, size = _files.shape(leaf), _files.nbytes(leaf)
-        name = "/".join(_files.shown(files, names))
+        name = _files.in_file(files, names)
         leaves.append(Leaf(name, kind, shape, size))
     averages = []
     for one in _selection.averages_in(files):
         updates = _synthesis.updates("describe", files, one)
         summary = None
         # Nothing on disk tells a decay but a name that somebody chose, as "power:0.1".
-        if (spec := _selection.decay_said(one.names)) is not None:
+        if one.names in files.found and files.found[one.names].updates is None:
+            updates = None
+        elif (spec := _selection.decay_said(one.names)) is not None:
             summary = _summary(decay_of(spec), updates, one.debias)
         name = "/".join(one.names)
         averages.append(AverageDescription(name, updates, one.served, summary))
@@ -121,4 +126,9 @@ def _summary(decay: DecayLike, updates: int, debias: bool) -> WeightSummary | No
 
 def _size(path: epath.Path) -> int:
     """The bytes of the files in a directory, and in those below it."""
-    return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length
+    if path.is_dir():
+        return sum(map(_size, path.iterdir()))
+    if path.exists():
+        return path.stat().length
+    # What TensorFlow calls a checkpoint's path is the beginning of its files' names.
+    return sum(map(_size, path.parent.glob(f"{glob.escape(path.name)}.*")))

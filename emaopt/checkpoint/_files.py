@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from emaopt.checkpoint import (
     _replacement,
 )
 from emaopt.checkpoint._agreement import agreed, holes
+from emaopt.checkpoint._found import Found
 from emaopt.checkpoint._orbax import CUSTOM, ITEM, STEP
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ class Files(NamedTuple):
     combination: Json | None  # the record of what `combine` wrote
     checksums: dict[Names, _checksums.Checksum]  # of arrays, where they were recorded
     values: frozenset[Names]  # leaves that their users call "value", by the record
+    # Of what other code wrote, `_sources` puts averages into a tree of emaopt's own kind:
+    tree: PyTree = None  # this tree, in place of the items'
+    origin: Mapping[Names, Names] = MappingProxyType({})  # name in it -> name in the file
+    found: Mapping[Names, Found] = MappingProxyType({})  # the averages, by their places
+    shown: Mapping[Names, str] = MappingProxyType({})  # names as the file has them
 
     @property
     def without_raw(self) -> list[_record.Served]:
@@ -158,6 +165,12 @@ def open_files(
     return files._replace(marker=marker)
 
 
+def made(path: epath.Path, tree: PyTree, shown: Mapping[Names, str]) -> Files:
+    """A checkpoint of another format than Orbax's, from its tree of arrays."""
+    items = {(): (path, tree)}
+    return Files(path, items, names_of(tree), None, None, {}, frozenset(), shown=shown)
+
+
 def _metadata(function: str, directory: epath.Path, lazy: bool) -> "TreeMetadata":
     """Orbax's metadata of an item; unless `lazy`, its arrays are opened, all at once."""
     with explained(function, f"the metadata in {directory}"):
@@ -217,6 +230,8 @@ def _speaks_of(marker: _record.Marker, names: Iterable[Names]) -> bool:
 
 def whole_tree(files: Files) -> PyTree:
     """The metadata as one tree, in the layout on disk."""
+    if files.tree is not None:
+        return files.tree
     tree = {}
     for prefix, (_, subtree) in files.items.items():
         tree = subtree if prefix == () else tree | {prefix[0]: subtree}
@@ -362,6 +377,18 @@ def shown(files: Files, names: Names, place: Names | None = None) -> Names:
     """A leaf's name as its users know it; `place` is its name on disk, if another."""
     known = place if place is not None else names
     return (*names, "value") if known in files.values else names
+
+
+def in_file(files: Files, names: Names) -> str:
+    """A leaf's name as its file has it."""
+    place = files.origin.get(names, names)
+    return files.shown.get(place) or "/".join(shown(files, place))
+
+
+def is_added(files: Files, names: Names) -> bool:
+    """Whether a leaf is in no file: a counter of an average that other code wrote."""
+    inside = any(is_below(names, way) for way in files.found)
+    return inside and names not in files.origin
 
 
 def listed(paths: Iterable[Names]) -> str:

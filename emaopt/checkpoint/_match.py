@@ -49,6 +49,7 @@ def match(
     params: Ways = None,
     known: dict[Names, Names],
     rename: Rename = None,
+    told: dict[Names, Names] | None = None,
 ) -> Match:
     """Finds every leaf of the target in the saved state, or says which are missing.
 
@@ -64,12 +65,12 @@ def match(
       params: Where the parameters of a new average stand in the target.
       known: {average: its parameters}, names in the saved state, by its record.
       rename: {name in the saved state: the name where its leaves now belong}.
+      told: {name of a leaf in the target: its name in the saved state}.
     """
     # All of the state is matched: a new average may start from outside of the scope.
     everything = names_of(target)
-    sources, changed = _sources(
-        function, path, target, disk, {*everything}, {*saved}, rename
-    )
+    moved = _told(function, path, {*everything}, {*saved}, rename or {}) | (told or {})
+    sources, changed = _sources(function, path, target, disk, {*saved}, moved)
     rows = fit_workers(
         function, target, disk, saved, sources, params, known, ignore_extra
     )
@@ -155,18 +156,17 @@ def _sources(
     path: Path,
     target: PyTree,
     disk: PyTree,
-    wanted: set[Names],
     saved: set[Names],
-    rename: Rename,
+    told: Mapping[Names, Names],
 ) -> tuple[dict[Names, Names], list[Names]]:
     """Where each leaf of the target stands: under its name, or where its unit moved.
 
     Returns the sources, and the ways to states that have other fields on the two sides.
     """
-    told = _told(function, path, wanted, saved, rename or {})
-    wanted, saved = wanted - told.keys(), saved - {*told.values()}
+    wanted = names_of(target).keys() - told.keys()
+    saved = saved - {*told.values()}
     # Names decide outside of optimizer states, and where both sides have the same.
-    sources = told | {names: names for names in wanted & saved}
+    sources = {**told, **{names: names for names in wanted & saved}}
     if wanted == saved:
         return sources, []
     roots = _outermost(

@@ -1,9 +1,8 @@
 """Combinations of checkpoints, leaf by leaf."""
 
 import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +15,9 @@ from emaopt._types import DTypeLike, Json, Path, Report
 from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._selection import Weights
+from emaopt.checkpoint.formats import nested
+
+PREFIX = ("params",)  # where the leaves of a copy stand
 
 Progress = Callable[[int, int], Any]  # bytes done, bytes in all
 
@@ -31,10 +33,13 @@ def combined(
     record: Json,
     progress: Progress,
     report: Report,
+    is_copy: bool = False,
+    names: Mapping[Names, Names] | None = None,
 ) -> None:
     """Writes Σ_i c_i weights_i as a checkpoint of the parameters alone.
 
-    The last weights are the newest: leaves that are not averaged are taken from them.
+    The last weights are the newest: leaves that are not averaged are taken from them. A
+    copy of the only weights keeps all their bits. `names` are other names for the leaves.
     """
     cast = caster(function, dtype)
     _selection.check_alike(function, weights)
@@ -46,31 +51,43 @@ def combined(
         refuse_own(function, place, one.files.path, "combined")
     empty = newest.files.marker.empty if newest.files.marker else {}
     # Orbax has no files for arrays of size 0; their shapes stand in the record.
-    names = [n for n, there in newest.places.items() if there not in empty]
-    if not names:
+    full = [n for n, there in newest.places.items() if there not in empty]
+    if not full:
         raise ValueError(f"{function}: {newest.files.path} holds no weights.")
     # What weighs 0 is not opened, except for the newest, which has the other leaves.
     opened = {
-        i: _stream.stored(function, one.files, [one.places[n] for n in names])
+        i: _stream.stored(function, one.files, [one.places[n] for n in full])
         for i, one in enumerate(weights)
         if coefficients[i] != 0 or one is newest
     }
     leaves = opened[len(weights) - 1]
     summed = [
-        weighted_sum(leaf.shape, leaf.dtype) is not None and name not in newest.kept
-        for name, leaf in zip(names, leaves, strict=True)
+        not is_copy
+        and weighted_sum((0,), leaf.dtype) is not None
+        and name not in newest.kept
+        for name, leaf in zip(full, leaves, strict=True)
     ]
-    arrays = _sums(function, names, opened, summed, coefficients, cast, progress, report)
+    pieces = _sums(function, full, opened, summed, coefficients, cast, progress, report)
+    blocks = [_stream.block_of(alike) for alike in zip(*opened.values(), strict=True)]
     pending = {
-        n: _orbax.Pending(n, leaf.shape, cast(leaf.dtype))
-        for n, leaf in zip(names, leaves, strict=True)
+        n: _orbax.Pending(n, leaf.shape, cast(leaf.dtype), block)
+        for n, leaf, block in zip(full, leaves, blocks, strict=True)
     }
-    nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(names)}
-    tree = _selection.containers(newest, pending | nothing)
+    nothing = {n: np.zeros((0,)) for n in newest.places.keys() - set(full)}
+    prefix = newest.prefix if names is None else PREFIX
+
+    def named(name: Names) -> Names:
+        return prefix + (name if names is None else names[name])
+
+    if names is None:
+        tree = _selection.containers(newest, pending | nothing)
+    else:
+        leaves_by_name = {named(n): leaf for n, leaf in (pending | nothing).items()}
+        tree = _trees.without_empty(nested(leaves_by_name))
     known = newest.files.values
-    own = [newest.prefix + n for n, there in newest.places.items() if there in known]
+    own = [named(n) for n, there in newest.places.items() if there in known]
     said = {
-        "params": list(newest.prefix),
+        "params": list(prefix),
         "weights": newest.said,
         "checkpoints": [str(one.files.path) for one in weights],
         "coefficients": [float(c) for c in coefficients],
@@ -80,7 +97,7 @@ def combined(
     with _replacement.taking_place(
         function, place, force=force, report=report
     ) as written:
-        _stream.write(written, tree, arrays, said, newest.prefix, place)
+        _stream.write(written, tree, pieces, said, named, place)
         # Before the result takes its place: a replaced source may have been half read.
         _replacement.refuse_replaced()
 
@@ -94,46 +111,51 @@ def _sums(
     cast: Callable[[np.dtype], np.dtype],
     progress: Progress,
     report: Report,
-) -> Iterator[dict[Names, np.ndarray]]:
-    """The leaves of the combination, batch by batch, while the next ones are read."""
+) -> Iterator[list[tuple[Names, _stream.Piece, np.ndarray]]]:
+    """The pieces of the combination, batch by batch, while the next ones are read."""
     newest = max(opened)
     leaves = opened[newest]
+    batches = list(_stream.batches(*opened.values()))
 
-    def wanted(i: int, batch: list[int]) -> list[int]:
-        """The leaves of a batch that are read from checkpoint i."""
-        return [k for k in batch if (coefficients[i] if summed[k] else i == newest) != 0]
+    def wanted(i: int, batch: list[_stream.Piece]) -> list[_stream.Piece]:
+        """The pieces of a batch that are read from checkpoint i."""
+        return [
+            piece
+            for piece in batch
+            if (coefficients[i] if summed[piece.leaf] else i == newest) != 0
+        ]
 
     # The reads run ahead in the order of the loops below: all checkpoints of each batch.
-    plan = [(i, wanted(i, b)) for b in _stream.batches(leaves) for i in opened]
-    total = sum(leaves[k].nbytes for _, rows in plan for k in rows)
-    arrays = _stream.prefetched(
-        functools.partial(_stream.read, function, [opened[i][k] for k in rows])
-        for i, rows in plan
+    plan = [(i, wanted(i, batch)) for batch in batches for i in opened]
+    total = sum(piece.nbytes for _, pieces in plan for piece in pieces)
+    arrays = _stream.arrays(
+        function, [([opened[i][p.leaf] for p in pieces], pieces) for i, pieces in plan]
     )
     done = 0
-    for batch in _stream.batches(leaves):
-        sums = {k: weighted_sum(leaves[k].shape, leaves[k].dtype) for k in batch}
+    odd: set[Names] = set()
+    for batch in batches:
+        sums = {p: weighted_sum(p.shape, leaves[p.leaf].dtype) for p in batch}
         values = {}
         for i in opened:
-            for k, array in zip(wanted(i, batch), next(arrays), strict=True):
-                if summed[k]:
-                    add(sums[k], array, coefficients[i])
+            for piece, array in zip(wanted(i, batch), next(arrays), strict=True):
+                if summed[piece.leaf]:
+                    add(sums[piece], array, coefficients[i])
                 else:
-                    values[k] = array
-                done += leaves[k].nbytes
+                    values[piece] = array
+                done += piece.nbytes
             progress(done, total)
-        for k in batch:
-            if (wide := sums.pop(k)) is not None and summed[k]:
+        for piece in batch:
+            leaf, name = leaves[piece.leaf], names[piece.leaf]
+            if (wide := sums.pop(piece)) is not None and summed[piece.leaf]:
                 # A sum that overflows in its leaf's dtype is reported by name instead.
                 with np.errstate(over="ignore"):
-                    values[k] = wide.astype(cast(leaves[k].dtype))
-                values[k] = values[k].reshape(leaves[k].shape)
-                if not np.isfinite(values[k]).all():
-                    shown = _files.shown(leaves[k].files, names[k], leaves[k].names)
+                    values[piece] = wide.astype(cast(leaf.dtype)).reshape(piece.shape)
+                if name not in odd and not np.isfinite(values[piece]).all():
+                    odd.add(name)
+                    shown = _files.shown(leaf.files, name, leaf.names)
                     report(f"{'/'.join(shown)} holds values that are not finite")
-        yield {
-            names[k]: values[k].astype(cast(leaves[k].dtype), copy=False) for k in batch
-        }
+            values[piece] = values[piece].astype(cast(leaf.dtype), copy=False)
+        yield [(names[piece.leaf], piece, values.pop(piece)) for piece in batch]
 
 
 def refuse_own(function: str, out: Path, source: Path, what_is: str) -> None:

@@ -8,8 +8,9 @@ differs.
 """
 
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -24,6 +25,8 @@ from emaopt._types import Leaf, PyTree
 if TYPE_CHECKING:
     from orbax.checkpoint._src.metadata.tree import TreeMetadata
     from orbax.checkpoint.future import Future
+
+_AHEAD = 1  # batches that are written while one more is begun
 
 # What Orbax would read an array by: name, parent_dir, ts_context, is_ocdbt_checkpoint.
 Info: TypeAlias = type_handlers.ParamInfo
@@ -119,47 +122,100 @@ def restored(directory: epath.Path, plan: PyTree) -> PyTree:
 
 
 class Pending:
-    """A leaf to be written, without its array: shape and dtype, and its names."""
+    """A leaf to be written, without its array: names, shape, dtype and chunks."""
 
-    def __init__(self, names: Names, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(
+        self,
+        names: Names,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        chunk: tuple[int, ...] | None = None,
+    ):
         self.names, self.shape, self.dtype = names, shape, dtype
+        self.chunk = chunk or shape
         self.size = int(np.prod(shape))
         self.nbytes = self.size * dtype.itemsize
 
 
-def writer(arrays: Iterator[dict[Names, np.ndarray]]) -> ocp.PyTreeCheckpointHandler:
-    """A handler that saves a tree of `Pending`, whose arrays come in batches.
+class Part(NamedTuple):
+    """A part of a leaf, to be written to its place."""
+
+    names: Names  # of the leaf
+    where: tuple[slice, ...]
+    is_last: bool
+    array: np.ndarray
+
+
+def writer(parts: Iterator[list[Part]]) -> ocp.PyTreeCheckpointHandler:
+    """A handler that saves a tree of `Pending`, whose arrays come in batches of parts.
 
     Orbax saves whole trees, but it writes each leaf by the handler of its type, and takes
     handlers for further types. The files are those that Orbax writes of NumPy arrays.
     """
     # Orbax warns of a registry without jax.Array, though no leaf here is one.
     stock = jax.Array, type_handlers.ArrayHandler()
-    ours: tuple[type, type_handlers.TypeHandler] = Pending, _Writing(arrays)
+    ours: tuple[type, type_handlers.TypeHandler] = Pending, _Writing(parts)
     registry = type_handlers.create_type_handler_registry(stock, ours)
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _Writing(type_handlers.NumpyHandler):
-    """Writes one batch while the next one is computed, and never two at once."""
+    """Writes two batches while the next one is computed, and never more at once.
 
-    def __init__(self, arrays: Iterator[dict[Names, np.ndarray]]):
+    Orbax' own way of writing takes whole arrays, and copies each.
+    """
+
+    def __init__(self, parts: Iterator[list[Part]]):
         super().__init__()
-        self._arrays = arrays
+        self._parts = parts
 
     async def serialize(
         self, values: Sequence[Leaf], infos: Sequence[Info], args: Any = None
     ) -> "Sequence[Future]":
         where = {value.names: i for i, value in enumerate(values)}
-        futures: Sequence[Future] = []
-        for batch in self._arrays:
+        stores: dict[Names, ts.TensorStore] = {}
+        writing: deque[list[ts.WriteFutures]] = deque()
+        for info in infos:
+            await info.await_path_creation()
+        for batch in self._parts:
+            rows = {part.names: where[part.names] for part in batch}
+            opening = {
+                names: _created(values[i], infos[i], args[i] if args else None)
+                for names, i in rows.items()
+                if names not in stores
+            }
+            stores |= {names: future.result() for names, future in opening.items()}
+            while len(writing) > _AHEAD:
+                for future in writing.popleft():
+                    future.result()
+            begun = [
+                stores[part.names][part.where].write(
+                    part.array, can_reference_source_data_indefinitely=True
+                )
+                for part in batch
+            ]
+            writing.append(begun)
+            for part in batch:
+                if part.is_last:
+                    del stores[part.names]
+        for futures in writing:
             for future in futures:
                 future.result()
-            rows = [where[names] for names in batch]
-            futures = await super().serialize(
-                list(batch.values()), [infos[i] for i in rows], [args[i] for i in rows]
-            )
-        return futures  # of the last batch, which Orbax waits for
+        return []
+
+
+def _created(leaf: Pending, info: Info, args: Any) -> ts.Future[ts.TensorStore]:
+    """Starts to open the TensorStore of a leaf that is going to be written."""
+    spec = type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=bool(info.is_ocdbt_checkpoint),
+        global_shape=leaf.shape,
+        local_shape=leaf.chunk,  # of which Orbax makes the chunks
+        dtype=leaf.dtype,
+        process_index=0 if info.is_ocdbt_checkpoint else None,
+        arg=args,
+    )
+    return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
 
 def replace_methods(

@@ -124,6 +124,9 @@ def _read_others(
 ) -> dict[Names, Leaf]:
     """Reads numbers, text, typed keys, and whatever else Orbax knows, by its handlers."""
     values = {}
+    # Orbax knows them by the names in its files.
+    named = {files.origin.get(name, name): name for name in wanted}
+    wanted = {names: wanted[name] for names, name in named.items()}
     for prefix, (directory, tree) in files.items.items():
         names = [prefix + names for names in _files.names_of(tree)]
         if not any(name in wanted for name in names):
@@ -134,5 +137,6 @@ def _read_others(
         with _files.explained(function, directory):
             restored = _orbax.restored(directory, plan)
         leaves = _files.names_of(restored)
-        values |= {prefix + n: leaves[n] for n in leaves if prefix + n in wanted}
+        there = {prefix + n: leaf for n, leaf in leaves.items()}
+        values |= {named[n]: leaf for n, leaf in there.items() if n in wanted}
     return values

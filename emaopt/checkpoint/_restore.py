@@ -30,22 +30,25 @@ def restored(
     fallback: Sharding | None = None,
     params: Ways = None,
     rename: Rename = None,
+    told: dict[Names, Names] | None = None,
     as_it_is: bool = False,
+    function: str = "restore",
 ) -> PyTree:
     """Fills the target with the saved training state: raw parameters, averages in slots.
 
     With a scope, only the leaves below it are read; the others may be metadata. Leaves
     without a sharding go to `fallback`, or the default device. With `as_it_is`, a target
-    of metadata gets the leaves as they were read, unchecked.
+    of metadata gets the leaves as they were read, unchecked. `told` says of some leaves,
+    by their names in the target, where they stand in the saved state.
     """
     for way in [scope] if scope else {names[:1] for names in names_of(target)}:
-        files.refuse_without_raw("restore", way)
+        files.refuse_without_raw(function, way)
     plain, swapped = _trees.raw(_trees.plain(target), params)
     logical, present = _files.logical_names(files), _files.all_leaves(files)
     saved = {name: present[there] for name, there in logical.items()}
     targets = names_of(plain)
     found = match(
-        "restore",
+        function,
         files.path,
         plain,
         saved,
@@ -56,6 +59,7 @@ def restored(
         params=params,
         known={o.average: o.params for o in files.marker.served} if files.marker else {},
         rename=rename,
+        told=told,
     )
     # In the target's order: that of sets of names differs between processes.
     sources = {n: found.sources[n] for n in targets if n in found.sources}
@@ -71,7 +75,7 @@ def restored(
                 plan = jax.ShapeDtypeStruct(leaf.shape, plan.dtype)
                 wanted[name] = logical[place], _trees.as_plan(plan, fallback)
                 dealt.add(name)
-    read = _read.read("restore", files, wanted)
+    read = _read.read(function, files, wanted)
 
     values = dict(targets)  # what is kept, or outside of the scope, stays
     for name in sources | seeds:
@@ -82,9 +86,9 @@ def restored(
             value = refit(read[name], leaf) if name in dealt else read[name]
             values[name] = _trees.as_target(value, leaf)
     if not as_it_is:
-        _trees.check_kinds("restore", files.path, values, targets)
+        _trees.check_kinds(function, files.path, values, targets)
     for sentence in found.report:
-        report(f"restore: {files.path}: {sentence}.")
+        report(f"{function}: {files.path}: {sentence}.")
     state = _trees.fill(plain, values)
     # A target that was swapped comes back swapped.
     state = exchange(state, [placed(state, *names) for names in swapped])

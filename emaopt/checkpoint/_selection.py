@@ -20,6 +20,7 @@ from emaopt.checkpoint import (
     _items,
     _orbax,
     _restore,
+    _sources,
     _trees,
 )
 from emaopt.checkpoint._files import Names, listed, names_of
@@ -37,7 +38,12 @@ class Weights(NamedTuple):
 
 
 def select(
-    function: str, path: Path, which: str | None, at: str | None = None
+    function: str,
+    path: Path,
+    which: str | None,
+    at: str | None = None,
+    *,
+    layout: str | None = None,
 ) -> Weights:
     """Finds weights in a checkpoint.
 
@@ -46,8 +52,9 @@ def select(
         "average": the only average. "served": as "average" if there is one, else as None.
         Any other text: the average of that name.
       at: Where the parameters are, or some of them, as keys joined with "/".
+      layout: As for `open_source`.
     """
-    files = _files.open_files(function, path, at=at, option="at")
+    files = _sources.open_source(function, path, at=at, layout=layout)
     present = _files.all_leaves(files)
     if which == "served":
         tree = _files.whole_tree(files)

@@ -1,5 +1,12 @@
-"""Leaf by leaf from Orbax's files and into them, in bounded memory."""
+"""Leaf by leaf from files of any format and into Orbax's, in bounded memory.
 
+Small leaves go in batches. A large one goes in pieces that are contiguous in C order,
+unless its file has it in one chunk, which is read whole.
+"""
+
+import functools
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +28,7 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._files import Names
 
-BATCH = 1 << 24  # bytes of small leaves that are read and written at once
+BATCH = 1 << 23  # bytes that are read and written at once
 _AHEAD = 2  # batches that are read while another is used
 
 T = TypeVar("T")
@@ -57,27 +64,134 @@ def stored(function: str, files: _files.Files, wanted: Iterable[Names]) -> list[
     ]
 
 
-def batches(leaves: Sequence[Stored]) -> Iterator[list[int]]:
-    """The positions of leaves, batch by batch; a large leaf is a batch by itself."""
-    batch, size = [], 0
-    for i, leaf in enumerate(leaves):
-        if batch and size + leaf.nbytes > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(i)
-        size += leaf.nbytes
+class Piece(NamedTuple):
+    """A part of a leaf that is contiguous in C order; of a small leaf, all of it."""
+
+    leaf: int  # the leaf's position
+    bounds: tuple[tuple[int, int], ...]  # (start, stop) along each axis
+    shape: tuple[int, ...]
+    nbytes: int
+    is_whole: bool
+    is_last: bool  # of its leaf
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        return tuple(slice(*one) for one in self.bounds)
+
+
+def batches(leaves: Sequence[Stored], *others: Sequence[Stored]) -> Iterator[list[Piece]]:
+    """The pieces of leaves, batch by batch; a large piece is a batch by itself.
+
+    `others` are the same leaves in further checkpoints, which have the same pieces.
+    """
+    batch: list[Piece] = []
+    size = 0
+    for i, alike in enumerate(zip(leaves, *others, strict=True)):
+        for piece in _pieces(i, alike):
+            if batch and size + piece.nbytes > BATCH:
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.nbytes
     if batch:
         yield batch
 
 
-def read(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
-    """Reads leaves together, numbers as arrays. It may run in a thread."""
+def _pieces(i: int, alike: Sequence[Stored]) -> Iterator[Piece]:
+    shape, itemsize = alike[0].shape, alike[0].dtype.itemsize
+    block = block_of(alike)
+    grid = itertools.product(*(range(0, n, k) for n, k in zip(shape, block, strict=True)))
+    first = next(grid, ())  # of a scalar
+    for start in itertools.chain([first], grid):
+        stop = [min(a + k, n) for a, k, n in zip(start, block, shape, strict=True)]
+        bounds = tuple(zip(start, stop, strict=True))
+        size = tuple(b - a for a, b in zip(start, stop, strict=True))
+        nbytes = math.prod(size) * itemsize
+        yield Piece(i, bounds, size, nbytes, size == shape, list(stop) == list(shape))
+
+
+def block_of(alike: Sequence[Stored]) -> tuple[int, ...]:
+    """The shape of a leaf's pieces: whole chunks of all files that it is read from."""
+    shape, itemsize = alike[0].shape, alike[0].dtype.itemsize
+    chunks = {_chunk(leaf) for leaf in alike}
+    if alike[0].nbytes <= BATCH or len(chunks) > 1 or None in chunks:
+        return tuple(max(1, n) for n in shape)
+    (block,) = chunks
+    block = list(block or ())
+    # The first axis that a chunk does not fill is the one to go along.
+    axis = next((i for i, k in enumerate(block) if k > 1), len(block) - 1)
+    if block[axis + 1 :] != list(shape[axis + 1 :]):
+        return shape  # a chunk is no stretch of the array
+    rows = BATCH // (math.prod(block) * itemsize)
+    block[axis] = min(shape[axis], block[axis] * max(1, rows))
+    return tuple(block)
+
+
+def _chunk(leaf: Stored) -> tuple[int, ...] | None:
+    there = _on_disk(leaf)
+    return there.chunk_shape if isinstance(there, _arrays.DiskArray) else None
+
+
+def arrays(
+    function: str, reads: Iterable[tuple[Sequence[Stored], Sequence[Piece]]]
+) -> Iterator[list[np.ndarray]]:
+    """Reads pieces of leaves, in turn, while the next ones are read in threads.
+
+    The pieces of a leaf come in order; behind the last one its checksum is compared.
+    """
+    reads = list(reads)
+    sums: dict[tuple[int, Names], _checksums.Running] = {}
+    soon = [*(leaves for leaves, _ in reads[1:]), []]
+
+    def begun(i: int) -> list[np.ndarray]:
+        for leaf in soon[i]:  # of the next batch, while this one is read
+            if isinstance(there := _on_disk(leaf), _arrays.DiskArray):
+                there.prepare()
+        return read(function, *reads[i])
+
+    found = prefetched(functools.partial(begun, i) for i in range(len(reads)))
+    for (leaves, pieces), arrays_ in zip(reads, found, strict=True):
+        for leaf, piece, array in zip(leaves, pieces, arrays_, strict=True):
+            saved = leaf.files.checksums.get(leaf.names)
+            if piece.is_whole or saved is None:
+                continue  # `read` compared it
+            key = id(leaf.files), leaf.names
+            sums.setdefault(key, _checksums.Running()).add(array)
+            if piece.is_last and saved != (str(leaf.dtype), sums.pop(key).result()):
+                raise _checksums.differing(function, leaf.files.path, [leaf.names])
+        yield arrays_
+
+
+def read(
+    function: str, leaves: Sequence[Stored], pieces: Sequence[Piece] = ()
+) -> list[np.ndarray]:
+    """Reads leaves together, or a piece of each, numbers as arrays.
+
+    It may run in a thread.
+    """
+    if not leaves:
+        return []
+    parts = {i: piece for i, piece in enumerate(pieces) if not piece.is_whole}
+    with _files.explained(function, leaves[0].files.path):
+        reading = {
+            i: _on_disk(leaves[i]).reading(piece.where, leaves[i].dtype)
+            for i, piece in parts.items()
+        }
+        found = {i: future.result() for i, future in reading.items()}
+    whole = [i for i in range(len(leaves)) if i not in parts]
+    found |= dict(zip(whole, _whole(function, [leaves[i] for i in whole]), strict=True))
+    return [found[i] for i in range(len(leaves))]
+
+
+def _whole(function: str, leaves: Sequence[Stored]) -> list[np.ndarray]:
+    if not leaves:
+        return []
     files = leaves[0].files
-    arrays = [leaf for leaf in leaves if isinstance(_on_disk(leaf), _arrays.DiskArray)]
-    plans = [(_on_disk(leaf), np.empty(leaf.shape, leaf.dtype)) for leaf in arrays]
+    there = [leaf for leaf in leaves if isinstance(_on_disk(leaf), _arrays.DiskArray)]
+    plans = [(_on_disk(leaf), np.empty(leaf.shape, leaf.dtype)) for leaf in there]
     with _files.explained(function, files.path):
-        found = list(_arrays.read(plans, sum(leaf.nbytes for leaf in arrays)))
-    values = {leaf.names: array for leaf, array in zip(arrays, found, strict=True)}
+        found = list(_arrays.read(plans, sum(leaf.nbytes for leaf in there)))
+    values = {leaf.names: array for leaf, array in zip(there, found, strict=True)}
     _checksums.check(function, files.path, files.checksums, values)
     # A Python number has no array on disk; Orbax's own handler reads it.
     numbers = {
@@ -109,27 +223,32 @@ def prefetched(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 def write(
     path: epath.Path,
     tree: PyTree,
-    arrays: Iterator[dict[Names, np.ndarray]],
+    pieces: Iterator[list[tuple[Names, Piece, np.ndarray]]],
     record: Json,
-    prefix: Names,
+    named: Callable[[Names], Names],
     place: Path,
 ) -> None:
-    """Writes a checkpoint of `Pending` leaves, whose arrays come in batches.
+    """Writes a checkpoint of `Pending` leaves, whose pieces come in batches.
 
-    On disk, the prefix stands before their names. An error of the system in writing names
+    `named` gives their names on disk. An error of the system in writing names
     `place`, where the checkpoint is going to stand.
     """
     custom_metadata: Json = {}
     # Errors in making the arrays are none of `place`, though they pass through Orbax.
     of_arrays: list[BaseException] = []
 
-    def summed() -> Iterator[dict[Names, np.ndarray]]:
+    def summed() -> Iterator[list[_orbax.Part]]:
         checksums = []
+        running: dict[Names, _checksums.Running] = {}
         try:
-            for batch in arrays:
-                named = ((prefix + names, array) for names, array in batch.items())
-                checksums += _checksums.of_leaves(named, together=False)
-                yield batch
+            for batch in pieces:
+                for names, piece, array in batch:
+                    running.setdefault(names, _checksums.Running()).add(array)
+                    if piece.is_last and _checksums.has_one(array.dtype):
+                        total = running.pop(names).result()
+                        entry = [list(named(names)), str(array.dtype), total]
+                        checksums.append(entry)
+                yield [_orbax.Part(n, p.where, p.is_last, x) for n, p, x in batch]
         except BaseException as error:
             of_arrays.append(error)
             raise

@@ -19,6 +19,7 @@ from emaopt.checkpoint import (
     _replacement,
     _restore,
     _selection,
+    _sources,
     _stream,
 )
 from emaopt.checkpoint._combinations import check_merging
@@ -129,7 +130,7 @@ def synthesize(
     first = None
     # One snapshot of each average in each checkpoint: all must hold the same averages.
     for path in found:
-        files = _files.open_files(name, path, at=at, option="at")
+        files = _sources.open_source(name, path, at=at)
         averages = _known(name, files, decays)
         if first is None:
             first, names = files.path, {n: decay for n, (decay, _) in averages.items()}

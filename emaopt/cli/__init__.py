@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from emaopt.cli import _options
+from emaopt.cli import _conversions, _options
 from emaopt.cli._errors import failing
 from emaopt.cli._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
 from emaopt.cli._process import Commands
@@ -40,8 +40,8 @@ def root(
 ) -> None:
     """Averages of the weights, for JAX and Optax.
 
-    The commands work on checkpoint directories of Orbax's, with or without averages of
-    emaopt's in them.
+    The commands work on checkpoints of Orbax's, with or without averages of emaopt's in
+    them, and on those of other programs, which *convert* tells.
 
     Exit status: 0 done; 1 failed; 2 a wrong call; 128 and more stopped by a signal. After
     a failure no part of an output is left; if only the report could not be printed, the
@@ -288,61 +288,8 @@ def synthesize(
     report(as_json, {"record": record}, _tables.combination(record), out)
 
 
-@app.command()
-def export(
-    path: Checkpoint,
-    safetensors: Annotated[
-        str,
-        typer.Option(
-            "--safetensors",
-            "--out",
-            help="The file to make.",
-            show_default=False,
-            callback=_options.file,
-        ),
-    ],
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Which weights: *served* for the average, wherever it stands, of a "
-            "checkpoint that holds any, else the parameters; *raw*, *average*, or the "
-            "name of an average.",
-            autocompletion=lambda: ["served", "raw", "average"],
-        ),
-    ] = "served",
-    at: At = None,
-    dtype: Dtype = None,
-    separator: Annotated[
-        str, typer.Option(help="What joins the names of nested parameters.")
-    ] = "/",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Export the parameters of a checkpoint to a safetensors file.
-
-    If the checkpoint holds averages, written by emaopt or by plain Orbax, it exports
-    these, else the parameters, and says which. It goes array by array.
-
-        emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
-
-    As JSON: *weights*, the exported weights in words, and *written*.
-    """
-    with failing("export"), progress_bar("exporting") as progress:
-        from emaopt import checkpoint
-        from emaopt.cli import _tables
-
-        said = checkpoint.export_safetensors(
-            path,
-            safetensors,
-            weights=weights,
-            at=at,
-            dtype=dtype,
-            separator=separator,
-            force=force,
-            progress=progress,
-        )
-    sentence = f"Exported {_tables.escape(said)}."
-    report(as_json, {"weights": said}, [sentence], safetensors)
+app.command()(_conversions.convert)
+app.command()(_conversions.export)
 
 
 @app.command()

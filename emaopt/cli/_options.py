@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, TypeVar
 
@@ -88,6 +89,68 @@ At = Annotated[
         show_default=False,
     ),
 ]
+
+Served = Annotated[
+    str,
+    typer.Option(
+        help="Which weights: *served* for the average, wherever it stands, of a "
+        "checkpoint that holds any, else the parameters; *raw*, *average*, or the name "
+        "of an average.",
+        autocompletion=lambda: ["served", "raw", "average"],
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="Whose way of keeping the average it is, such as *kauldron* or "
+        "*tf1_swapped*, or the names that lead to the average.",
+        autocompletion=lambda: LAYOUTS,
+    ),
+]
+
+
+def _renames(values: list[str] | None) -> list[str] | None:
+    """Refuses anything but OLD=NEW."""
+    for value in values or []:
+        old, is_pair, new = value.partition("=")
+        if not (old and is_pair and new):
+            raise typer.BadParameter(f"takes OLD=NEW, got {value!r}.")
+    return values
+
+
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="OLD=NEW: another name for a parameter, or for what names begin with, "
+        "joined with /. Repeat it for each.",
+        show_default=False,
+        callback=_renames,
+    ),
+]
+
+
+def pairs(values: list[str] | None) -> dict[str, str]:
+    """The names that `Rename` gives, by the old ones."""
+    return dict((old, new) for old, _, new in (v.partition("=") for v in values or []))
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def size(value: str | None) -> str | None:
+    """Refuses anything but a size of files, such as 5GB."""
+    if value is not None and not bytes_of(value):
+        raise typer.BadParameter(f"takes a size such as 5GB, got {value!r}.")
+    return value
+
+
+def bytes_of(value: str | None) -> int | None:
+    """A size in bytes; None if it is none."""
+    found = _SIZE.fullmatch(value or "")
+    if not found:
+        return None
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def _floating(value: str | None) -> str | None:
@@ -201,5 +264,7 @@ def version(value: bool) -> None:
     raise typer.Exit()
 
 
+LAYOUTS = ["auto", "train_state", "openpi", "kauldron", "praxis", "swag", "nnx"]
+LAYOUTS += ["levanter", "diffusers", "tf1", "tf1_swapped", "tf2", "tf2_swapped"]
 PROFILES = ["uniform", "linear", "cosine", "1-sqrt", "ema:0.999", "half-life:500"]
 PROFILES += ["power:0.1", "polynomial:3", "warmup:0.999"]

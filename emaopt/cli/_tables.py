@@ -89,7 +89,8 @@ def description(found: "Description") -> Iterator[RenderableType]:
         averages = _table("averages", ["average", "updates", *_SUMMARY])
         for one in found.averages:
             cells = _cells(one.summary) if one.summary else [""] * len(_SUMMARY)
-            averages.add_row(escape(one.name), f"{one.num_updates:,}", *cells)
+            updates = "?" if one.num_updates is None else f"{one.num_updates:,}"
+            averages.add_row(escape(one.name), updates, *cells)
         yield averages
         if not all(one.summary for one in found.averages):
             yield (

@@ -1,0 +1,54 @@
+"""Names of parameters that a user gives others."""
+
+from collections.abc import Mapping, Sequence
+
+from emaopt._names import Names, Unknown, is_below, joined, split
+from emaopt.checkpoint._files import listed
+
+
+def renamed(
+    function: str,
+    path: object,
+    prefix: Names,
+    names: Sequence[Names],
+    rename: Mapping[str, str],
+) -> dict[Names, Names]:
+    """The new name of each parameter of a tree.
+
+    Args:
+      function, path: For messages.
+      prefix: The names that lead to the tree, which the old names may begin with.
+      names: The names of the parameters below it.
+      rename: {a name, or what names begin with: what stands in its place}, joined with
+        "/". Of several that fit, the longest decides.
+    """
+    rules: dict[Names, Names] = {}
+    for old, new in rename.items():
+        way = split(old)
+        found = next(
+            (
+                one
+                for one in (way, way[len(prefix) :] if is_below(way, prefix) else way)
+                if any(is_below(name, one) for name in names)
+            ),
+            None,
+        )
+        if found is None:
+            raise Unknown(
+                f"{function}: rename={{{old!r}: {new!r}}}: {path} has no parameter "
+                f"of that name at {joined(prefix)}; there are {listed(names)}.",
+                "rename",
+            )
+        rules[found] = split(new)
+    places, taken = {}, {}
+    for name in names:
+        ways = [way for way in rules if is_below(name, way)]
+        way = max(ways, key=len, default=None)
+        places[name] = name if way is None else rules[way] + name[len(way) :]
+        if (other := taken.setdefault(places[name], name)) != name:
+            raise Unknown(
+                f"{function}: rename= gives {joined(other)} and {joined(name)} of {path} "
+                f"the one name {joined(places[name])}.",
+                "rename",
+            )
+    return places

@@ -1,0 +1,369 @@
+"""TensorFlow's checkpoints, read without TensorFlow: records of its own writers."""
+
+import gzip
+import random
+import shutil
+import struct
+import sys
+import tracemalloc
+from pathlib import Path
+
+import google_crc32c
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from other_writers import DATA, bundle, bundles
+
+import emaopt
+from emaopt import checkpoint
+from emaopt.checkpoint._files import names_of
+from emaopt.checkpoint.formats import _table, _tensorbundle
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from convert import as_table, masked
+
+NAMES = [name for name in bundles() if name != "v1_saver_v1_format"]
+
+
+def opened(name, tmp_path):
+    """The bundle of a record; one has its index packed."""
+    folder, said, tensors = bundle(name)
+    for packed in folder.glob("*.index.gz"):
+        shutil.copytree(folder, tmp_path / name)
+        folder = tmp_path / name
+        (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    (prefix,) = _tensorbundle.prefixes_in(epath.Path(folder))
+    return _tensorbundle.opened(prefix), said, tensors
+
+
+def value(array):
+    return array.read(tuple((0, n) for n in array.shape))
+
+
+@pytest.mark.quick(99)
+@pytest.mark.parametrize("name", NAMES)
+def test_all_tensors_are_those_that_were_saved(name, tmp_path):
+    found, said, tensors = opened(name, tmp_path)
+    kinds = {n: one for n, one in said["tensors"].items() if one["dtype"] != "string"}
+    assert found.arrays.keys() == kinds.keys()
+    assert set(found.others) == said["tensors"].keys() - kinds.keys()
+    for one, kind in kinds.items():
+        assert [str(found.arrays[one].dtype), list(found.arrays[one].shape)] == [
+            kind["dtype"],
+            kind["shape"],
+        ]
+    if set(tensors) == {"flat"}:  # all of them, in the order of their names
+        flat = [value(found.arrays[n]).reshape(-1) for n in sorted(kinds)]
+        np.testing.assert_array_equal(np.concatenate(flat), tensors["flat"])
+        return
+    for one, tensor in tensors.items():
+        array = value(found.arrays[one])
+        np.testing.assert_array_equal(array.astype(tensor.dtype), tensor, one)
+
+
+def averages(said, tensors, *, raw=False):
+    """What is served of each parameter, by its name in the checkpoint."""
+    return {
+        name: tensors[(not raw and one["average"]) or one["raw"]].astype(np.float64)
+        for name, one in said["params"].items()
+    }
+
+
+def flat(tree):
+    return {
+        "/".join(names): np.asarray(leaf, np.float64)
+        for names, leaf in names_of(tree).items()
+    }
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
+SAVED = ["v1_ema", "v1_partitioned", "v1_sharded"]
+
+
+@pytest.mark.quick(99)
+@pytest.mark.parametrize("name", SAVED)
+def test_averages_of_a_saver_are_served(name):
+    folder, said, tensors = bundle(name)
+    served = checkpoint.load_averaged(folder)
+    same(flat(served), averages(said, tensors))
+    described = checkpoint.describe(folder)
+    assert described.parameters == "params" and described.nbytes_on_disk > 0
+    (average,) = described.averages
+    assert (average.name, average.num_updates) == ("ExponentialMovingAverage", 7)
+
+
+@pytest.mark.parametrize("name", ["v1_ema_in_scope", "v1_ema_name"])
+def test_an_average_of_another_name_is_told_by_it(name, tmp_path):
+    folder, said, tensors = bundle(name)
+    with pytest.raises(ValueError, match="holds no average"):
+        checkpoint.load_averaged(folder)
+    said_of = checkpoint.convert(folder, tmp_path / "mine", layout="slow")
+    assert said_of == "the averages of slow"
+    served = checkpoint.load_averaged(tmp_path / "mine", at="params")
+    wanted = averages(said, tensors)
+    assert {n: x for n, x in flat(served).items() if n in wanted}.keys() == wanted.keys()
+    same({n: x for n, x in flat(served).items() if n in wanted}, wanted)
+
+
+def test_of_two_averages_one_is_named():
+    folder, said, tensors = bundle("v1_ema_twice")
+    with pytest.raises(
+        ValueError, match=r"several averages .*ExponentialMovingAverage_1"
+    ):
+        checkpoint.load_averaged(folder)
+    served = checkpoint.load_averaged(folder, name="ExponentialMovingAverage")
+    same(flat(served), averages(said, tensors))
+
+
+def test_a_swapping_saver_has_to_be_told():
+    folder, said, tensors = bundle("v1_moving_average_optimizer")
+    wanted = averages(said, tensors)
+    state = start(wanted)
+    state = checkpoint.adopt(folder, state, layout="tf1_swapped")
+    same(flat(state["params"]), averages(said, tensors, raw=True))
+    same(flat(emaopt.get_average(state["opt_state"])), wanted)
+
+
+TX = emaopt.averaged(optax.adam(1e-3), emaopt.warmup_decay(0.9))
+
+
+def start(like):
+    params: dict = {}
+    for name, array in like.items():
+        *way, last = name.split("/")
+        node = params
+        for key in way:
+            node = node.setdefault(key, {})
+        node[last] = jnp.full(array.shape, 9.0)
+    return {"params": params, "opt_state": TX.init(params)}
+
+
+def test_a_run_of_tensorflow_goes_on_here():
+    folder, said, tensors = bundle("v1_ema")
+    raw, served = averages(said, tensors, raw=True), averages(said, tensors)
+    names = {"tower/dense": "Dense_0", "scale": "head/scale"}
+    mine = {
+        "Dense_0/kernel": "tower/dense/kernel",
+        "Dense_0/bias": "tower/dense/bias",
+        "head/scale": "scale",
+    }
+    said_of = []
+    state = start({n: raw[old] for n, old in mine.items()})
+    state["batch_stats"] = {"mean": jnp.zeros(3)}
+    state = checkpoint.adopt(
+        folder,
+        state,
+        rename=names | {"tower/moving_mean": "batch_stats/mean"},
+        report=said_of.append,
+    )
+    same(flat(state["params"]), {n: raw[old] for n, old in mine.items()})
+    average = emaopt.get_average(state["opt_state"])
+    same(flat(average), {n: served[old] for n, old in mine.items()})
+    np.testing.assert_array_equal(state["batch_stats"]["mean"], raw["tower/moving_mean"])
+    # The warm-up goes on: min(.9, (1 + 8) / (10 + 8)) of the old average.
+    grads = jax.tree.map(jnp.zeros_like, state["params"])
+    _, opt_state = TX.update(grads, state["opt_state"], state["params"])
+    kernel = emaopt.get_average(opt_state)["Dense_0"]["kernel"]
+    wanted = 0.5 * served["tower/dense/kernel"] + 0.5 * raw["tower/dense/kernel"]
+    np.testing.assert_allclose(kernel, wanted, rtol=1e-6)
+    assert any("ExponentialMovingAverage (tf1)" in one for one in said_of)
+    assert any("left out" in one and "slots/Momentum" in one for one in said_of)
+
+
+@pytest.mark.parametrize("name", ["tf2_tfm", "tf2_tfm_manager"])
+def test_slots_of_tf_models_are_served(name, tmp_path):
+    folder, said, tensors = bundle(name)
+    _, said, tensors = opened(name, tmp_path)
+    served = flat(checkpoint.load_averaged(folder))
+    wanted = {
+        one["raw"].split("/", 1)[1].partition("/.ATTR")[0]: tensors[
+            one["average"] or one["raw"]
+        ]
+        for one in said["params"].values()
+    }
+    same(served, wanted)
+    (average,) = checkpoint.describe(folder).averages
+    assert average.num_updates == 7
+
+
+def test_a_swapped_checkpoint_of_tf_models_has_to_be_told(tmp_path):
+    folder, said, tensors = bundle("tf2_tfm_swapped")
+    checkpoint.convert(folder, tmp_path / "mine", layout="tf2_swapped")
+    served = flat(checkpoint.load_averaged(tmp_path / "mine"))
+    for one in said["params"].values():
+        name = (one["average"] or one["raw"]).split("/", 1)[1].partition("/.ATTR")[0]
+        array = tensors[one["average"] or one["raw"]]
+        np.testing.assert_array_equal(served[name], array.astype(np.float64), name)
+
+
+@pytest.mark.parametrize("name", ["tf2_plain", "tf2_keras_ema", "tf2_keras2_ema"])
+def test_without_slots_there_is_no_average(name):
+    with pytest.raises(ValueError, match="holds no average"):
+        checkpoint.load_averaged(bundle(name)[0])
+
+
+def test_escaped_names_are_those_of_their_users(tmp_path):
+    checkpoint.convert(bundle("tf2_plain")[0], tmp_path / "mine", at="tower")
+    served = checkpoint.load_averaged(tmp_path / "mine")
+    assert "a/b.c" in served["heads"]
+
+
+def test_the_prefix_its_files_and_its_directory_are_the_checkpoint(tmp_path):
+    folder, *_ = bundle("v1_ema")
+    prefix = folder / "model.ckpt-7"
+    for path in (prefix, f"{prefix}.index", f"{prefix}.data-00000-of-00001", folder):
+        assert checkpoint.describe(path).averages[0].num_updates == 7
+    shutil.copytree(folder, tmp_path / "saved" / "variables")
+    for file in (tmp_path / "saved" / "variables").glob("model.ckpt-7*"):
+        file.rename(file.with_name(file.name.replace("model.ckpt-7", "variables")))
+    assert checkpoint.describe(tmp_path / "saved").averages[0].num_updates == 7
+    for file in folder.glob("model.ckpt-7*"):
+        shutil.copy(file, tmp_path / file.name)
+        shutil.copy(file, tmp_path / file.name.replace("-7", "-8"))
+    with pytest.raises(ValueError, match=r"several .*model.ckpt-7, model.ckpt-8"):
+        checkpoint.describe(tmp_path)
+
+
+def test_the_format_of_before_2016_is_refused():
+    path = DATA / "bundles" / "v1_saver_v1_format" / "model.ckpt-7"
+    with pytest.raises(ValueError, match="write_version=V2"):
+        checkpoint.load_averaged(path)
+
+
+def made(path, entries):
+    (path / "made.index").write_bytes(as_table(dict(sorted(entries.items()))))
+    return path / "made"
+
+
+def one_array(array, order=0, **changed):
+    content = array.tobytes()
+    crc = masked(google_crc32c.value(content))
+    fields = {"dtype": 1, "size": len(content), "crc32c": crc} | changed
+    entry = _tensorbundle._MESSAGES["Entry"](**fields)
+    for n in array.shape:
+        entry.shape.dim.add(size=n)
+    header = _tensorbundle._MESSAGES["Header"](num_shards=1, endianness=order)
+    return {b"": header.SerializeToString(), b"w": entry.SerializeToString()}, content
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_both_orders_of_bytes(order, tmp_path):
+    array = np.arange(6, dtype=f"{order}f4").reshape(2, 3)
+    entries, content = one_array(array, "<>".index(order))
+    prefix = made(tmp_path, entries)
+    (tmp_path / "made.data-00000-of-00001").write_bytes(content)
+    found = _tensorbundle.opened(epath.Path(prefix)).arrays["w"]
+    assert value(found).dtype == np.float32
+    np.testing.assert_array_equal(value(found), array)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 20}, "the size of w is not that of its shape"),
+        ({"offset": 8}, "ends before w does"),
+        ({"offset": -8}, "the size of w"),
+        ({"shard_id": 1}, "w stands in file 1 of 1"),
+        ({"crc32c": 1}, "the checksum of w is of other numbers"),
+    ],
+)
+def test_entries_that_cannot_be(changed, message, tmp_path):
+    entries, content = one_array(np.arange(6, dtype=np.float32), **changed)
+    prefix = made(tmp_path, entries)
+    (tmp_path / "made.data-00000-of-00001").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.convert(prefix, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_and_compressed_blocks_are_named(tmp_path):
+    entries, _ = one_array(np.arange(6, dtype=np.float32))
+    prefix = made(tmp_path, entries)
+    with pytest.raises(ValueError, match=r"made.data-00000-of-00001 is missing"):
+        checkpoint.load_averaged(prefix)
+    table = bytearray((tmp_path / "made.index").read_bytes())
+    content = bytes(table)
+    handle, _ = _table._handle(content, len(content) - 48)
+    _, at = _table._handle(content, len(content) - 48)
+    (begin, length), _ = _table._handle(content, at)
+    assert handle[0] == 0
+    table[begin + length] = 1  # Snappy
+    crc = masked(google_crc32c.value(bytes(table[begin : begin + length + 1])))
+    table[begin + length + 1 : begin + length + 5] = struct.pack("<I", crc)
+    (tmp_path / "made.index").write_bytes(table)
+    with pytest.raises(ValueError, match="compressed with Snappy"):
+        checkpoint.load_averaged(prefix)
+
+
+def test_ordered_codes_of_numbers():
+    """Known codes: positive and negative numbers at the ends of each length."""
+    codes = {0: "80", 63: "bf", 64: "c040", -1: "7f", -64: "40", -65: "3fbf"}
+    codes |= {8191: "dfff", 8192: "e02000", 2**62 - 1: "ffbfffffffffffffff"}
+    codes |= {2**62: "ffc04000000000000000"}
+    for number, code in codes.items():
+        assert _tensorbundle._signed(number).hex() == code, number
+    assert sorted(codes, key=_tensorbundle._signed) == sorted(codes)
+
+
+def damaged(content, chance):
+    """Bytes with a few of them changed, cut off, doubled or moved."""
+    content = bytearray(content)
+    kind = chance.randrange(5)
+    at = chance.randrange(len(content))
+    if kind == 0:
+        content[at] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del content[at:]
+    elif kind == 2:
+        content[at : at + 4] = chance.randbytes(4)
+    elif kind == 3:
+        del content[at : at + chance.randrange(1, 9)]
+    else:
+        content[at:at] = chance.randbytes(chance.randrange(1, 9))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_damage_is_an_error_or_does_no_harm(seed, tmp_path):
+    """A hundred damages for each seed: an error that names the files, or all numbers."""
+    chance = random.Random(seed)
+    names = ["v1_ema", "v1_partitioned", "v1_sharded", "v1_bfloat16", "tf2_tfm"]
+    refused = 0
+    for trial in range(100):
+        folder, _, tensors = bundle(chance.choice(names))
+        path = tmp_path / f"{trial}"
+        path.mkdir()
+        files = [f for f in folder.iterdir() if ".index" in f.name or ".data" in f.name]
+        hit = chance.choice(files)
+        for file in files:
+            content = file.read_bytes()
+            (path / file.name).write_bytes(
+                damaged(content, chance) if file == hit else content
+            )
+        tracemalloc.start()
+        try:
+            (prefix,) = _tensorbundle.prefixes_in(epath.Path(path))
+            arrays = _tensorbundle.opened(prefix).arrays
+            assert arrays.keys() == tensors.keys()
+            found = {name: value(array) for name, array in arrays.items()}
+        except ValueError as error:
+            assert str(error)
+            refused += 1
+        else:
+            for name, tensor in tensors.items():
+                array = found[name].astype(tensor.dtype)
+                np.testing.assert_array_equal(array, tensor, f"{folder.name} {name}")
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < 8 << 20
+        shutil.rmtree(path)
+    assert refused > 50
