@@ -195,6 +195,20 @@ def test_missing_parameters_are_listed_with_what_is_left(tmp_path):
         equal(average["Dense_0"], THEIRS["ema_params"]["dense"])
 
 
+def test_a_target_without_an_average_takes_the_parameters(tmp_path):
+    path, said = orbax(tmp_path / "c", THEIRS), []
+    params = start()["params"]
+    equal(
+        checkpoint.adopt(path, {"params": params}, report=said.append)["params"],
+        THEIRS["params"],
+    )
+    assert any("left out an average, the target has none" in one for one in said)
+    equal(checkpoint.adopt(path, params, report=said.append), THEIRS["params"])
+    for target in ({"params": {"Dense": params["dense"]}}, {"Dense": params["dense"]}):
+        with pytest.raises(ValueError, match=r"lacks parameters .*Dense/bias"):
+            checkpoint.adopt(path, target, report=said.append)
+
+
 @pytest.mark.parametrize(
     ("rename", "message"),
     [

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from other_writers import other, others
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.cli import app
 
 
 def flat(tree):
@@ -73,3 +77,53 @@ def test_a_run_goes_on_from_it(name):
     assert state["opt_state"].averaging.num_updates == (count or 0)
     assert state["mine"].tolist() == [1, 1]
     assert any("the average at" in sentence for sentence in said)
+
+
+@pytest.mark.quick(99)
+@pytest.mark.parametrize(
+    "name", ["kauldron", "levanter", "msgpack", "diffusers", "openpi"]
+)
+def test_all_readers_read_it(name, tmp_path):
+    record = other(name)
+    served = {n: np.asarray(x) for n, x in (record.params | record.average).items()}
+    said = checkpoint.export_safetensors(record.path, tmp_path / "served")
+    assert said.startswith("the averages of ")
+    same(load_file(tmp_path / "served"), served)
+    checkpoint.export_safetensors(record.path, tmp_path / "raw", weights="raw")
+    same(load_file(tmp_path / "raw"), record.params)
+    checkpoint.convert(record.path, tmp_path / "converted", report=lambda said: None)
+    same(flat(checkpoint.load_averaged(tmp_path / "converted")), served)
+    checkpoint.average([record.path], tmp_path / "mean", weights="average")
+    same(flat(checkpoint.load_averaged(tmp_path / "mean")), served)
+    half = [0.5, 0.5]
+    checkpoint.combine([record.path] * 2, half, tmp_path / "both", weights="raw")
+    same(flat(checkpoint.load_averaged(tmp_path / "both")), record.params)
+    described = checkpoint.describe(record.path)
+    (average,) = described.averages
+    assert not average.served and average.num_updates == 7
+    assert not any("num_skipped" in leaf.name for leaf in described.leaves)
+    assert sum(leaf.nbytes for leaf in described.leaves) <= described.nbytes_on_disk * 9
+
+
+def test_a_count_that_nobody_stored_is_not_known():
+    (average,) = checkpoint.describe(other("nnx_ema_pure").path).averages
+    assert average.num_updates is None
+    assert (
+        "?"
+        in CliRunner().invoke(app, ["inspect", str(other("nnx_ema_pure").path)]).stdout
+    )
+
+
+@pytest.mark.skipif(not hasattr(nnx, "EMA"), reason="Flax has none before 0.12.7")
+def test_an_nnx_ema_takes_what_emaopt_serves(tmp_path):
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+    checkpoint.save(tmp_path / "c", {"model": model, "optimizer": optimizer})
+    ema = nnx.EMA(model, 0.9, only=nnx.Param)
+    averages = checkpoint.load_averaged(tmp_path / "c", target=ema.params)
+    nnx.update(ema.params, averages)
+    served = ema.apply_to(model)
+    average = emaopt.get_average(nnx.state(optimizer))
+    np.testing.assert_array_equal(served.kernel[...], average["kernel"][...])

@@ -235,7 +235,9 @@ def _moved(
             moved[average] = averages + rest
     wanted = {n for n in targets if is_below(n, ours.params)}
     wanted -= {n for n in wanted for way in average_nodes(plain) if is_below(n, way)}
-    if missing := [] if ours.average is None else wanted - moved.keys():
+    # Without an average or a key for the parameters, the target may hold more than them.
+    is_whole = ours.average is None and not ours.params and moved
+    if missing := set() if is_whole else wanted - moved.keys():
         left = {theirs.params + rest for rest in inside} - {*moved.values()}
         raise ValueError(
             f"adopt: {files.path} lacks parameters of the target: {listed(missing)}. "

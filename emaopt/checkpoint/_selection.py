@@ -221,7 +221,7 @@ def in_order(
     found = []
     for path in map(_files.absolute, paths):
         inside, unfinished = {}, []
-        if path.exists() and not _items.is_checkpoint(path):
+        if path.is_dir() and not _items.is_checkpoint(path):
             inside, unfinished = steps_in(function, path)
         for left in unfinished:
             report(f"{function}: {path / left} was not finished, and is left out.")
