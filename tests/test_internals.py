@@ -305,7 +305,7 @@ def test_only_the_leaves_without_a_placeholder_are_restored(saved):
 
 
 def test_arrays_are_written_in_batches_as_orbax_reads_them(tmp_path):
-    arrays = {("a",): np.arange(3.0), ("b",): np.ones((2, 2), np.int32)}
+    arrays = {("a",): np.arange(3.0), ("b",): np.zeros((2, 2), np.int32)}
     tree = {n[0]: _orbax.Pending(n, x.shape, x.dtype) for n, x in arrays.items()}
     halves = (slice(0, 1), slice(0, 2)), (slice(1, 2), slice(0, 2))
     tree["b"].chunk = (1, 2)

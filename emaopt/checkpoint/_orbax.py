@@ -215,7 +215,16 @@ def _created(leaf: Pending, info: Info, args: Any) -> ts.Future[ts.TensorStore]:
         process_index=0 if info.is_ocdbt_checkpoint else None,
         arg=args,
     )
-    return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+    # Orbax 0.12.0 leaves these two to its callers. A reader of Orbax's takes a chunk that
+    # is not there for a loss, also where all of it is zero.
+    dtype, whole = ts.dtype(leaf.dtype), {"store_data_equal_to_fill_value": True}
+    return ts.open(
+        ts.Spec({**spec, **whole}),
+        create=True,
+        open=True,
+        dtype=dtype,
+        context=info.ts_context,
+    )
 
 
 def replace_methods(
