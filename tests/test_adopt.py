@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from other_writers import other
+from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint
@@ -212,8 +213,10 @@ def test_a_target_without_an_average_takes_the_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        ({"dens": "x"}, r"has no parameter of that name at params; there are dense/bias"),
-        ({"dense/bias": "dense/kernel"}, "the one name dense/kernel"),
+        ({"dens": "x"}, r"has no parameter of that name, .* there are dense/bias"),
+        ({"dense": ""}, r"has no parameter of that name, or gives it none"),
+        ({"dense/bias": "dense/kernel"}, r"dense/bias and .*the one name .*dense/kernel"),
+        ({"dense/bias": "dense/kernel/b"}, r"rename=.* is an array there"),
         ({"dense/bias": "dense/biases"}, "lacks parameters .*params/dense/bias"),
     ],
 )
@@ -251,3 +254,120 @@ def test_half_precision(dtype, tmp_path):
     average = emaopt.get_average(found["opt_state"])
     assert average["dense"]["kernel"].dtype == np.float32
     equal(average, theirs["ema_params"])
+
+
+def test_slots_and_statistics_follow_the_names_of_parameters(tmp_path):
+    adam = optax.adam(1e-3)
+    grads = jax.tree.map(jnp.ones_like, THEIRS["params"])
+    _, opt_state = adam.update(grads, adam.init(THEIRS["params"]))
+    stats = {"dense": {"mean": jnp.ones(2)}, "norm": {"mean": jnp.full(2, 3.0)}}
+    theirs = {**THEIRS, "opt": opt_state, "batch_stats": stats, "global": jnp.int32(5)}
+    path = orbax(tmp_path / "c", theirs)
+    state = start(params={"encoder": {"Dense_0": THEIRS["params"]["dense"]}})
+    state |= {
+        "batch_stats": {
+            "encoder": {"Dense_0": {"mean": jnp.zeros(2)}},
+            "bn": {"mean": jnp.zeros(2)},
+        },
+        "step": 0,
+    }
+    found = checkpoint.adopt(
+        path,
+        state,
+        rename={
+            "dense": "encoder/Dense_0",
+            "opt": "opt_state",
+            "batch_stats/norm": "batch_stats/bn",
+            "step": "old_step",
+            "global": "step",
+        },
+    )
+    inner = found["opt_state"].inner_state[0]
+    equal(inner.mu["encoder"]["Dense_0"], opt_state[0].mu["dense"])
+    assert inner.count == 1 and found["step"] == 5
+    equal(found["batch_stats"]["encoder"]["Dense_0"]["mean"], stats["dense"]["mean"])
+    equal(found["batch_stats"]["bn"]["mean"], stats["norm"]["mean"])
+    assert found["opt_state"].averaging.num_updates == 4
+
+
+def test_half_of_a_momentum_is_not_taken(tmp_path):
+    adam = optax.adam(1e-3)
+    small = {"dense": {"bias": THEIRS["params"]["dense"]["bias"]}}
+    _, opt_state = adam.update(small, adam.init(small))
+    path = orbax(tmp_path / "c", {**THEIRS, "opt_state": opt_state})
+    found = checkpoint.adopt(path, start())
+    assert found["opt_state"].inner_state[0].count == 0
+    equal(
+        found["opt_state"].inner_state[0].mu,
+        jax.tree.map(jnp.zeros_like, found["params"]),
+    )
+
+
+def test_a_field_of_ones_own_for_the_average_is_filled(tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    state = start()
+    state["ema_params"] = state["params"]
+    found = checkpoint.adopt(path, state)
+    equal(found["ema_params"], THEIRS["ema_params"])
+    equal(emaopt.get_average(found["opt_state"]), THEIRS["ema_params"])
+
+
+def test_an_average_of_emaopts_own_is_not_forgotten_with_debias(tmp_path):
+    state = start()
+    state["opt_state"] = emaopt.reset_average(state["opt_state"], THEIRS["ema_params"])
+    checkpoint.save(tmp_path / "c", state)
+    tx = emaopt.averaged(optax.sgd(1.0), 0.5, debias=True)
+    found = checkpoint.adopt(tmp_path / "c", start(tx))
+    assert found["opt_state"].averaging.weight == 1
+    with pytest.raises(ValueError, match="an average of emaopt's own"):
+        checkpoint.adopt(tmp_path / "c", start(), layout="train_state")
+
+
+@pytest.mark.parametrize("name", ["grads", "batch_stats"])
+def test_an_average_of_something_else_is_not_one_of_parameters(name, tmp_path):
+    other_tree = {name: THEIRS["params"], f"{name}_ema": THEIRS["ema_params"]}
+    path = orbax(tmp_path / "c", {"params": THEIRS["params"], **other_tree})
+    with pytest.raises(ValueError, match="holds no average"):
+        checkpoint.load_averaged(path)
+    found = checkpoint.adopt(path, start())
+    equal(emaopt.get_average(found["opt_state"]), THEIRS["params"])
+
+
+@pytest.mark.parametrize("step", [jnp.nan, jnp.inf, 2.5, 1j])
+def test_what_cannot_be_a_count_is_none(step, tmp_path):
+    path = orbax(tmp_path / "c", {**THEIRS, "step": jnp.asarray(step)})
+    found = checkpoint.adopt(path, start())
+    assert found["opt_state"].averaging.num_updates == 0
+
+
+def test_collections_of_a_model_in_the_average(tmp_path):
+    theirs = {
+        "params": THEIRS["params"],
+        "batch_stats": {"mean": jnp.ones(2)},
+        "ema_params": {
+            "params": THEIRS["ema_params"],
+            "batch_stats": {"mean": jnp.zeros(2)},
+        },
+    }
+    path = orbax(tmp_path / "c", theirs)
+    equal(checkpoint.load_averaged(path), THEIRS["ema_params"])
+    checkpoint.average([path], tmp_path / "raw")
+    equal(checkpoint.load_averaged(tmp_path / "raw"), THEIRS["params"])
+
+
+def test_two_networks_are_told_apart_by_at(tmp_path):
+    theirs = {
+        "params": {"w": jnp.ones(2)},
+        "ema_params": {"w": jnp.zeros(2)},
+        "gan": {"params": {"w": jnp.full(2, 3.0)}, "ema_params": {"w": jnp.full(2, 4.0)}},
+    }
+    path = orbax(tmp_path / "c", theirs)
+    assert checkpoint.load_averaged(path, at="params")["w"].tolist() == [0, 0]
+    assert checkpoint.load_averaged(path, at="gan/params")["w"].tolist() == [4, 4]
+    assert checkpoint.load_averaged(path, at="gan/ema_params")["w"].tolist() == [4, 4]
+    checkpoint.average([path], tmp_path / "raw")  # as if there were no averages
+    assert checkpoint.load_averaged(tmp_path / "raw")["w"].tolist() == [1, 1]
+    for weights in (None, "served"):
+        out = tmp_path / f"{weights}.safetensors"
+        checkpoint.export_safetensors(path, out, weights=weights, at="ema_params")
+        assert list(load_file(out)) == ["w"]

@@ -135,7 +135,10 @@ def test_a_signal_is_one_line_and_nothing_is_left(
             signal.raise_signal(number)
             signal.raise_signal(signal.SIGTERM)  # another, while files are removed
 
-    monkeypatch.setattr(cli, "progress_bar", lambda _: contextlib.nullcontext(halfway))
+    for module in (cli, cli._conversions):
+        monkeypatch.setattr(
+            module, "progress_bar", lambda _: contextlib.nullcontext(halfway)
+        )
     monkeypatch.setattr(_stream, "BATCH", 8)
     before = everything(tmp_path)
     with heard(number) as handler:

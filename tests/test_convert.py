@@ -242,3 +242,66 @@ def test_what_a_conversion_leaves_out_is_said(tmp_path):
     assert checkpoint.export_safetensors(tmp_path / "d", out) == (
         "the averages of ema_params"
     )
+
+
+def test_empty_arrays_of_other_formats(tmp_path):
+    tree = {"params": {"w": np.ones(2), "none": np.zeros((0, 3)), "no": np.zeros((2, 0))}}
+    (tmp_path / "x").write_bytes(flax.serialization.msgpack_serialize(tree))
+    checkpoint.convert(tmp_path / "x", tmp_path / "c")
+    assert checkpoint.load_averaged(tmp_path / "c")["w"].tolist() == [1, 1]
+    checkpoint.export_safetensors(tmp_path / "x", tmp_path / "y")
+    assert load_file(tmp_path / "y")["none"].shape == (0, 3)
+    checkpoint.average([tmp_path / "x"], tmp_path / "mean")
+
+
+def test_a_part_of_a_file_of_several_processes_is_refused(tmp_path):
+    tree = {"params": {"w": "//GDAPlaceholder:params/w"}}
+    (tmp_path / "x").write_bytes(flax.serialization.msgpack_serialize(tree))
+    with pytest.raises(ValueError, match="arrays of several processes"):
+        checkpoint.describe(tmp_path / "x")
+
+
+def test_names_that_fall_together_are_refused(tmp_path):
+    save_file({"a..b": np.ones(1), "a.b": np.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="differ only in empty parts"):
+        checkpoint.describe(tmp_path / "x.safetensors")
+
+
+def test_numbers_of_python_come_from_any_format(tmp_path):
+    (tmp_path / "x").write_bytes(
+        flax.serialization.to_bytes({**THEIRS, "rate": 0.5, "on": True})
+    )
+    state = {"params": THEIRS["params"], "step": 0, "rate": 1.0, "on": False}
+    found = checkpoint.adopt(tmp_path / "x", state, report=lambda said: None)
+    assert (found["step"], found["rate"], found["on"]) == (4, 0.5, True)
+    assert [type(found[n]) for n in ("step", "rate", "on")] == [int, float, bool]
+
+
+def test_other_files_called_index_are_no_checkpoints(tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    (tmp_path / "c.index").write_bytes(b"of another program")
+    (tmp_path / "c" / "x.index").write_bytes(b"of another program")
+    equal(checkpoint.load_averaged(path), THEIRS["ema_params"])
+
+
+@pytest.mark.parametrize("rename", [{"dense": ""}, {"dense/bias": "dense/kernel/b"}])
+def test_names_that_no_file_can_have(rename, tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    with pytest.raises(ValueError, match="rename="):
+        checkpoint.convert(path, tmp_path / "d", rename=rename)
+    with pytest.raises(ValueError, match="rename="):
+        checkpoint.export_safetensors(path, tmp_path / "x", rename=rename)
+
+
+def test_pieces_go_along_the_axis_before_whole_ones():
+    from emaopt.checkpoint import _arrays, _stream
+
+    def block(shape, chunk):
+        array = _arrays.MadeArray(shape, np.dtype(np.float32), np.zeros, chunk)
+        files = type("Files", (), {"saved": {(): array}})
+        stored = _stream.Stored(files, (), shape, array.dtype)
+        return _stream.block_of([stored])
+
+    assert block((60_000, 8, 8), (1, 8, 8)) == (32_768, 8, 8)
+    assert block((2, 3, 4_000_000), (1, 1, 1000)) == (1, 1, 2_097_000)
+    assert block((4096, 4096), (64, 64)) == (4096, 4096)  # no stretch of it: whole

@@ -55,7 +55,7 @@ def test_parts_make_up_a_whole(few_bytes):
         for a, b in itertools.product((0, 2, 4), (0, 3))
     ]
     made = [(start, _bytes.constant(piece)) for start, piece in pieces]
-    array = _bytes.joined(whole.shape, made)
+    array = _bytes.joined(whole.shape, whole.dtype, made)
     for part in parts(whole.shape):
         index = tuple(slice(*bounds) for bounds in part)
         np.testing.assert_array_equal(array.read(part), whole[index])

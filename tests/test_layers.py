@@ -307,6 +307,7 @@ LAYERS = {
         "_types",
         "checkpoint._arrays",
         "checkpoint._files",
+        "checkpoint._renaming",
         "checkpoint._units",
         "checkpoint._worker_rows",
     },
@@ -506,11 +507,11 @@ LAYERS = {
         "_nodes",
         "_paths",
         "_places",
-        "_states",
         "_types",
         "checkpoint",
         "checkpoint._files",
         "checkpoint._found",
+        "checkpoint._names",
         "checkpoint.formats",
     },
     "checkpoint._convert": {
@@ -574,16 +575,25 @@ LAYERS = {
     "checkpoint.formats._trees": {"_names", "_types", "checkpoint._found"},
     "checkpoint.formats._zarr": {
         "_names",
+        "_output",
         "checkpoint._arrays",
         "checkpoint.formats._trees",
     },
     "cli._conversions": {
         "",
+        "_output",
         "cli",
         "cli._errors",
         "cli._options",
         "cli._terminal",
         "typer",
+    },
+    "checkpoint._names": {
+        "_names",
+        "_states",
+        "checkpoint",
+        "checkpoint._files",
+        "checkpoint.formats",
     },
 }
 

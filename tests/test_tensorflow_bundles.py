@@ -20,7 +20,7 @@ from other_writers import DATA, bundle, bundles
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint._files import names_of
-from emaopt.checkpoint.formats import _table, _tensorbundle
+from emaopt.checkpoint.formats import _bytes, _table, _tensorbundle, _tensorflow
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from convert import as_table, masked
@@ -204,14 +204,42 @@ def test_a_swapped_checkpoint_of_tf_models_has_to_be_told(tmp_path):
         np.testing.assert_array_equal(served[name], array.astype(np.float64), name)
 
 
-@pytest.mark.parametrize("name", ["tf2_plain", "tf2_keras_ema", "tf2_keras2_ema"])
-def test_without_slots_there_is_no_average(name):
+@pytest.mark.parametrize("name", ["tf2_plain", "tf2_keras2_ema"])
+def test_without_slots_there_is_no_average(name, tmp_path):
+    folder, said, _ = bundle(name)
     with pytest.raises(ValueError, match="holds no average"):
-        checkpoint.load_averaged(bundle(name)[0])
+        checkpoint.load_averaged(folder)
+    checkpoint.convert(folder, tmp_path / "c", report=lambda said: None)
+    params = flat(checkpoint.load_averaged(tmp_path / "c"))
+    raw = [one["raw"].partition("/.ATTR")[0] for one in said["params"].values()]
+    names = {n.replace(".S", "/").replace("..", ".") for n in raw}
+    assert names >= params.keys() or {n.partition("/")[2] for n in names} >= params.keys()
+    assert params and not any("optimizer" in name for name in params)
+
+
+def test_what_keras_keeps_by_number_is_refused():
+    with pytest.raises(ValueError, match=r"finalize_variable_values"):
+        checkpoint.load_averaged(bundle("tf2_keras_ema")[0])
+
+
+def test_a_scope_that_does_not_tell_whose_a_slot_is_is_refused():
+    arrays = {
+        name: _bytes.constant(np.zeros(2, np.float32))
+        for name in ("head", "scope/head", "scope/head/slow", "scope/scope/head/slow")
+    }
+    with pytest.raises(ValueError, match=r"would both be the slow of scope/head"):
+        _tensorflow.of_saver(arrays, False, "slow")
+
+
+def test_a_parameter_below_another_is_no_slot_of_it():
+    arrays = {"emb": np.zeros((4, 2)), "emb/kernel": np.zeros((3, 3))}
+    made_of = {n: _bytes.constant(x.astype(np.float32)) for n, x in arrays.items()}
+    with pytest.raises(ValueError, match=r"emb is an array there, and has|below it"):
+        _tensorflow.of_saver(made_of, False, "slow")
 
 
 def test_escaped_names_are_those_of_their_users(tmp_path):
-    checkpoint.convert(bundle("tf2_plain")[0], tmp_path / "mine", at="tower")
+    checkpoint.convert(bundle("tf2_plain")[0], tmp_path / "mine", at="params/tower")
     served = checkpoint.load_averaged(tmp_path / "mine")
     assert "a/b.c" in served["heads"]
 

@@ -1,7 +1,6 @@
 """Training goes on from the parameters and the average of other code."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,12 +9,11 @@ from emaopt._names import Names, is_below, joined, split
 from emaopt._nodes import average_nodes, center_nodes
 from emaopt._paths import check_readable
 from emaopt._places import Ways, check_choices, located_at
-from emaopt._states import AVERAGE
 from emaopt._types import Path, PyTree, Report
 from emaopt.checkpoint import (
     _contents,
     _files,
-    _renaming,
+    _names,
     _replacement,
     _restore,
     _sources,
@@ -23,14 +21,8 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._files import listed, names_of
 from emaopt.checkpoint._found import Found
+from emaopt.checkpoint._names import Place
 from emaopt.checkpoint.formats import _bytes
-
-
-class _Place(NamedTuple):
-    """Parameters and an average of them, by the names that lead to each."""
-
-    params: Names
-    average: Names | None  # to its state; None without an average
 
 
 @_replacement.whole
@@ -46,9 +38,10 @@ def adopt(
     """Fills a training state from a checkpoint in which other code kept an average.
 
     Parameters, the average and, where it is stored, its number of updates come from the
-    source; so does what has the target's names besides, such as the slots of its
-    optimizer. All else stays as it is in the target. A source without an average gives
-    the parameters, and the average begins with them.
+    source; so does what has the target's names besides, such as the step, and the slots
+    of an optimizer under the same key: all of a transformation's, or none. All else stays
+    as it is in the target. A source without an average gives the parameters, and the
+    average begins with them.
 
         state = {"params": params, "opt_state": optimizer.init(params), "step": 0}
         state = checkpoint.adopt("their_run/10000", state)
@@ -78,8 +71,9 @@ def adopt(
       layout: One of the above; or the names that lead to the average's tree, joined with
         "/" (of a Saver: the name of the ExponentialMovingAverage). "auto" or None: found.
       rename: {their name: your name} of parameters, or of what names begin with, joined
-        with "/": {"tower/dense": "encoder/Dense_0"}. It holds for the average as well. A
-        name may also be that in the whole state: {"tower/mean": "batch_stats/mean"}.
+        with "/": {"tower/dense": "encoder/Dense_0"}. It holds for the average, for slots
+        and for collections such as batch_stats as well. Both may also be names in the
+        whole state: {"tower/mean": "batch_stats/mean"}, {"global_step": "step"}.
       params: Where the target's parameters are, as for `save`, if several trees fit.
       report: Called with sentences on what stood where, and what was left.
 
@@ -118,14 +112,16 @@ def adopt(
             "optimizer, save it, and restore it into local updates."
         )
     here, there = _targets(plain, params), _of_source(files)
+    if rename:
+        files = _names.renamed(files, there, here, names_of(plain), rename)
     told: dict[Names, Names] = {}
     said = []
     for ours, theirs in _pairs(files, here, there):
-        told |= _moved(files, plain, ours, theirs, rename or {})
+        told |= _moved(files, plain, ours, theirs)
         said.append(_sentence(files, theirs))
-        if ours.average and theirs.average and files.found:
+        if ours.average and theirs.average:
             weight = (*ours.average, "weight")
-            if weight in names_of(plain):
+            if weight in names_of(plain) and weight not in told:
                 # Nothing of it is forgotten, for it has no start that weighs too much.
                 whole = (*theirs.average, "weight")
                 one = {whole: _bytes.constant(np.float32(1))}
@@ -146,51 +142,49 @@ def adopt(
     return state
 
 
-def _targets(plain: PyTree, params: Ways) -> list[_Place]:
+def _targets(plain: PyTree, params: Ways) -> list[Place]:
     """The averages of the target; without any, its parameters."""
     found = [
-        _Place(located_at("adopt", plain, way, params).params, way)
+        Place(located_at("adopt", plain, way, params).params, way)
         for way in average_nodes(plain)
     ]
     if found:
         return found
     if isinstance(params, str):
-        return [_Place(split(params), None)]
+        return [Place(split(params), None)]
     has_params = any(names[:1] == ("params",) for names in names_of(plain))
-    return [_Place(("params",) if has_params else (), None)]
+    return [Place(("params",) if has_params else (), None)]
 
 
-def _of_source(files: _files.Files) -> list[_Place]:
+def _of_source(files: _files.Files) -> list[Place]:
     """The averages of the source; without any, its parameters."""
-    found = [
-        _Place(one.params, one.average) for one in _contents.averages("adopt", files)
-    ]
+    found = [Place(one.params, one.average) for one in _contents.averages("adopt", files)]
     if found:
         return found
     has_params = any(names[:1] == ("params",) for names in files.saved)
-    return [_Place(("params",) if has_params else (), None)]
+    return [Place(("params",) if has_params else (), None)]
 
 
 def _pairs(
-    files: _files.Files, here: list[_Place], there: list[_Place]
-) -> list[tuple[_Place, _Place]]:
+    files: _files.Files, here: list[Place], there: list[Place]
+) -> list[tuple[Place, Place]]:
     """Which of the source's averages is for which of the target's."""
     if len(there) == 1 and there[0].average is None:
         return [(ours, there[0]) for ours in here]
     if len(here) == 1 and len({theirs.params for theirs in there}) == 1:
         if len(there) > 1 and here[0].average:
-            raise _several(files, there)
+            raise _several(files, there, here[0])
         return [(here[0], there[0])]
     pairs = []
     for ours in here:
         alike = [theirs for theirs in there if theirs.params == ours.params]
         if len(alike) != 1:
-            raise _several(files, alike or there)
+            raise _several(files, alike or there, ours)
         pairs.append((ours, alike[0]))
     return pairs
 
 
-def _several(files: _files.Files, there: list[_Place]) -> ValueError:
+def _several(files: _files.Files, there: list[Place], ours: Place) -> ValueError:
     ways = [joined(one.average or ()) for one in there]
     known = [files.found.get(one.average or ()) for one in there]
     layouts = [found.layout if found else "emaopt" for found in known]
@@ -199,60 +193,51 @@ def _several(files: _files.Files, there: list[_Place]) -> ValueError:
         for way, layout, one in zip(ways, layouts, there, strict=True)
     )
     return ValueError(
-        f"adopt: {files.path} holds several averages: {both}. Say with layout= which, as "
-        f"layout={ways[0]!r}."
+        f"adopt: {files.path} holds {both}, and nothing tells which is the average of "
+        f"{joined(ours.params)}. Say with layout= which, as layout={ways[0]!r}; of "
+        "several networks, adopt each into a state of its own."
     )
 
 
 def _moved(
-    files: _files.Files,
-    plain: PyTree,
-    ours: _Place,
-    theirs: _Place,
-    rename: Mapping[str, str],
+    files: _files.Files, plain: PyTree, ours: Place, theirs: Place
 ) -> dict[Names, Names]:
     """Where the leaves of the target stand in the source, by their names here."""
     targets, saved = names_of(plain), _files.logical_names(files)
-    inside = [n[len(theirs.params) :] for n in saved if is_below(n, theirs.params)]
-    averages = (*theirs.average, AVERAGE.field) if theirs.average else None
+    inside = [n for n in saved if is_below(n, theirs.params)]
     states = [one.average for one in _of_source(files) if one.average]
-    inside = [
-        n for n in inside if not any(is_below(theirs.params + n, s) for s in states)
-    ]
-    renamed = _renaming.renamed("adopt", files.path, theirs.params, inside, rename)
-    moved: dict[Names, Names] = {}
-    for rest in inside:
-        place = (*ours.params, *renamed[rest])
-        if place not in targets and renamed[rest] != rest:
-            place = renamed[rest]  # a name in the whole state
-        if place not in targets:
-            continue
-        moved[place] = theirs.params + rest
-        if averages is None or ours.average is None or not is_below(place, ours.params):
-            continue
-        average = (*ours.average, AVERAGE.field, *place[len(ours.params) :])
-        if average in targets and averages + rest in saved:
-            moved[average] = averages + rest
+    inside = [n for n in inside if not any(is_below(n, state) for state in states)]
+    cut = len(theirs.params)
+    moved = {ours.params + n[cut:]: n for n in inside if ours.params + n[cut:] in targets}
     wanted = {n for n in targets if is_below(n, ours.params)}
     wanted -= {n for n in wanted for way in average_nodes(plain) if is_below(n, way)}
     # Without an average or a key for the parameters, the target may hold more than them.
     is_whole = ours.average is None and not ours.params and moved
     if missing := set() if is_whole else wanted - moved.keys():
-        left = {theirs.params + rest for rest in inside} - {*moved.values()}
+        left = {*inside} - {*moved.values()}
         raise ValueError(
             f"adopt: {files.path} lacks parameters of the target: {listed(missing)}. "
-            + (f"It has besides: {listed(left)}. " if left else "")
-            + "Say with rename={their name: your name} which are which."
+            + (
+                f"It has besides: {listed(left)}. Say with rename={{their name: your "
+                "name}} which are which."
+                if left
+                else "Make the target without them, and add them afterwards."
+            )
         )
-    if ours.average is not None and theirs.average is not None:
-        for field in ("num_updates", "num_skipped", "pending", "weight"):
-            name, place = (*ours.average, field), (*theirs.average, field)
-            if name in targets and place in saved:
-                moved[name] = place
+    if ours.average is None or theirs.average is None:
+        return moved
+    for name in [n for n in targets if is_below(n, ours.average)]:
+        # Parameters have the same names below the average's own field.
+        if (place := theirs.average + name[len(ours.average) :]) in saved:
+            moved[name] = place
+    # A field of the user's own for the average, such as ema_params, is filled, too.
+    for place, name in files.origin.items():
+        if name in targets and is_below(place, theirs.average):
+            moved.setdefault(name, place)
     return moved
 
 
-def _sentence(files: _files.Files, theirs: _Place) -> str:
+def _sentence(files: _files.Files, theirs: Place) -> str:
     """What stood where in the source."""
     params = f"the parameters were at {joined(theirs.params)}"
     if theirs.average is None:

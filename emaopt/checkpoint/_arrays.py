@@ -133,6 +133,9 @@ class MadeArray(DiskArray):
         return self.read(tuple((start, stop) for start, stop, _ in bounds))
 
 
+OTHERS = (StoredArray, MadeArray)  # what no file of Orbax's holds
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="emaopt-read")
@@ -163,7 +166,10 @@ def can_read(leaf: Leaf, plan: Leaf) -> bool:
         and leaf.whole
         and isinstance(plan, (jax.ShapeDtypeStruct, np.ndarray))
         and not jnp.issubdtype(plan.dtype, jax.dtypes.extended)
-        and all(_has_whole_bytes(dtype) for dtype in (leaf.dtype, plan.dtype))
+        and (
+            isinstance(leaf, OTHERS)
+            or all(_has_whole_bytes(dtype) for dtype in (leaf.dtype, plan.dtype))
+        )
     )
 
 

@@ -48,6 +48,9 @@ class Averaged(NamedTuple):
 def way_to(function: str, files: _files.Files, at: str | None) -> Names:
     """The names in `at`, or an error if the checkpoint has nothing there; () for None."""
     names, present = split(at), _files.all_leaves(files)
+    for average in files.found:  # in whose place a state of emaopt's stands
+        if is_below(names, average):
+            names = (*average, AVERAGE.field, *names[len(average) :])
     if not names or any(is_below(n, names) for n in present):
         return names
     # Users are shown a leaf of their own that is called "value" with that name.
@@ -345,7 +348,7 @@ def _located(function: str, files: _files.Files, average: Names, way: Names) -> 
     known = [one.params for one in served]
     # Other code's layout may tell where the parameters are.
     told = files.found[average].params if average in files.found else None
-    tree, at = _logical(files), way or told or ()
+    tree, at = _logical(files), told or way or ()
     return located_in(function, tree, average, at=at, known=known, option="at")
 
 

@@ -31,7 +31,7 @@ def averages_in(leaves: Mapping[Names, Leaf]) -> list[Found]:
         for one in rule(children):
             if one.average not in found and fits(leaves, one):
                 found[one.average] = one
-    return [_counted(leaves, one) for one in found.values()]
+    return list(found.values())
 
 
 def _openpi(children: Mapping[Names, set[str]]) -> Iterator[Found]:
@@ -52,14 +52,17 @@ def _levanter(children: Mapping[Names, set[str]]) -> Iterator[Found]:
 def _beside(children: Mapping[Names, set[str]]) -> Iterator[Found]:
     """The average beside the parameters, under a name made of theirs."""
     for way, inside in children.items():
-        # At the top any name will do, as the folders of a pipeline have. Further down it
-        # may be that of a layer with an average of something else.
-        for params in inside if not way else inside.intersection(_PARAMS):
+        known = inside.intersection(_PARAMS)
+        # At the top any name will do, as the folders of a pipeline have. Elsewhere, and
+        # beside parameters, it is that of an average of something else.
+        for params in sorted(known or (set() if way else inside)):
             there = (*way, params)
             own = {f"{params}_ema", f"ema_{params}"}
             count = (*way, "step")
             for name in sorted(own & inside):
                 yield Found("train_state", (*way, name), there, count)
+                # It may hold all collections of a model.
+                yield Found("train_state", (*way, name, params), there, count)
             if params in _PARAMS and "ema" in inside:
                 yield Found("train_state", (*way, "ema"), there, count)
                 # nnx.EMA is a module, and has the average in a field of its own.
@@ -108,6 +111,7 @@ def fits(leaves: Mapping[Names, Leaf], one: Found) -> bool:
             if names[-len(first) :] == first and not is_below(names, one.average)
         ]
     )
+    ways = [way for way in ways if not is_below(one.average, way)]
     return any(
         all(
             _kind(leaves.get(way + names)) == _kind(leaf)
@@ -121,7 +125,7 @@ def _kind(leaf: Leaf | None) -> tuple[object, ...] | None:
     return None if leaf is None else (shape_of(leaf), kind_of(leaf))
 
 
-def _counted(leaves: Mapping[Names, Leaf], one: Found) -> Found:
+def counted(leaves: Mapping[Names, Leaf], one: Found) -> Found:
     """Without a place for the count where no lone number stands."""
     if isinstance(one.updates, tuple) and shape_of(leaves.get(one.updates)) != ():
         return one._replace(updates=None)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._leaves import kind_of
-from emaopt._names import is_below, joined, split
+from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, located_at, shape_of
@@ -16,6 +16,7 @@ from emaopt._states import AverageState
 from emaopt._types import Leaf, Path, PyTree
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
+from emaopt.checkpoint._renaming import told_by
 from emaopt.checkpoint._units import Group, paired, units
 from emaopt.checkpoint._worker_rows import fit_workers
 
@@ -54,8 +55,7 @@ def match(
     """Finds every leaf of the target in the saved state, or says which are missing.
 
     Args:
-      function: The caller's name, for messages.
-      path: The checkpoint, for messages.
+      function, path: The caller's name and the checkpoint, for messages.
       target: The state to fill, not swapped.
       saved: Metadata by name in the saved state.
       disk: The saved state, not swapped, as a tree that describes each leaf.
@@ -69,8 +69,10 @@ def match(
     """
     # All of the state is matched: a new average may start from outside of the scope.
     everything = names_of(target)
-    moved = _told(function, path, {*everything}, {*saved}, rename or {}) | (told or {})
-    sources, changed = _sources(function, path, target, disk, {*saved}, moved)
+    moved = told_by(function, path, {*everything}, {*saved}, rename or {}) | (told or {})
+    sources, changed = _sources(
+        function, path, target, disk, {*saved}, moved, whole=told is not None
+    )
     rows = fit_workers(
         function, target, disk, saved, sources, params, known, ignore_extra
     )
@@ -158,6 +160,7 @@ def _sources(
     disk: PyTree,
     saved: set[Names],
     told: Mapping[Names, Names],
+    whole: bool,
 ) -> tuple[dict[Names, Names], list[Names]]:
     """Where each leaf of the target stands: under its name, or where its unit moved.
 
@@ -183,39 +186,15 @@ def _sources(
         raise ValueError(_unclear(function, path, unclear[0]))
     for unit, other in pairs:
         both = unit.leaves & other.leaves
+        # Half of a momentum beside another's count would be neither.
+        if whole and both != unit.leaves:
+            continue
         sources |= {unit.way + rest: other.way + rest for rest in both}
     # What is left without a pair at one way on both sides has other fields there.
     new, old = ({unit.way for unit in side} for side in (here, there))
     new -= {unit.way for unit, _ in pairs}
     old -= {unit.way for _, unit in pairs}
     return sources, sorted(new & old)
-
-
-def _told(
-    function: str,
-    path: Path,
-    wanted: set[Names],
-    saved: set[Names],
-    rename: Mapping[str, str],
-) -> dict[Names, Names]:
-    """The sources that `rename` gives, by name in the target."""
-    told: dict[Names, Names] = {}
-    for old, new in rename.items():
-        before, after = split(old), split(new)
-        moved = {
-            after + names[len(before) :]: names
-            for names in saved
-            if is_below(names, before)
-        }
-        moved = {name: names for name, names in moved.items() if name in wanted}
-        if not moved or told.keys() & moved.keys():
-            raise ValueError(
-                f"{function}: rename={{{old!r}: {new!r}}}: {path} holds nothing at "
-                f"{old!r} that the target has at {new!r}, or another name is also moved "
-                "there."
-            )
-        told |= moved
-    return told
 
 
 def _outermost(some: list[Names], others: list[Names]) -> list[Names]:

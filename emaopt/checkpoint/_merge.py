@@ -49,7 +49,7 @@ def combined(
     place = _replacement.followed(_files.absolute(out))
     for one in weights:
         refuse_own(function, place, one.files.path, "combined")
-    empty = newest.files.marker.empty if newest.files.marker else {}
+    empty = _selection.empty(newest)
     # Orbax has no files for arrays of size 0; their shapes stand in the record.
     full = [n for n, there in newest.places.items() if there not in empty]
     if not full:

@@ -60,6 +60,16 @@ def _read(
     """The values by name, and those of whole arrays by their place on disk."""
     with _files.explained(function, files.path):
         _arrays.open_all(files.saved[place] for place, _ in wanted.values())
+    # Other formats have no numbers of Python's: they come as arrays.
+    kinds = {
+        names: type(plan)
+        for names, (place, plan) in wanted.items()
+        if isinstance(files.saved[place], _arrays.OTHERS) and not hasattr(plan, "dtype")
+    }
+    for names in kinds:
+        place = wanted[names][0]
+        leaf = files.saved[place]
+        wanted = {**wanted, names: (place, np.empty(leaf.shape, leaf.dtype))}
     here = {
         names: (files.saved[place], plan)
         for names, (place, plan) in wanted.items()
@@ -102,6 +112,7 @@ def _read(
         except OverflowError as error:
             place = "/".join(wanted[names][0])
             raise ValueError(f"{function}: {files.path}: {place} is {error}") from None
+    values |= {names: kind(values[names].item()) for names, kind in kinds.items()}
     whole = {
         wanted[n][0]: value
         for n, value in values.items()

@@ -39,6 +39,10 @@ def renamed(
                 f"of that name at {joined(prefix)}; there are {listed(names)}.",
                 "rename",
             )
+        if not split(new):
+            raise Unknown(
+                f"{function}: rename={{{old!r}: {new!r}}} gives no name.", "rename"
+            )
         rules[found] = split(new)
     places, taken = {}, {}
     for name in names:
@@ -51,4 +55,41 @@ def renamed(
                 f"the one name {joined(places[name])}.",
                 "rename",
             )
+    for place, name in taken.items():
+        above = next(
+            (place[:i] for i in range(1, len(place)) if place[:i] in taken), None
+        )
+        if above is not None:
+            raise Unknown(
+                f"{function}: rename= puts {joined(name)} of {path} at {joined(place)}, "
+                f"below the array {joined(above)}.",
+                "rename",
+            )
     return places
+
+
+def told_by(
+    function: str,
+    path: object,
+    wanted: set[Names],
+    saved: set[Names],
+    rename: Mapping[str, str],
+) -> dict[Names, Names]:
+    """The sources that `rename` gives, by name in the target."""
+    told: dict[Names, Names] = {}
+    for old, new in rename.items():
+        before, after = split(old), split(new)
+        moved = {
+            after + names[len(before) :]: names
+            for names in saved
+            if is_below(names, before)
+        }
+        moved = {name: names for name, names in moved.items() if name in wanted}
+        if not moved or told.keys() & moved.keys():
+            raise ValueError(
+                f"{function}: rename={{{old!r}: {new!r}}}: {path} holds nothing at "
+                f"{old!r} that the target has at {new!r}, or another name is also moved "
+                "there."
+            )
+        told |= moved
+    return told

@@ -122,7 +122,7 @@ def export_safetensors(
             f"{os.path.join(out, 'model.safetensors')}."
         )
     # Arrays of size 0 have no files; their shapes and dtypes stand in the record.
-    empty = found.files.marker.empty if found.files.marker else {}
+    empty = _selection.empty(found)
     full = [n for n, there in found.places.items() if there not in empty]
     leaves = _stream.stored(function, found.files, [found.places[n] for n in full])
     kinds = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(full, leaves, strict=True)}

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from emaopt._advice import advised
-from emaopt._names import Unknown
+from emaopt._names import Unknown, is_below
 from emaopt._nodes import as_state, average_nodes, counter_of, is_swapped, served_nodes
 from emaopt._paths import may_enter
 from emaopt._profiles import says_decay
@@ -85,7 +85,7 @@ def select(
     places = {
         n[len(prefix) :]: place
         for n, place in logical.items()
-        if n[: len(prefix)] == prefix
+        if n[: len(prefix)] == prefix and not _files.is_added(files, n)
     }
     if not places:
         _contents.way_to(function, files, "/".join(prefix))  # raises
@@ -103,6 +103,12 @@ def weights_at(
     """The weights at these places, with words for what they are."""
     said, averages = _contents.said_of(files, prefix, places.values(), raw=raw)
     return Weights(files, prefix, places, kept, said, averages)
+
+
+def empty(weights: Weights) -> dict[Names, Leaf]:
+    """The arrays of size 0 among weights, by place: Orbax has no files for them."""
+    present = _files.all_leaves(weights.files)
+    return {n: x for n in weights.places.values() if _trees.is_empty(x := present[n])}
 
 
 def select_alike(
@@ -144,6 +150,11 @@ def what_stands(
 
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
+    in_params = any(n[:1] == ("params",) for n in files.saved)
+    if files.found:
+        # Averages that other code wrote stand beside; they do not hide the parameters.
+        if in_params and not any(is_below(way, ("params",)) for way in files.found):
+            return ("params",)
     ways = _contents.parameters(function, files)
     if len(ways) > 1:
         raise advised(
@@ -154,7 +165,7 @@ def _parameters(function: str, files: _files.Files) -> Names:
         )
     if ways:
         return ways[0]
-    return ("params",) if any(n[:1] == ("params",) for n in files.saved) else ()
+    return ("params",) if in_params else ()
 
 
 def refuse_optimizer_state(function: str, weights: Weights) -> None:

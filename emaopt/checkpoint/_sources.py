@@ -48,8 +48,16 @@ def open_source(
             tree, found, shown = format_.open(layout)
         files = _files.made(format_.path, tree, shown)
     if files.marker or files.combination or served_nodes(_files.whole_tree(files)):
-        return files  # emaopt's own average decides
+        if layout is not None:
+            raise Unknown(
+                f"{function}: {files.path} holds an average of emaopt's own, which needs "
+                f"no layout, got {layout!r}.",
+                "layout",
+            )
+        return files
+    found = [one for one in found if _layouts.fits(files.saved, one)]
     found = [*found, *_layouts.averages_in(files.saved)]
+    found = [_layouts.counted(files.saved, one) for one in found]
     return _with_averages(function, files, _chosen(function, files, found, layout))
 
 
@@ -119,7 +127,9 @@ def _count(function: str, files: _files.Files, one: Found) -> int:
     if isinstance(count, tuple):
         leaves = _stream.stored(function, files, [count])
         (value,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
-        count = int(value)
+        # Whatever else stands there is no count.
+        whole = np.isrealobj(value) and np.isfinite(value) and value == np.floor(value)
+        count = int(value) if whole else None
     total = 0 if count is None else count + one.more
     return min(max(total, 0), np.iinfo(np.int32).max)
 

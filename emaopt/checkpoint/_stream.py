@@ -100,6 +100,9 @@ def batches(leaves: Sequence[Stored], *others: Sequence[Stored]) -> Iterator[lis
 def _pieces(i: int, alike: Sequence[Stored]) -> Iterator[Piece]:
     shape, itemsize = alike[0].shape, alike[0].dtype.itemsize
     block = block_of(alike)
+    if 0 in shape:
+        yield Piece(i, tuple((0, n) for n in shape), shape, 0, True, True)
+        return
     grid = itertools.product(*(range(0, n, k) for n, k in zip(shape, block, strict=True)))
     first = next(grid, ())  # of a scalar
     for start in itertools.chain([first], grid):
@@ -118,9 +121,11 @@ def block_of(alike: Sequence[Stored]) -> tuple[int, ...]:
         return tuple(max(1, n) for n in shape)
     (block,) = chunks
     block = list(block or ())
-    # The first axis that a chunk does not fill is the one to go along.
-    axis = next((i for i, k in enumerate(block) if k > 1), len(block) - 1)
-    if block[axis + 1 :] != list(shape[axis + 1 :]):
+    # The axis to go along: those behind it are whole in a chunk, those before it 1.
+    axis = next(
+        (i for i in range(len(block)) if block[i + 1 :] == list(shape[i + 1 :])), None
+    )
+    if axis is None or any(k > 1 for k in block[:axis]):
         return shape  # a chunk is no stretch of the array
     rows = BATCH // (math.prod(block) * itemsize)
     block[axis] = min(shape[axis], block[axis] * max(1, rows))

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from emaopt._output import exists
 from emaopt.cli import _options
 from emaopt.cli._errors import failing
 from emaopt.cli._options import (
@@ -128,4 +129,7 @@ def export(
             progress=progress,
         )
     sentence = f"Exported {_tables.escape(said)}."
-    report(as_json, {"weights": said}, [sentence], safetensors)
+    # In several files, their index is what a reader opens.
+    index = f"{safetensors}.index.json"
+    written = index if shard_size and exists(index) else safetensors
+    report(as_json, {"weights": said}, [sentence], written)

@@ -40,14 +40,14 @@ def found(function: str, path: epath.Path) -> Format | None:
     Raises:
       ValueError: If several checkpoints are there, or one that needs its own program.
     """
+    if _is_orbax(path):
+        return None
     if (prefix := _prefix(function, path)) is not None:
 
         def bundle(layout: str | None) -> Opened:
             return _of_tensorflow(prefix, layout)
 
         return Format("a TensorFlow checkpoint", prefix, bundle)
-    if _is_orbax(path):
-        return None
     if _safetensors.is_one(path):
         name = "safetensors"
         return Format(name, path, lambda layout: _safetensors.opened(path))
@@ -112,8 +112,8 @@ def _refuse_others(function: str, path: epath.Path) -> None:
     if begin[:2] == b"PK" or begin[:2] in _PICKLES:
         raise ValueError(
             f"{function}: {path} is a pickle, as torch.save writes it. To read it is to "
-            "run it, so emaopt does not; MIGRATING says how to save its tensors as "
-            "safetensors, in five lines of PyTorch."
+            "run it, so emaopt does not; docs/adopting.md says how to save its tensors "
+            "as safetensors, in five lines of PyTorch."
         )
     if _table.is_table(end):
         raise ValueError(

@@ -56,10 +56,11 @@ def constant(value: np.ndarray | np.generic) -> MadeArray:
 
 
 def joined(
-    shape: Sequence[int], parts: Sequence[tuple[Sequence[int], MadeArray]]
+    shape: Sequence[int],
+    dtype: np.dtype,
+    parts: Sequence[tuple[Sequence[int], MadeArray]],
 ) -> MadeArray:
     """An array made of parts that cover it, each with the place of its first element."""
-    dtype = parts[0][1].dtype if parts else np.dtype(np.float32)
 
     def read(part: Part) -> np.ndarray:
         out = np.empty([stop - start for start, stop in part], dtype)

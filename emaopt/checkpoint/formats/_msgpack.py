@@ -25,6 +25,7 @@ from emaopt.checkpoint.formats._trees import Opened
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _PARTS = "__msgpack_chunked_array__"
+_ELSEWHERE = "//GDAPlaceholder:"  # in place of an array that is in another file
 _DEEPEST = 100  # levels of nesting
 
 
@@ -138,6 +139,8 @@ class _Reader:
         if isinstance(value, dict):
             if _PARTS in value:
                 return self._of_parts(value)
+            if len({*map(str, value)}) < len(value):
+                raise ValueError(f"{self.path.name} has keys that differ in type alone")
             return {str(key): self.leaves(one) for key, one in value.items()}
         if isinstance(value, list):
             return [self.leaves(one) for one in value]
@@ -145,6 +148,11 @@ class _Reader:
             return self._array(value)
         if isinstance(value, (bool, int, float)):
             return _bytes.constant(np.asarray(value))
+        if isinstance(value, str) and value.startswith(_ELSEWHERE):
+            raise ValueError(
+                f"{self.path.name} is a part: arrays of several processes stand in the "
+                "folder beside it. Restore it with Flax, and save it from one process"
+            )
         return None  # None and text
 
     def _array(self, value: _Extension) -> Leaf:

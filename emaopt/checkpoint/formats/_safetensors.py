@@ -70,11 +70,6 @@ def opened(path: epath.Path) -> Opened:
     return Opened(nested(_tree(path)))
 
 
-def metadata(path: epath.Path) -> dict[str, str]:
-    """The text that the writer of a file put into its header."""
-    return _header(path)[0].get(METADATA) or {}
-
-
 def _tree(path: epath.Path) -> dict[Names, DiskArray]:
     """The arrays by the parts of their names."""
     files = [path]
@@ -90,7 +85,12 @@ def _tree(path: epath.Path) -> dict[Names, DiskArray]:
             if name in flat:
                 raise ValueError(f"{file.name} has {name}, which another part has, too")
             flat[name] = array
-    return dict(zip(split_names(list(flat)), flat.values(), strict=True))
+    leaves = dict(zip(split_names(list(flat)), flat.values(), strict=True))
+    if len(leaves) < len(flat):
+        raise ValueError(
+            "it has names that differ only in empty parts between separators"
+        )
+    return leaves
 
 
 def _only(folder: epath.Path) -> list[epath.Path]:

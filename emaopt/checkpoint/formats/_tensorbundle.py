@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from emaopt.checkpoint._arrays import MadeArray
 from emaopt.checkpoint.formats import _bytes
-from emaopt.checkpoint.formats._table import Damaged, entries, unmasked
+from emaopt.checkpoint.formats._table import Damaged, entries, is_table, unmasked
 
 _DTYPES = {  # by their numbers in tensorflow/core/framework/types.proto
     1: np.float32,
@@ -106,7 +106,7 @@ class Bundle(NamedTuple):
 
 def is_bundle(prefix: epath.Path) -> bool:
     """Whether a path is what TensorFlow calls the prefix of a checkpoint."""
-    return _index(prefix).exists()
+    return _is_index(_index(prefix))
 
 
 def opened(prefix: epath.Path) -> Bundle:
@@ -205,6 +205,7 @@ def _partitioned(
         if any(a < 0 or a + k > n for a, k, n in zip(start, whole, shape, strict=True)):
             raise Damaged(f"a slice of {name} lies outside of it")
         parts.append((start, whole, data.array(name, found)))
+    dtype = np.dtype(_DTYPES[entry.dtype])
     # They cover it if they have as many elements together, and none in common.
     if sum(math.prod(size) for _, size, _ in parts) != math.prod(shape):
         raise Damaged(f"the slices of {name} do not make up its shape")
@@ -212,9 +213,8 @@ def _partitioned(
         axes = zip(a, m, b, n, strict=True)
         if all(max(x, y) < min(x + k, y + h) for x, k, y, h in axes):
             raise Damaged(f"two slices of {name} overlap")
-    return _bytes.joined(
-        shape, [(start, part) for start, size, part in parts if all(size)]
-    )
+    full = [(start, part) for start, size, part in parts if all(size)]
+    return _bytes.joined(shape, dtype, full)
 
 
 def _slice_key(key: bytes, start: Sequence[int], lengths: Sequence[int]) -> bytes:
@@ -273,11 +273,20 @@ def _index(prefix: epath.Path) -> epath.Path:
     return _beside(prefix, ".index")
 
 
+def _is_index(file: epath.Path) -> bool:
+    """Whether a file ends as an index does: others have the ending of its name, too."""
+    if not file.exists() or file.is_dir():
+        return False
+    with file.open("rb") as opened_file:
+        opened_file.seek(max(0, file.stat().length - 64))
+        return is_table(opened_file.read())
+
+
 def _beside(prefix: epath.Path, ending: str) -> epath.Path:
     return prefix.parent / (prefix.name + ending)
 
 
 def prefixes_in(directory: epath.Path) -> Iterator[epath.Path]:
     """The prefixes of the checkpoints in a directory."""
-    for file in sorted(directory.glob("*.index")):
+    for file in filter(_is_index, sorted(directory.glob("*.index"))):
         yield directory / file.name.removesuffix(".index")

@@ -14,7 +14,7 @@ Here the parameters are below "params", and each slot is a tree like them, below
 import re
 from collections.abc import Iterable, Mapping
 
-from emaopt._names import Names
+from emaopt._names import Names, joined
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._found import Found
 from emaopt.checkpoint.formats._trees import Opened, nested
@@ -27,6 +27,7 @@ _OPTIMIZERS = (
     "Momentum|Adam|AdamW|RMSProp|Adagrad|AdagradDA|Adadelta|Ftrl|GradientDescent"
 )
 _KNOWN = re.compile(rf"({AVERAGE}|{_OPTIMIZERS})(_\d+)?")
+_COUNTS = ("iter", "_iterations", "iterations")  # of an optimizer in TensorFlow 2
 _COUNTER = re.compile(r"(.*/)?global_step")
 _OF_OPTIMIZER = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
 
@@ -64,6 +65,11 @@ def of_saver(arrays: Mapping[str, DiskArray], swapped: bool, average: str) -> Op
             place = ("optimizer", *way)
         else:
             place = ("params", *way)
+        if place in leaves:
+            raise ValueError(
+                f"{name} and {shown[place]} would both be the {joined(place[:1])} of "
+                f"{joined(place[1:])}: scopes do not tell which is whose"
+            )
         leaves[place], shown[place] = array, name
     if swapped:
         for one in averages:
@@ -85,8 +91,10 @@ def _owner(
         owner = "/".join(way[i:])
         if owner not in arrays:
             continue
-        # In a scope, the name of a parameter may by chance look like one of a slot.
-        if i == 0 or slot == average or _KNOWN.fullmatch(slot):
+        # The name of a parameter may by chance look like one of a slot.
+        shapes = arrays[name].shape, arrays[owner].shape
+        is_like = i == 0 and (shapes[0] == shapes[1] or not shapes[0])
+        if is_like or slot == average or _KNOWN.fullmatch(slot):
             return owner, slot
     return None
 
@@ -118,33 +126,40 @@ def of_object_graph(arrays: Mapping[str, DiskArray], swapped: bool) -> Opened:
             slots.add(tree)
             way = (*tree, *way)
         leaves[way], shown[way] = array, name
-    averages = [slot for slot in slots if slot[-1] == "average"]
+    if numbered := [way for way in leaves if "_trainable_variables" in way]:
+        raise ValueError(
+            f"Keras keeps weights by number, as {joined(numbered[0])}. In Keras, call "
+            "optimizer.finalize_variable_values(model.trainable_variables), which puts "
+            "its averages into the model, and save tf.train.Checkpoint(model=model)"
+        )
+    averages = sorted(slot for slot in slots if slot[-1] == "average")
+    # What belongs to optimizers: they have slots, or count.
     optimizers = {slot[1:-1] for slot in slots}
-    # What has no slot and is of no optimizer is a variable, too: BatchNorm's statistics.
-    kept = {"save_counter", "slots"} | {way[0] for way in optimizers}
-    tops = {way[0] for way in leaves} - kept
+    optimizers |= {way[:-1] for way in leaves if way[-1] in _COUNTS and len(way) > 1}
+    aside = {("slots",), *optimizers}
+    aside |= {way for way in leaves if len(way) == 1 and not leaves[way].shape}  # steps
+    variables = {
+        way for way in leaves if not any(way[: len(one)] == one for one in aside)
+    }
     counts = [
         way
         for way in leaves
-        if way[-1] in ("iter", "_iterations", "iterations") and way[0] in kept
+        if way[-1] in _COUNTS and any(way[: len(one)] == one for one in optimizers)
     ]
+    # The slots' trees begin at the root of the checkpoint. Below one key of it, such as
+    # "model", the parameters are there.
+    tops = {way[0] for way in variables if len(way) > 1}
+    top = tuple(tops) if len(tops) == 1 and all(len(w) > 1 for w in variables) else ()
+    renamed = {
+        way: ("params", *way[len(top) :]) if way in variables else way for way in leaves
+    }
+    leaves = {renamed[way]: array for way, array in leaves.items()}
+    shown = {renamed[way]: name for way, name in shown.items()}
     count = counts[0] if len(counts) == 1 else None
-    found = []
-    for average in averages:
-        below = {way[len(average)] for way in leaves if way[: len(average)] == average}
-        # The slots' tree begins at the root of the checkpoint: below one key of it, the
-        # parameters are there. Else they get a key of their own.
-        if len(below) == 1 and below <= tops:
-            (top,) = below
-            found.append(Found("tf2", (*average, top), (top,), count))
-    if averages and not found:
-        inside = {way for way in leaves if way[0] in tops}
-        leaves = {("params", *w) if w in inside else w: x for w, x in leaves.items()}
-        shown = {("params", *w) if w in inside else w: x for w, x in shown.items()}
-        found = [Found("tf2", average, ("params",), count) for average in averages]
+    found = [Found("tf2", (*slot, *top), ("params",), count) for slot in averages]
     if swapped:
         for one in found:
-            moved = _exchanged(leaves, one.average, one.params or ())
+            moved = _exchanged(leaves, one.average, ("params",))
             leaves = {moved[place]: array for place, array in leaves.items()}
             shown = {moved[place]: name for place, name in shown.items()}
         found = [one._replace(layout="tf2_swapped") for one in found]

@@ -8,13 +8,13 @@ Source: src/levanter/checkpoint.py of https://github.com/marin-community/levante
 praxis/checkpoint_managers.py and checkpoints.py of https://github.com/google/paxml
 """
 
-import json
 import os
 
 import tensorstore as ts
 from etils import epath
 
 from emaopt._names import Names
+from emaopt._output import is_url
 from emaopt.checkpoint._arrays import DiskArray, StoredArray
 from emaopt.checkpoint.formats._trees import Opened, nested
 
@@ -50,7 +50,9 @@ def _folder(path: epath.Path) -> epath.Path:
 
 def _of_store(path: epath.Path) -> dict[Names, DiskArray]:
     """The arrays in one key-value store."""
-    where = {"driver": "ocdbt", "base": f"file://{path}/"}
+    local = {"driver": "file", "path": f"{os.fspath(path)}/"}
+    base = f"{os.fspath(path)}/" if is_url(path) else local
+    where = {"driver": "ocdbt", "base": base}
     keys = [key.decode() for key in ts.KvStore.open(where).result().list().result()]
     arrays = {}
     for ending, driver in ((_ZARR3, "zarr3"), (_ZARR, "zarr")):
@@ -66,6 +68,8 @@ def _of_store(path: epath.Path) -> dict[Names, DiskArray]:
 
 def _of_folders(path: epath.Path) -> dict[Names, DiskArray]:
     """The arrays in folders of their own, however deep."""
+    if is_url(path):
+        raise ValueError("its arrays are in folders; make a copy on this machine")
     specs, root = {}, os.fspath(path)
     for folder, below, files in os.walk(root):
         if kind := {_ZARR: "zarr", _ZARR3: "zarr3"}.keys() & set(files):
@@ -80,11 +84,3 @@ def _of_folders(path: epath.Path) -> dict[Names, DiskArray]:
 def _opened(specs: dict[Names, dict]) -> dict[Names, DiskArray]:
     opening = {names: ts.open(ts.Spec(s), open=True) for names, s in specs.items()}
     return {names: StoredArray(future.result()) for names, future in opening.items()}
-
-
-def is_finished(path: epath.Path) -> bool:
-    """Whether Levanter wrote the file that it writes last."""
-    try:
-        return isinstance(json.loads((path / _METADATA).read_text()), dict)
-    except (OSError, ValueError):
-        return False

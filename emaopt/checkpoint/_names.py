@@ -1,0 +1,128 @@
+"""Other names for the leaves of a source: of parameters, and of all that is like them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from emaopt._names import Names, Unknown, is_below, joined, split
+from emaopt._states import AVERAGE
+from emaopt.checkpoint import _files
+from emaopt.checkpoint._files import listed
+from emaopt.checkpoint.formats import nested
+
+
+class Place(NamedTuple):
+    """Parameters and an average of them, by the names that lead to each."""
+
+    params: Names
+    average: Names | None  # to its state; None without an average
+
+
+def renamed(
+    files: _files.Files,
+    there: Sequence[Place],
+    here: Sequence[Place],
+    targets: Collection[Names],
+    rename: Mapping[str, str],
+) -> _files.Files:
+    """The source with names of the target's.
+
+    A name of parameters is changed in the parameters, in their averages, in trees beside
+    them (batch statistics), and in slots, whose names end as those of parameters. Other
+    names are those in the whole state.
+    """
+    inside, whole = _rules(files, there, here, targets, rename)
+    trees = [one.params for one in there]
+    trees += [(*one.average, AVERAGE.field) for one in there if one.average]
+    changed = {
+        names[len(one.params) :]: new
+        for one in there
+        for names in files.saved
+        if is_below(names, one.params)
+        and (new := _by(inside, names[len(one.params) :])) != names[len(one.params) :]
+    }
+
+    def name(names: Names) -> Names:
+        for tree in trees:
+            if is_below(names, tree):
+                rest = names[len(tree) :]
+                gone = _by(whole, rest)
+                # Out of the parameters' tree: then an average has no place for it.
+                if gone != rest and tree in [one.params for one in there]:
+                    return gone
+                return tree + _by(inside, rest)
+        names = _by(whole, names)
+        for one in there:  # a collection beside the parameters
+            above, depth = one.params[:-1], len(one.params)
+            rest = names[depth:]
+            if depth and names[: depth - 1] == above and _by(inside, rest) != rest:
+                return names[:depth] + _by(inside, rest)
+        for i in range(len(names)):  # a slot
+            if names[i:] in changed:
+                return names[:i] + changed[names[i:]]
+        return names
+
+    places = {names: name(names) for names in files.saved}
+    taken: dict[Names, Names] = {}
+    for names, new in places.items():
+        if (other := taken.setdefault(new, names)) != names:
+            raise Unknown(
+                f"adopt: rename= gives {joined(other)} and {joined(names)} of "
+                f"{files.path} the one name {joined(new)}.",
+                "rename",
+            )
+    try:
+        tree = nested({new: files.saved[names] for names, new in places.items()})
+    except ValueError as error:
+        raise Unknown(f"adopt: rename={dict(rename)}: {error}.", "rename") from None
+    return files._replace(
+        tree=tree,
+        saved={new: files.saved[names] for names, new in places.items()},
+        checksums={places[n]: entry for n, entry in files.checksums.items()},
+        origin={new: files.origin.get(names, names) for names, new in places.items()},
+        shown={},
+    )
+
+
+def _rules(
+    files: _files.Files,
+    there: Sequence[Place],
+    here: Sequence[Place],
+    targets: Collection[Names],
+    rename: Mapping[str, str],
+) -> tuple[dict[Names, Names], dict[Names, Names]]:
+    """The rules for names below the parameters, and for names in the whole state."""
+    rests = [
+        n[len(p.params) :] for p in there for n in files.saved if is_below(n, p.params)
+    ]
+    inside: dict[Names, Names] = {}
+    whole: dict[Names, Names] = {}
+    for old, new in rename.items():
+        way, after = split(old), split(new)
+        ways = [way, *(way[len(p.params) :] for p in there if is_below(way, p.params))]
+        found = next(
+            (one for one in ways if one and any(is_below(n, one) for n in rests)), None
+        )
+        if found is not None and after:
+            mine = (one.params + after for one in here)
+            is_mine = any(is_below(n, one) for one in mine for n in targets)
+            # In the whole state only if it is there, and not below the parameters.
+            elsewhere = not is_mine and any(is_below(n, after) for n in targets)
+            (whole if elsewhere else inside)[found] = after
+        elif after and any(is_below(n, way) for n in files.saved):
+            whole[way] = after
+        else:
+            raise Unknown(
+                f"adopt: rename={{{old!r}: {new!r}}}: {files.path} has no parameter of "
+                f"that name, or gives it none; there are {listed(rests)}.",
+                "rename",
+            )
+    return inside, whole
+
+
+def _by(rules: Mapping[Names, Names], names: Names) -> Names:
+    """The names by the rule that says most of them, the longest."""
+    ways = [way for way in rules if is_below(names, way)]
+    if not ways:
+        return names
+    way = max(ways, key=len)
+    return rules[way] + names[len(way) :]
