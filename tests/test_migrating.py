@@ -203,5 +203,5 @@ def test_a_run_with_its_files_goes_on():
         np.testing.assert_array_equal(
             scope["swapped"]["params"]["dense"]["kernel"], shadow
         )
-    assert state["opt_state"].averaging.num_updates == 7
+    assert state["opt_state"].averaging.num_updates == 7 == state["step"]
     assert scope["served"]["tower"]["dense"]["bias"].shape == (3,)

@@ -41,7 +41,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         help="Directory of a checkpoint, written by emaopt or by plain Orbax; of a "
-        "CheckpointManager, one step's.",
+        "CheckpointManager, one step's. Also what other programs wrote: see *convert*.",
         show_default=False,
         callback=path,
     ),
