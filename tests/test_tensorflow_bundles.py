@@ -217,6 +217,16 @@ def test_without_slots_there_is_no_average(name, tmp_path):
     assert params and not any("optimizer" in name for name in params)
 
 
+def test_variables_at_the_root_are_parameters_and_steps_are_not():
+    scalar, step = np.float32(2), np.int64(7)
+    arrays = {
+        f"{name}/.ATTRIBUTES/VARIABLE_VALUE": _bytes.constant(value)
+        for name, value in {"scale": scalar, "dense/w": scalar, "step": step}.items()
+    }
+    tree = _tensorflow.of_object_graph(arrays, False).tree
+    assert set(tree) == {"params", "step"} and set(tree["params"]) == {"scale", "dense"}
+
+
 def test_what_keras_keeps_by_number_is_refused():
     with pytest.raises(ValueError, match=r"finalize_variable_values"):
         checkpoint.load_averaged(bundle("tf2_keras_ema")[0])

@@ -14,6 +14,8 @@ Here the parameters are below "params", and each slot is a tree like them, below
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from emaopt._names import Names, joined
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._found import Found
@@ -134,10 +136,10 @@ def of_object_graph(arrays: Mapping[str, DiskArray], swapped: bool) -> Opened:
         )
     averages = sorted(slot for slot in slots if slot[-1] == "average")
     # What belongs to optimizers: they have slots, or count.
-    optimizers = {slot[1:-1] for slot in slots}
+    optimizers = {slot[1:-1] for slot in slots} - {()}
     optimizers |= {way[:-1] for way in leaves if way[-1] in _COUNTS and len(way) > 1}
     aside = {("slots",), *optimizers}
-    aside |= {way for way in leaves if len(way) == 1 and not leaves[way].shape}  # steps
+    aside |= {way for way in leaves if len(way) == 1 and _is_count(leaves[way])}
     variables = {
         way for way in leaves if not any(way[: len(one)] == one for one in aside)
     }
@@ -164,6 +166,11 @@ def of_object_graph(arrays: Mapping[str, DiskArray], swapped: bool) -> Opened:
             shown = {moved[place]: name for place, name in shown.items()}
         found = [one._replace(layout="tf2_swapped") for one in found]
     return Opened(nested(leaves), found, shown)
+
+
+def _is_count(array: DiskArray) -> bool:
+    """Whether an array can be a counter of steps, as a trainer keeps beside its model."""
+    return not array.shape and np.issubdtype(array.dtype, np.integer)
 
 
 def _unescaped(name: str) -> str:
