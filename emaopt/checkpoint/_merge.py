@@ -134,7 +134,11 @@ def _sums(
     done = 0
     odd: set[Names] = set()
     for batch in batches:
-        sums = {p: weighted_sum(p.shape, leaves[p.leaf].dtype) for p in batch}
+        sums = {
+            piece: weighted_sum(piece.shape, leaves[piece.leaf].dtype)
+            for piece in batch
+            if summed[piece.leaf]
+        }
         values = {}
         for i in opened:
             for piece, array in zip(wanted(i, batch), next(arrays), strict=True):
@@ -146,7 +150,7 @@ def _sums(
             progress(done, total)
         for piece in batch:
             leaf, name = leaves[piece.leaf], names[piece.leaf]
-            if (wide := sums.pop(piece)) is not None and summed[piece.leaf]:
+            if (wide := sums.pop(piece, None)) is not None:
                 # A sum that overflows in its leaf's dtype is reported by name instead.
                 with np.errstate(over="ignore"):
                     values[piece] = wide.astype(cast(leaf.dtype)).reshape(piece.shape)
