@@ -231,7 +231,9 @@ def _moved(
         if (place := theirs.average + name[len(ours.average) :]) in saved:
             moved[name] = place
     # A field of the user's own for the average, such as ema_params, is filled, too.
-    for place, name in files.origin.items():
+    cut = len(theirs.average)
+    for place in files.origin:
+        name = theirs.average + place[cut + 1 :]
         if name in targets and is_below(place, theirs.average):
             moved.setdefault(name, place)
     return moved

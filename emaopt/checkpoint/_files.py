@@ -165,10 +165,13 @@ def open_files(
     return files._replace(marker=marker)
 
 
-def made(path: epath.Path, tree: PyTree, shown: Mapping[Names, str]) -> Files:
+def made(
+    path: epath.Path, tree: PyTree, shown: Mapping[Names, str], *, has_values: bool
+) -> Files:
     """A checkpoint of another format than Orbax's, from its tree of arrays."""
-    items = {(): (path, tree)}
-    return Files(path, items, names_of(tree), None, None, {}, frozenset(), shown=shown)
+    values = frozenset(own_values(tree) if has_values else ())
+    one = {(): (path, tree)}
+    return Files(path, one, names_of(tree), None, None, {}, values, shown=shown)
 
 
 def _metadata(function: str, directory: epath.Path, lazy: bool) -> "TreeMetadata":
@@ -387,8 +390,7 @@ def in_file(files: Files, names: Names) -> str:
 
 def is_added(files: Files, names: Names) -> bool:
     """Whether a leaf is in no file: a counter of an average that other code wrote."""
-    inside = any(is_below(names, way) for way in files.found)
-    return inside and names not in files.origin
+    return names not in files.origin and any(is_below(names, w) for w in files.found)
 
 
 def listed(paths: Iterable[Names]) -> str:

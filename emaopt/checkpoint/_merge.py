@@ -82,7 +82,10 @@ def combined(
     if names is None:
         tree = _selection.containers(newest, pending | nothing)
     else:
-        leaves_by_name = {named(n): leaf for n, leaf in (pending | nothing).items()}
+        leaves_by_name = {
+            _files.shown(newest.files, named(n), newest.places[n]): leaf
+            for n, leaf in (pending | nothing).items()
+        }
         tree = _trees.without_empty(nested(leaves_by_name))
     known = newest.files.values
     own = [named(n) for n, there in newest.places.items() if there in known]

@@ -45,8 +45,11 @@ def open_source(
     else:
         _replacement.opening(path)
         with _files.explained(function, format_.path):
-            tree, found, shown = format_.open(layout)
-        files = _files.made(format_.path, tree, shown)
+            opened = format_.open(layout)
+        files = _files.made(
+            format_.path, opened.tree, opened.shown, has_values=opened.has_values
+        )
+        found = opened.found
     if files.marker or files.combination or served_nodes(_files.whole_tree(files)):
         if layout is not None:
             raise Unknown(

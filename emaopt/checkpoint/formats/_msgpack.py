@@ -63,7 +63,7 @@ def opened(path: epath.Path) -> Opened:
             tree = reader.value()
             if reader.at != len(content):
                 raise ValueError(f"{path.name} goes on behind its end: it is damaged")
-            return Opened(reader.leaves(tree))
+            return Opened(reader.leaves(tree), has_values=False)
         except (struct.error, IndexError, RecursionError):
             raise ValueError(f"{path.name} is cut off, or damaged") from None
 

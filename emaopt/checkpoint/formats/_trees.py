@@ -17,6 +17,8 @@ class Opened(NamedTuple):
     shown: Mapping[Names, str] = MappingProxyType(
         {}
     )  # the names in the file, where they are others
+    # Whether a last name "value" is the writer's, and not that of a variable of Flax's.
+    has_values: bool = True
 
 
 def nested(leaves: Mapping[Names, Leaf]) -> PyTree:
