@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from other_writers import bundle
+from other_writers import bundle, other
 from safetensors.numpy import load_file, save_file
 from test_adopt import THEIRS, TX, equal, orbax, start
 from test_tensorflow_bundles import made, one_array, value
@@ -349,3 +349,13 @@ def test_value_in_safetensors(tmp_path):
     )
     names = [leaf.name for leaf in checkpoint.describe(tmp_path / "x.safetensors").leaves]
     assert names == ["head/value", "w"]
+
+
+@pytest.mark.quick(9)
+@pytest.mark.parametrize("name", ["kauldron", "levanter", "msgpack_legacy"])
+def test_a_directory_of_steps_says_which_there_are(name):
+    path = other(name).path
+    with pytest.raises(
+        ValueError, match=f"It holds steps: {path.name}. Give .*{path.name}"
+    ):
+        checkpoint.load_averaged(path.parent)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,10 +120,11 @@ def open_files(
     )
     if not directories:
         inside = path.iterdir() if path.is_dir() else ()
-        steps = sorted(int(p.name) for p in inside if p.name.isdigit())
+        steps = [p.name for p in inside if re.fullmatch(r"([^.]*[_-])?\d+", p.name)]
+        steps.sort(key=lambda name: (len(name), name))
         what = (
             f"It holds steps: {_few(steps)}. Give the directory of one, such as "
-            f"{path / str(steps[-1])}."
+            f"{path / steps[-1]}."
             if steps
             else "The save was not finished, its metadata is lost, or it never was one: "
             "take another step."
@@ -165,11 +167,9 @@ def open_files(
     return files._replace(marker=marker)
 
 
-def made(
-    path: epath.Path, tree: PyTree, shown: Mapping[Names, str], *, has_values: bool
-) -> Files:
+def made(path: epath.Path, tree: PyTree, shown: Mapping[Names, str], own: bool) -> Files:
     """A checkpoint of another format than Orbax's, from its tree of arrays."""
-    values = frozenset(own_values(tree) if has_values else ())
+    values = frozenset(own_values(tree) if own else ())
     one = {(): (path, tree)}
     return Files(path, one, names_of(tree), None, None, {}, values, shown=shown)
 
@@ -183,10 +183,9 @@ def _metadata(function: str, directory: epath.Path, lazy: bool) -> "TreeMetadata
     return metadata
 
 
-def _few(steps: list[int]) -> str:
+def _few(steps: list[str]) -> str:
     """The steps of a run in words: of more than eight the first and the last three."""
-    few = [str(step) for step in steps]
-    return ", ".join(few if len(few) <= 8 else [*few[:3], "...", *few[-3:]])
+    return ", ".join(steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]])
 
 
 def _one_of(

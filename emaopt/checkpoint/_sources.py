@@ -46,9 +46,8 @@ def open_source(
         _replacement.opening(path)
         with _files.explained(function, format_.path):
             opened = format_.open(layout)
-        files = _files.made(
-            format_.path, opened.tree, opened.shown, has_values=opened.has_values
-        )
+        tree, shown, own = opened.tree, opened.shown, opened.has_values
+        files = _files.made(format_.path, tree, shown, own)
         found = opened.found
     if files.marker or files.combination or served_nodes(_files.whole_tree(files)):
         if layout is not None:
