@@ -7,6 +7,7 @@ in its failure what a release does otherwise.
 import asyncio
 import inspect
 import json
+import os
 import re
 
 import jax
@@ -364,6 +365,8 @@ def test_two_batches_are_written_at_once_and_no_more(monkeypatch):
             return Future(self.name)
 
     class Info:
+        parent_dir = "nowhere"
+
         async def await_path_creation(self):
             pass
 
@@ -381,3 +384,20 @@ def test_two_batches_are_written_at_once_and_no_more(monkeypatch):
     )
     assert begun == sorted(begun) and done == sorted(done)
     assert begun[1] < done[0] < begun[2] < done[1]  # two under way, and never three
+
+
+def test_what_is_written_in_batches_is_on_the_disk(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def spy(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    tree = {"a": _orbax.Pending(("a",), (999,), np.dtype(np.float32))}
+    values = np.random.default_rng(0).random(999, np.float32)
+    part = _orbax.Part(("a",), (slice(0, 999),), True, values)
+    with ocp.Checkpointer(_orbax.writer(iter([[part]]))) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave(tree))
+    data = [p for p in (tmp_path / "c").rglob("d/*") if p.stat().st_size > 3000]
+    assert data and {p.stat().st_ino for p in data} <= synced
