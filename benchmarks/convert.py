@@ -28,7 +28,7 @@ PIECE = 1 << 24
 
 def write_bundle(prefix, mib, arrays):
     """A TensorBundle of `arrays` float32 variables and no averages."""
-    from emaopt.checkpoint.formats._tensorbundle import _MESSAGES
+    from emaopt.checkpoint._formats._tensorbundle import _MESSAGES
 
     entry, shape = _MESSAGES["Entry"], [(mib << 18) // arrays // 1024, 1024]
     table = {b"": _MESSAGES["Header"](num_shards=1).SerializeToString()}

@@ -17,7 +17,7 @@ from test_tensorflow_bundles import made, one_array, value
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import _checksums, _stream
-from emaopt.checkpoint.formats import _bytes, _tensorbundle, _tensorflow
+from emaopt.checkpoint._formats import _bytes, _tensorbundle, _tensorflow
 
 
 def test_checksum_of_a_tensor_of_several_reads(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_a_conversion_keeps_every_bit_and_serves_anybody(tmp_path):
 
 def test_large_arrays_are_converted_in_pieces(tmp_path, monkeypatch):
     from emaopt.checkpoint import _stream
-    from emaopt.checkpoint.formats import _bytes
+    from emaopt.checkpoint._formats import _bytes
 
     monkeypatch.setattr(_stream, "BATCH", 64)
     monkeypatch.setattr(_bytes, "PIECE", 32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from emaopt.checkpoint.formats import _bytes
+from emaopt.checkpoint._formats import _bytes
 
 SHAPES = [(), (0,), (0, 3), (3, 0), (7,), (4, 5), (3, 4, 5), (1, 6, 1), (2, 3, 2, 3)]
 

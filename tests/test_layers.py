@@ -214,8 +214,8 @@ LAYERS = {
         "_types",
         "checkpoint",
         "checkpoint._files",
+        "checkpoint._formats",
         "checkpoint._selection",
-        "checkpoint.formats",
     },
     "checkpoint._combinations": {
         "_advice",
@@ -241,9 +241,9 @@ LAYERS = {
         "_paths",
         "_types",
         "checkpoint",
+        "checkpoint._formats._safetensors",
         "checkpoint._merge",
         "checkpoint._selection",
-        "checkpoint.formats._safetensors",
     },
     "checkpoint._manager": {
         "_checks",
@@ -510,9 +510,9 @@ LAYERS = {
         "_types",
         "checkpoint",
         "checkpoint._files",
+        "checkpoint._formats",
         "checkpoint._found",
         "checkpoint._names",
-        "checkpoint.formats",
     },
     "checkpoint._convert": {
         "_checks",
@@ -538,46 +538,46 @@ LAYERS = {
         "_states",
         "_types",
         "checkpoint",
+        "checkpoint._formats",
         "checkpoint._found",
-        "checkpoint.formats",
     },
-    "checkpoint.formats.__init__": {
+    "checkpoint._formats.__init__": {
+        "checkpoint._formats",
+        "checkpoint._formats._trees",
         "checkpoint._found",
-        "checkpoint.formats",
-        "checkpoint.formats._trees",
     },
-    "checkpoint.formats._bytes": {"checkpoint._arrays"},
-    "checkpoint.formats._msgpack": {
+    "checkpoint._formats._bytes": {"checkpoint._arrays"},
+    "checkpoint._formats._msgpack": {
         "_types",
-        "checkpoint.formats",
-        "checkpoint.formats._trees",
+        "checkpoint._formats",
+        "checkpoint._formats._trees",
     },
-    "checkpoint.formats._safetensors": {
+    "checkpoint._formats._safetensors": {
         "_names",
         "_types",
         "checkpoint._arrays",
+        "checkpoint._formats",
+        "checkpoint._formats._trees",
         "checkpoint._found",
-        "checkpoint.formats",
-        "checkpoint.formats._trees",
     },
-    "checkpoint.formats._table": set(),
-    "checkpoint.formats._tensorbundle": {
+    "checkpoint._formats._table": set(),
+    "checkpoint._formats._tensorbundle": {
         "checkpoint._arrays",
-        "checkpoint.formats",
-        "checkpoint.formats._table",
+        "checkpoint._formats",
+        "checkpoint._formats._table",
     },
-    "checkpoint.formats._tensorflow": {
+    "checkpoint._formats._tensorflow": {
         "_names",
         "checkpoint._arrays",
+        "checkpoint._formats._trees",
         "checkpoint._found",
-        "checkpoint.formats._trees",
     },
-    "checkpoint.formats._trees": {"_names", "_types", "checkpoint._found"},
-    "checkpoint.formats._zarr": {
+    "checkpoint._formats._trees": {"_names", "_types", "checkpoint._found"},
+    "checkpoint._formats._zarr": {
         "_names",
         "_output",
         "checkpoint._arrays",
-        "checkpoint.formats._trees",
+        "checkpoint._formats._trees",
     },
     "cli._conversions": {
         "",
@@ -593,7 +593,7 @@ LAYERS = {
         "_states",
         "checkpoint",
         "checkpoint._files",
-        "checkpoint.formats",
+        "checkpoint._formats",
     },
 }
 

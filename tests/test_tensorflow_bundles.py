@@ -20,7 +20,7 @@ from other_writers import DATA, bundle, bundles
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint._files import names_of
-from emaopt.checkpoint.formats import _bytes, _table, _tensorbundle, _tensorflow
+from emaopt.checkpoint._formats import _bytes, _table, _tensorbundle, _tensorflow
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from convert import as_table, masked

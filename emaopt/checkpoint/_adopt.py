@@ -20,9 +20,9 @@ from emaopt.checkpoint import (
     _trees,
 )
 from emaopt.checkpoint._files import listed, names_of
+from emaopt.checkpoint._formats import _bytes
 from emaopt.checkpoint._found import Found
 from emaopt.checkpoint._names import Place
-from emaopt.checkpoint.formats import _bytes
 
 
 @_replacement.whole

@@ -14,8 +14,8 @@ from emaopt._names import own_values
 from emaopt._types import DTypeLike, Json, Path, Report
 from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
+from emaopt.checkpoint._formats import nested
 from emaopt.checkpoint._selection import Weights
-from emaopt.checkpoint.formats import nested
 
 PREFIX = ("params",)  # where the leaves of a copy stand
 

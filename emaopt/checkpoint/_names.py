@@ -7,7 +7,7 @@ from emaopt._names import Names, Unknown, is_below, joined, split
 from emaopt._states import AVERAGE
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import listed
-from emaopt.checkpoint.formats import nested
+from emaopt.checkpoint._formats import nested
 
 
 class Place(NamedTuple):

@@ -28,9 +28,9 @@ from emaopt.checkpoint import (
     _selection,
     _stream,
 )
+from emaopt.checkpoint._formats._safetensors import KINDS, METADATA
 from emaopt.checkpoint._merge import Progress, caster, refuse_own
 from emaopt.checkpoint._selection import Weights
-from emaopt.checkpoint.formats._safetensors import KINDS, METADATA
 
 _INDEX = ".index.json"  # after the name of a file in several parts
 

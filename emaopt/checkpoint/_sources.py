@@ -13,9 +13,9 @@ from emaopt._names import Names, Unknown, is_below, joined, split
 from emaopt._nodes import served_nodes
 from emaopt._states import AVERAGE
 from emaopt._types import Leaf, Path, PyTree
-from emaopt.checkpoint import _files, _layouts, _replacement, _stream, formats
+from emaopt.checkpoint import _files, _formats, _layouts, _replacement, _stream
+from emaopt.checkpoint._formats import _bytes
 from emaopt.checkpoint._found import LAYOUTS, Found
-from emaopt.checkpoint.formats import _bytes
 
 AUTO = "auto"  # the layout that is found
 
@@ -38,7 +38,7 @@ def open_source(
     """
     layout = None if layout == AUTO else layout
     path = _files.absolute(given)
-    format_ = formats.found(function, path)
+    format_ = _formats.found(function, path)
     if format_ is None:
         files = _files.open_files(function, given, at=at, option=option, lazy=lazy)
         found: Sequence[Found] = []

@@ -20,7 +20,7 @@ class Row:
     """
 
     def __init__(self, arrays: Sequence[Array]):
-        self.arrays = [array.reshape(-1) for array in arrays]
+        self.arrays: list[Array] = [array.reshape(-1) for array in arrays]
         sizes = [array.size for array in self.arrays]
         self._elements = [0, *itertools.accumulate(sizes)]
         self._bytes = [0, *itertools.accumulate(array.nbytes for array in self.arrays)]

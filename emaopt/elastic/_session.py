@@ -53,7 +53,8 @@ class Session:
         timeout: float,
         number: int,
     ):
-        self.worker, self.num_workers = worker, num_workers
+        self.worker: int = worker
+        self.num_workers: int = num_workers
         self._address = address
         self._hello = {
             "worker": worker,

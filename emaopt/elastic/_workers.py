@@ -84,8 +84,8 @@ class Workers:
     """
 
     def __init__(self, session: Session):
-        self.worker = session.worker
-        self.num_workers = session.num_workers
+        self.worker: int = session.worker
+        self.num_workers: int = session.num_workers
         self.log: list[Record] = []
         self._session = session
         # The last optimizer, and the programs of it.

@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from emaopt._types import Leaf, PyTree
-from emaopt.checkpoint.formats import _bytes
-from emaopt.checkpoint.formats._trees import Opened
+from emaopt.checkpoint._formats import _bytes
+from emaopt.checkpoint._formats._trees import Opened
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _PARTS = "__msgpack_chunked_array__"

@@ -16,7 +16,7 @@ from etils import epath
 from emaopt._names import Names
 from emaopt._output import is_url
 from emaopt.checkpoint._arrays import DiskArray, StoredArray
-from emaopt.checkpoint.formats._trees import Opened, nested
+from emaopt.checkpoint._formats._trees import Opened, nested
 
 _STORE = "manifest.ocdbt"
 _ZARR, _ZARR3 = ".zarray", "zarr.json"

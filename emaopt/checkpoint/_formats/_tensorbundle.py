@@ -21,8 +21,8 @@ from etils import epath
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from emaopt.checkpoint._arrays import MadeArray
-from emaopt.checkpoint.formats import _bytes
-from emaopt.checkpoint.formats._table import Damaged, entries, is_table, unmasked
+from emaopt.checkpoint._formats import _bytes
+from emaopt.checkpoint._formats._table import Damaged, entries, is_table, unmasked
 
 _DTYPES = {  # by their numbers in tensorflow/core/framework/types.proto
     1: np.float32,

@@ -15,9 +15,9 @@ from etils import epath
 from emaopt._names import Names
 from emaopt._types import Json
 from emaopt.checkpoint._arrays import DiskArray
+from emaopt.checkpoint._formats import _bytes
+from emaopt.checkpoint._formats._trees import Opened, nested, split_names
 from emaopt.checkpoint._found import Found
-from emaopt.checkpoint.formats import _bytes
-from emaopt.checkpoint.formats._trees import Opened, nested, split_names
 
 KINDS = {  # the format's names of dtypes
     np.dtype(kind): name

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from emaopt.checkpoint._found import LAYOUTS
-from emaopt.checkpoint.formats import (
+from emaopt.checkpoint._formats import (
     _msgpack,
     _safetensors,
     _table,
@@ -19,7 +18,8 @@ from emaopt.checkpoint.formats import (
     _tensorflow,
     _zarr,
 )
-from emaopt.checkpoint.formats._trees import Opened, nested
+from emaopt.checkpoint._formats._trees import Opened, nested
+from emaopt.checkpoint._found import LAYOUTS
 
 __all__ = ["Format", "Opened", "found", "nested"]
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from emaopt._names import Names, joined
 from emaopt.checkpoint._arrays import DiskArray
+from emaopt.checkpoint._formats._trees import Opened, nested
 from emaopt.checkpoint._found import Found
-from emaopt.checkpoint.formats._trees import Opened, nested
 
 AVERAGE = "ExponentialMovingAverage"
 _ATTRIBUTE = "/.ATTRIBUTES/VARIABLE_VALUE"
