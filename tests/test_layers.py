@@ -542,6 +542,7 @@ LAYERS = {
         "checkpoint._found",
     },
     "checkpoint._formats.__init__": {
+        "checkpoint",
         "checkpoint._formats",
         "checkpoint._formats._trees",
         "checkpoint._found",

@@ -98,7 +98,6 @@ def convert(
         record={"converted": True},
         progress=progress,
         report=report,
-        is_copy=True,
         names=names,
     )
     return found.said

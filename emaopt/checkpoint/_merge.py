@@ -33,13 +33,12 @@ def combined(
     record: Json,
     progress: Progress,
     report: Report,
-    is_copy: bool = False,
     names: Mapping[Names, Names] | None = None,
 ) -> None:
     """Writes Σ_i c_i weights_i as a checkpoint of the parameters alone.
 
-    The last weights are the newest: leaves that are not averaged are taken from them. A
-    copy of the only weights keeps all their bits. `names` are other names for the leaves.
+    The last weights are the newest: leaves that are not averaged are taken from them.
+    With `names`, the only weights are copied, all their bits, to leaves of these names.
     """
     cast = caster(function, dtype)
     _selection.check_alike(function, weights)
@@ -62,7 +61,7 @@ def combined(
     }
     leaves = opened[len(weights) - 1]
     summed = [
-        not is_copy
+        names is None
         and weighted_sum((0,), leaf.dtype) is not None
         and name not in newest.kept
         for name, leaf in zip(full, leaves, strict=True)

@@ -179,6 +179,8 @@ class _Writing(type_handlers.NumpyHandler):
         for info in infos:
             await info.await_path_creation()
         for batch in self._parts:
+            if jax.process_index() != 0:
+                continue  # as in Orbax' own handler: all processes have the same arrays
             rows = {part.names: where[part.names] for part in batch}
             opening = {
                 names: _created(values[i], infos[i], args[i] if args else None)

@@ -66,10 +66,11 @@ def _read(
         for names, (place, plan) in wanted.items()
         if isinstance(files.saved[place], _arrays.OTHERS) and not hasattr(plan, "dtype")
     }
-    for names in kinds:
-        place = wanted[names][0]
-        leaf = files.saved[place]
-        wanted = {**wanted, names: (place, np.empty(leaf.shape, leaf.dtype))}
+    arrays = {names: files.saved[wanted[names][0]] for names in kinds}
+    wanted = wanted | {
+        names: (wanted[names][0], np.empty(leaf.shape, leaf.dtype))
+        for names, leaf in arrays.items()
+    }
     here = {
         names: (files.saved[place], plan)
         for names, (place, plan) in wanted.items()

@@ -129,8 +129,8 @@ def export_safetensors(
     for names in found.places.keys() - set(full):
         nothing = empty[found.places[names]]
         kinds[names] = nothing.shape, nothing.dtype
-    arrays = _entries(function, found, kinds, cast, separator, rename or {})
-    shards = _shards(list(arrays.values()), shard_bytes)
+    entries = _entries(function, found, kinds, cast, separator, rename or {})
+    shards = _shards(entries, shard_bytes)
     files = [out] if len(shards) == 1 else _names(out, len(shards))
     index = out + _INDEX if len(shards) > 1 else None
     # Readers look for one file first, or for an index: an older form would be read.
@@ -149,7 +149,7 @@ def export_safetensors(
         ending = opened.enter_context(writing(index)) if index else None
         written = [opened.enter_context(writing(file)) for file in files]
         for file, shard in zip(written, shards, strict=True):
-            file.write(_header([[*arrays.values()][k] for k in shard]))
+            file.write(_header([entries[k] for k in shard]))
         for batch, values in zip(batches, pieces, strict=True):
             for piece, array in zip(batch, values, strict=True):
                 array = array.astype(cast(array.dtype), copy=False)
@@ -159,7 +159,7 @@ def export_safetensors(
                 done += piece.nbytes
             progress(done, sum(leaf.nbytes for leaf in leaves))
         if ending:
-            ending.write(_index([*arrays.values()], files, where))
+            ending.write(_index(entries, files, where))
         # Before the files get their names: they may hold arrays of two saves.
         _replacement.refuse_replaced()
         # One in another form goes first: its readers would not see the new one.
@@ -202,8 +202,8 @@ def _entries(
     cast: Callable[[np.dtype], np.dtype],
     separator: str,
     rename: Mapping[str, str],
-) -> dict[str, _Entry]:
-    """The arrays by their names in the file, in the order in which they are written."""
+) -> list[_Entry]:
+    """The arrays with their names in the file, in the order in which they are written."""
     entries: dict[str, _Entry] = {}
     renamed = _renaming.renamed(
         function, found.files.path, found.prefix, list(kinds), rename
@@ -230,7 +230,7 @@ def _entries(
                 f"{separator!r}; choose another."
             )
         entries[name] = _Entry(name, kind, tuple(shape))
-    return entries
+    return list(entries.values())
 
 
 def _header(entries: Sequence[_Entry]) -> bytes:

@@ -25,14 +25,13 @@ def open_source(
     given: Path,
     *,
     at: str | None = None,
-    option: str = "at",
     lazy: bool = False,
     layout: str | None = None,
 ) -> _files.Files:
     """Opens a checkpoint of any format, with the averages that other code keeps in it.
 
     Args:
-      at, option, lazy: As for `open_files`.
+      at, lazy: As for `open_files`.
       layout: Whose way of keeping the average it is, of `LAYOUTS`, or the names that lead
         to the average's tree, joined with "/". None: found.
     """
@@ -40,7 +39,7 @@ def open_source(
     path = _files.absolute(given)
     format_ = _formats.found(function, path)
     if format_ is None:
-        files = _files.open_files(function, given, at=at, option=option, lazy=lazy)
+        files = _files.open_files(function, given, at=at, option="at", lazy=lazy)
         found: Sequence[Found] = []
     else:
         _replacement.opening(path)
@@ -119,7 +118,7 @@ def _with_averages(
         tree=tree,
         saved=_files.names_of(tree),
         origin=moved,
-        found={way: one for way, one in found.items()},
+        found=found,
     )
 
 

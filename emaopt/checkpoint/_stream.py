@@ -99,13 +99,12 @@ def batches(leaves: Sequence[Stored], *others: Sequence[Stored]) -> Iterator[lis
 
 def _pieces(i: int, alike: Sequence[Stored]) -> Iterator[Piece]:
     shape, itemsize = alike[0].shape, alike[0].dtype.itemsize
-    block = block_of(alike)
     if 0 in shape:
         yield Piece(i, tuple((0, n) for n in shape), shape, 0, True, True)
         return
+    block = block_of(alike)
     grid = itertools.product(*(range(0, n, k) for n, k in zip(shape, block, strict=True)))
-    first = next(grid, ())  # of a scalar
-    for start in itertools.chain([first], grid):
+    for start in grid:
         stop = [min(a + k, n) for a, k, n in zip(start, block, shape, strict=True)]
         bounds = tuple(zip(start, stop, strict=True))
         size = tuple(b - a for a, b in zip(start, stop, strict=True))
@@ -118,7 +117,7 @@ def block_of(alike: Sequence[Stored]) -> tuple[int, ...]:
     shape, itemsize = alike[0].shape, alike[0].dtype.itemsize
     chunks = {_chunk(leaf) for leaf in alike}
     if alike[0].nbytes <= BATCH or len(chunks) > 1 or None in chunks:
-        return tuple(max(1, n) for n in shape)
+        return shape
     (block,) = chunks
     block = list(block or ())
     # The axis to go along: those behind it are whole in a chunk, those before it 1.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from emaopt.checkpoint import _items
 from emaopt.checkpoint._formats import (
     _msgpack,
     _safetensors,
@@ -29,7 +30,6 @@ _PICKLES = [bytes([0x80, protocol]) for protocol in range(2, 6)]
 class Format(NamedTuple):
     """A checkpoint of another format, and how to open it."""
 
-    name: str  # in a sentence
     path: epath.Path  # of the checkpoint itself, where a directory around it was given
     open: Callable[[str | None], Opened]  # of a layout, or None
 
@@ -40,33 +40,23 @@ def found(function: str, path: epath.Path) -> Format | None:
     Raises:
       ValueError: If several checkpoints are there, or one that needs its own program.
     """
-    if _is_orbax(path):
+    if _items.is_checkpoint(path):
         return None
     if (prefix := _prefix(function, path)) is not None:
 
         def bundle(layout: str | None) -> Opened:
             return _of_tensorflow(prefix, layout)
 
-        return Format("a TensorFlow checkpoint", prefix, bundle)
+        return Format(prefix, bundle)
     if _safetensors.is_one(path):
-        name = "safetensors"
-        return Format(name, path, lambda layout: _safetensors.opened(path))
+        return Format(path, lambda layout: _safetensors.opened(path))
     if _zarr.is_one(path):
-        return Format("arrays of Zarr", path, lambda layout: _zarr.opened(path))
+        return Format(path, lambda layout: _zarr.opened(path))
     if path.is_file():
         _refuse_others(function, path)
         if _msgpack.is_one(path):
-            name = "msgpack of Flax"
-            return Format(name, path, lambda layout: _msgpack.opened(path))
+            return Format(path, lambda layout: _msgpack.opened(path))
     return None
-
-
-def _is_orbax(path: epath.Path) -> bool:
-    marks = ("_CHECKPOINT_METADATA", "_METADATA")
-    return path.is_dir() and (
-        any((path / mark).exists() for mark in marks)
-        or any((p / "_METADATA").exists() for p in path.iterdir() if p.is_dir())
-    )
 
 
 def _prefix(function: str, path: epath.Path) -> epath.Path | None:

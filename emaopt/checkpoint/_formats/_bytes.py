@@ -127,7 +127,7 @@ def _rows(
                 target = np.empty((end - begin, *shape[axis:]), out.dtype)
             yield (
                 (_flat(shape[: axis - 1], lead) * shape[axis - 1] + begin) * row,
-                (_as_bytes(target)),
+                _as_bytes(target),
             )
             if not is_whole:
                 out[here] = target[(slice(None), *_index(part[axis:]))]

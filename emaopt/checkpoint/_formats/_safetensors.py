@@ -61,24 +61,20 @@ def opened(path: epath.Path) -> Opened:
     """
     if path.is_dir() and not _has_some(path):
         leaves: dict[Names, DiskArray] = {}
-        shown, found = {}, []
+        found: list[Found] = []
         for folder in _folders(path):
             for names, leaf in _tree(folder).items():
                 leaves[folder.name, *names] = leaf
             found += _of_diffusers(folder)
-        return Opened(nested(leaves), found, shown)
+        return Opened(nested(leaves), found)
     return Opened(nested(_tree(path)))
 
 
 def _tree(path: epath.Path) -> dict[Names, DiskArray]:
     """The arrays by the parts of their names."""
-    files = [path]
     if path.is_dir():
         (path,) = _only(path)
-    if path.name.endswith(INDEX):
-        files = list(_parts(path))
-    elif path.name.endswith(ENDING):
-        files = [path]
+    files = _parts(path) if path.name.endswith(INDEX) else [path]
     flat: dict[str, DiskArray] = {}
     for file in files:
         for name, array in _arrays(file):

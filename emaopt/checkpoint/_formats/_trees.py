@@ -14,9 +14,8 @@ class Opened(NamedTuple):
 
     tree: PyTree  # nested dicts, with a `DiskArray` for each array
     found: Sequence[Found] = ()  # the averages that the format itself tells
-    shown: Mapping[Names, str] = MappingProxyType(
-        {}
-    )  # the names in the file, where they are others
+    # The names in the file, where they are others.
+    shown: Mapping[Names, str] = MappingProxyType({})
     # Whether a last name "value" is the writer's, and not that of a variable of Flax's.
     has_values: bool = True
 

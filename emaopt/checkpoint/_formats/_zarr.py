@@ -31,7 +31,7 @@ def is_one(path: epath.Path) -> bool:
     if (path / _STORE).exists():
         return (path / _METADATA).exists()
     if (path / _METADATA).exists():
-        return any((path / p.name).is_dir() for p in path.iterdir())
+        return any(p.is_dir() for p in path.iterdir())
     return any(p.name.startswith(_FLAT) for p in _folder(path).iterdir())
 
 
@@ -72,8 +72,8 @@ def _of_folders(path: epath.Path) -> dict[Names, DiskArray]:
         raise ValueError("its arrays are in folders; make a copy on this machine")
     specs, root = {}, os.fspath(path)
     for folder, below, files in os.walk(root):
-        if kind := {_ZARR: "zarr", _ZARR3: "zarr3"}.keys() & set(files):
-            driver = "zarr3" if _ZARR3 in kind else "zarr"
+        if _ZARR in files or _ZARR3 in files:
+            driver = "zarr3" if _ZARR3 in files else "zarr"
             below.clear()
             names = os.path.relpath(folder, root).replace(".", "/").split("/")
             store = {"driver": "file", "path": f"{folder}/"}
