@@ -371,3 +371,12 @@ def test_two_networks_are_told_apart_by_at(tmp_path):
         out = tmp_path / f"{weights}.safetensors"
         checkpoint.export_safetensors(path, out, weights=weights, at="ema_params")
         assert list(load_file(out)) == ["w"]
+
+
+def test_an_average_among_renamed_slots_keeps_its_count(tmp_path):
+    ema = {"count": jnp.int32(3), "ema_params": THEIRS["ema_params"]}
+    theirs = {"params": THEIRS["params"], "opt": [{"trace": jnp.ones(2)}, ema]}
+    path = orbax(tmp_path / "c", theirs)
+    found = checkpoint.adopt(path, start(), rename={"opt": "opt_state"})
+    equal(emaopt.get_average(found["opt_state"]), THEIRS["ema_params"])
+    assert found["opt_state"].averaging.num_updates == 3

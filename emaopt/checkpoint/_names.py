@@ -50,6 +50,9 @@ def renamed(
                 if gone != rest and tree in [one.params for one in there]:
                     return gone
                 return tree + _by(inside, rest)
+        # The state of an average stays where it was found, its counters too.
+        if any(one.average and is_below(names, one.average) for one in there):
+            return names
         names = _by(whole, names)
         for one in there:  # a collection beside the parameters
             above, depth = one.params[:-1], len(one.params)
