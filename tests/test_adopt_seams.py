@@ -25,7 +25,7 @@ def test_checksum_of_a_tensor_of_several_reads(tmp_path, monkeypatch):
     entries, content = one_array(np.arange(7, dtype=np.float32))
     prefix = made(tmp_path, entries)
     (tmp_path / "made.data-00000-of-00001").write_bytes(content)
-    assert value(_tensorbundle.opened(epath.Path(prefix)).arrays["w"])[6] == 6
+    assert value(_tensorbundle.opened(epath.Path(prefix))["w"])[6] == 6
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_dtypes_by_tensorflows_numbers(number, dtype, tmp_path):
     entries, content = one_array(array, dtype=number)
     prefix = made(tmp_path, entries)
     (tmp_path / "made.data-00000-of-00001").write_bytes(content)
-    found = value(_tensorbundle.opened(epath.Path(prefix)).arrays["w"])
+    found = value(_tensorbundle.opened(epath.Path(prefix))["w"])
     assert found.dtype == dtype and found.tolist() == array.tolist()
 
 

@@ -396,7 +396,7 @@ LAYERS = {
         "_types",
     },
     "cli._terminal": {"_types", "rich", "typer"},
-    "cli._options": {"_output", "_profiles", "typer"},
+    "cli._options": {"_output", "_profiles", "checkpoint._found", "typer"},
     "cli._errors": {"_advice", "_names", "_profiles", "cli._terminal"},
     "cli._process": {"_interrupts", "cli._terminal", "typer"},
     "cli.__init__": {

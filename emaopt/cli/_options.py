@@ -99,12 +99,21 @@ Served = Annotated[
         autocompletion=lambda: ["served", "raw", "average"],
     ),
 ]
+
+
+def _layouts() -> list[str]:
+    """The layouts that `emaopt convert` knows, for the shell to complete."""
+    from emaopt.checkpoint._found import LAYOUTS
+
+    return ["auto", *LAYOUTS]
+
+
 Layout = Annotated[
     str,
     typer.Option(
         help="Whose way of keeping the average it is, such as *kauldron* or "
         "*tf1_swapped*, or the names that lead to the average.",
-        autocompletion=lambda: LAYOUTS,
+        autocompletion=lambda: _layouts(),
     ),
 ]
 
@@ -264,7 +273,5 @@ def version(value: bool) -> None:
     raise typer.Exit()
 
 
-LAYOUTS = ["auto", "train_state", "openpi", "kauldron", "praxis", "swag", "nnx"]
-LAYOUTS += ["levanter", "diffusers", "tf1", "tf1_swapped", "tf2", "tf2_swapped"]
 PROFILES = ["uniform", "linear", "cosine", "1-sqrt", "ema:0.999", "half-life:500"]
 PROFILES += ["power:0.1", "polynomial:3", "warmup:0.999"]

@@ -84,7 +84,7 @@ def _prefix(function: str, path: epath.Path) -> epath.Path | None:
 
 
 def _of_tensorflow(prefix: epath.Path, layout: str | None) -> Opened:
-    arrays = _tensorbundle.opened(prefix).arrays
+    arrays = _tensorbundle.opened(prefix)
     swapped = layout in ("tf1_swapped", "tf2_swapped")
     if _tensorflow.is_object_graph(arrays):
         return _tensorflow.of_object_graph(arrays, swapped)

@@ -12,7 +12,7 @@ tensorflow/core/lib/strings/ordered_code, of https://github.com/tensorflow/tenso
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import jax.numpy as jnp
@@ -43,7 +43,6 @@ _DTYPES = {  # by their numbers in tensorflow/core/framework/types.proto
     24: jnp.float8_e5m2,
     25: jnp.float8_e4m3fn,
 }
-_WITHOUT_ARRAYS = {7: "text", 20: "a resource", 21: "a variant"}
 _HEADER = b""  # the key of the header
 
 
@@ -97,20 +96,15 @@ def _messages() -> Mapping[str, type[message.Message]]:
 _MESSAGES = _messages()
 
 
-class Bundle(NamedTuple):
-    """What a checkpoint of TensorFlow's holds."""
-
-    arrays: dict[str, MadeArray]  # by their names in it
-    others: dict[str, str]  # what is no array, in words
-
-
 def is_bundle(prefix: epath.Path) -> bool:
     """Whether a path is what TensorFlow calls the prefix of a checkpoint."""
     return _is_index(_index(prefix))
 
 
-def opened(prefix: epath.Path) -> Bundle:
-    """Reads the index; arrays are read, and their checksums compared, when used.
+def opened(prefix: epath.Path) -> dict[str, MadeArray]:
+    """The arrays in the index by name, read and their checksums compared when used.
+
+    What is no array, such as text and resources, is left out.
 
     Raises:
       ValueError: If the index is damaged, or files are missing or too short.
@@ -120,20 +114,18 @@ def opened(prefix: epath.Path) -> Bundle:
     if header.endianness not in (0, 1) or header.num_shards < 1:
         raise Damaged("its header has no number of files, or an unknown byte order")
     data = _Data(prefix, header.num_shards, bool(header.endianness))
-    arrays, others = {}, {}
+    arrays = {}
     for key, content in table.items():
         if key[:1] == b"\0":
             continue  # a slice, which the entry of its whole names
         name, entry = _text(key), _parsed("Entry", content)
-        if what := _WITHOUT_ARRAYS.get(entry.dtype):
-            others[name] = what
-        elif entry.dtype not in _DTYPES:
-            others[name] = f"of TensorFlow's dtype {entry.dtype}"
-        elif entry.slices:
+        if entry.dtype not in _DTYPES:
+            continue
+        if entry.slices:
             arrays[name] = _partitioned(data, table, key, entry)
         else:
             arrays[name] = data.array(name, entry)
-    return Bundle(arrays, others)
+    return arrays
 
 
 class _Data:

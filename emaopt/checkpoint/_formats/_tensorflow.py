@@ -58,6 +58,7 @@ def of_saver(arrays: Mapping[str, DiskArray], swapped: bool, average: str) -> Op
             place = (slot, *owner.split("/"))
             if is_average(slot):
                 averages.add(slot)
+                _refuse_unclear(name, owner, slot, arrays)
             else:
                 place = ("slots", *place)
         elif _COUNTER.fullmatch(name):
@@ -99,6 +100,20 @@ def _owner(
         if is_like or slot == average or _KNOWN.fullmatch(slot):
             return owner, slot
     return None
+
+
+def _refuse_unclear(
+    name: str, owner: str, slot: str, arrays: Mapping[str, DiskArray]
+) -> None:
+    """Raises if an average could be one of a shorter name, made inside of a scope."""
+    way = owner.split("/")
+    for i in range(1, len(way)):
+        other = "/".join(way[i:])
+        if other in arrays and f"{other}/{slot}" not in arrays:
+            if arrays[other].shape == arrays[name].shape == arrays[owner].shape:
+                raise ValueError(
+                    f"{name} could be the average of {owner}, or of {other} in a scope"
+                )
 
 
 def _exchanged(places: Iterable[Names], one: Names, other: Names) -> dict[Names, Names]:
