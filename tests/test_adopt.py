@@ -216,7 +216,10 @@ def test_a_target_without_an_average_takes_the_parameters(tmp_path):
         ({"dens": "x"}, r"has no parameter of that name, .* there are dense/bias"),
         ({"dense": ""}, r"has no parameter of that name, or gives it none"),
         ({"dense/bias": "dense/kernel"}, r"dense/bias and .*the one name .*dense/kernel"),
-        ({"dense/bias": "dense/kernel/b"}, r"rename=.* is an array there"),
+        (
+            {"dense/bias": "dense/kernel/b"},
+            r"rename= puts .*dense/bias .* below the array .*dense/kernel",
+        ),
         ({"dense/bias": "dense/biases"}, "lacks parameters .*params/dense/bias"),
     ],
 )

@@ -4,32 +4,16 @@ import json
 import struct
 
 import flax.serialization
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_adopt import THEIRS, equal, orbax
 from typer.testing import CliRunner
 
 from emaopt import checkpoint
 from emaopt.cli import app
-
-THEIRS = {
-    "params": {"dense": {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}},
-    "ema_params": {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.full(2, 5.0)}},
-    "step": 4,
-}
-
-
-def orbax(path, tree):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-    return path
-
-
-def equal(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_conversion_keeps_every_bit_and_serves_anybody(tmp_path):

@@ -595,6 +595,7 @@ LAYERS = {
         "checkpoint",
         "checkpoint._files",
         "checkpoint._formats",
+        "checkpoint._renaming",
     },
 }
 

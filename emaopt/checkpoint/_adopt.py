@@ -117,7 +117,7 @@ def adopt(
     told: dict[Names, Names] = {}
     said = []
     for ours, theirs in _pairs(files, here, there):
-        told |= _moved(files, plain, ours, theirs)
+        told |= _moved(files, plain, ours, theirs, there)
         said.append(_sentence(files, theirs))
         if ours.average and theirs.average:
             weight = (*ours.average, "weight")
@@ -152,8 +152,7 @@ def _targets(plain: PyTree, params: Ways) -> list[Place]:
         return found
     if isinstance(params, str):
         return [Place(split(params), None)]
-    has_params = any(names[:1] == ("params",) for names in names_of(plain))
-    return [Place(("params",) if has_params else (), None)]
+    return [Place(_contents.default_way(names_of(plain)), None)]
 
 
 def _of_source(files: _files.Files) -> list[Place]:
@@ -161,8 +160,7 @@ def _of_source(files: _files.Files) -> list[Place]:
     found = [Place(one.params, one.average) for one in _contents.averages("adopt", files)]
     if found:
         return found
-    has_params = any(names[:1] == ("params",) for names in files.saved)
-    return [Place(("params",) if has_params else (), None)]
+    return [Place(_contents.default_way(files.saved), None)]
 
 
 def _pairs(
@@ -200,12 +198,12 @@ def _several(files: _files.Files, there: list[Place], ours: Place) -> ValueError
 
 
 def _moved(
-    files: _files.Files, plain: PyTree, ours: Place, theirs: Place
+    files: _files.Files, plain: PyTree, ours: Place, theirs: Place, there: list[Place]
 ) -> dict[Names, Names]:
     """Where the leaves of the target stand in the source, by their names here."""
     targets, saved = names_of(plain), _files.logical_names(files)
     inside = [n for n in saved if is_below(n, theirs.params)]
-    states = [one.average for one in _of_source(files) if one.average]
+    states = [one.average for one in there if one.average]
     inside = [n for n in inside if not any(is_below(n, state) for state in states)]
     cut = len(theirs.params)
     moved = {ours.params + n[cut:]: n for n in inside if ours.params + n[cut:] in targets}

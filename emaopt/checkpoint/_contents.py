@@ -121,6 +121,11 @@ def parameters(function: str, files: _files.Files) -> list[Names]:
     return sorted({_located(function, files, n, ()).params for n in nodes})
 
 
+def default_way(names: Iterable[Names]) -> Names:
+    """Where parameters stand that no average tells: at "params", or in no tree."""
+    return ("params",) if any(n[:1] == ("params",) for n in names) else ()
+
+
 def averages(function: str, files: _files.Files) -> list[Average]:
     """All averages of parameters in a checkpoint, with the parameters of each."""
     found = [one for one in _everything(files) if one.field == AVERAGE.field]

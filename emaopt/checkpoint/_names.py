@@ -3,11 +3,12 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from emaopt._names import Names, Unknown, is_below, joined, split
+from emaopt._names import Names, Unknown, is_below, split
 from emaopt._states import AVERAGE
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import listed
 from emaopt.checkpoint._formats import nested
+from emaopt.checkpoint._renaming import by, refuse_clashes
 
 
 class Place(NamedTuple):
@@ -38,48 +39,38 @@ def renamed(
         for one in there
         for names in files.saved
         if is_below(names, one.params)
-        and (new := _by(inside, names[len(one.params) :])) != names[len(one.params) :]
+        and (new := by(inside, names[len(one.params) :])) != names[len(one.params) :]
     }
 
     def name(names: Names) -> Names:
         for tree in trees:
             if is_below(names, tree):
                 rest = names[len(tree) :]
-                gone = _by(whole, rest)
+                gone = by(whole, rest)
                 # Out of the parameters' tree: then an average has no place for it.
                 if gone != rest and tree in [one.params for one in there]:
                     return gone
-                return tree + _by(inside, rest)
+                return tree + by(inside, rest)
         # The state of an average stays where it was found, its counters too.
         if any(one.average and is_below(names, one.average) for one in there):
             return names
-        names = _by(whole, names)
+        names = by(whole, names)
         for one in there:  # a collection beside the parameters
             above, depth = one.params[:-1], len(one.params)
             rest = names[depth:]
-            if depth and names[: depth - 1] == above and _by(inside, rest) != rest:
-                return names[:depth] + _by(inside, rest)
+            if depth and names[: depth - 1] == above and by(inside, rest) != rest:
+                return names[:depth] + by(inside, rest)
         for i in range(len(names)):  # a slot
             if names[i:] in changed:
                 return names[:i] + changed[names[i:]]
         return names
 
     places = {names: name(names) for names in files.saved}
-    taken: dict[Names, Names] = {}
-    for names, new in places.items():
-        if (other := taken.setdefault(new, names)) != names:
-            raise Unknown(
-                f"adopt: rename= gives {joined(other)} and {joined(names)} of "
-                f"{files.path} the one name {joined(new)}.",
-                "rename",
-            )
-    try:
-        tree = nested({new: files.saved[names] for names, new in places.items()})
-    except ValueError as error:
-        raise Unknown(f"adopt: rename={dict(rename)}: {error}.", "rename") from None
+    refuse_clashes("adopt", files.path, places)
+    saved = {new: files.saved[names] for names, new in places.items()}
     return files._replace(
-        tree=tree,
-        saved={new: files.saved[names] for names, new in places.items()},
+        tree=nested(saved),
+        saved=saved,
         checksums={places[n]: entry for n, entry in files.checksums.items()},
         origin={new: files.origin.get(names, names) for names, new in places.items()},
         shown={},
@@ -120,12 +111,3 @@ def _rules(
                 "rename",
             )
     return inside, whole
-
-
-def _by(rules: Mapping[Names, Names], names: Names) -> Names:
-    """The names by the rule that says most of them, the longest."""
-    ways = [way for way in rules if is_below(names, way)]
-    if not ways:
-        return names
-    way = max(ways, key=len)
-    return rules[way] + names[len(way) :]

@@ -44,15 +44,25 @@ def renamed(
                 f"{function}: rename={{{old!r}: {new!r}}} gives no name.", "rename"
             )
         rules[found] = split(new)
-    places, taken = {}, {}
-    for name in names:
-        ways = [way for way in rules if is_below(name, way)]
-        way = max(ways, key=len, default=None)
-        places[name] = name if way is None else rules[way] + name[len(way) :]
-        if (other := taken.setdefault(places[name], name)) != name:
+    places = {name: by(rules, name) for name in names}
+    refuse_clashes(function, path, places)
+    return places
+
+
+def by(rules: Mapping[Names, Names], names: Names) -> Names:
+    """The names by the rule that says most of them, the longest."""
+    way = max((way for way in rules if is_below(names, way)), key=len, default=None)
+    return names if way is None else rules[way] + names[len(way) :]
+
+
+def refuse_clashes(function: str, path: object, places: Mapping[Names, Names]) -> None:
+    """Raises if two leaves get one name, or one a name below another's."""
+    taken: dict[Names, Names] = {}
+    for name, place in places.items():
+        if (other := taken.setdefault(place, name)) != name:
             raise Unknown(
                 f"{function}: rename= gives {joined(other)} and {joined(name)} of {path} "
-                f"the one name {joined(places[name])}.",
+                f"the one name {joined(place)}.",
                 "rename",
             )
     for place, name in taken.items():
@@ -65,7 +75,6 @@ def renamed(
                 f"below the array {joined(above)}.",
                 "rename",
             )
-    return places
 
 
 def told_by(

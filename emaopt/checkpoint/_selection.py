@@ -150,11 +150,10 @@ def what_stands(
 
 def _parameters(function: str, files: _files.Files) -> Names:
     """The names that lead to the parameters: the average's own, "params", or none."""
-    in_params = any(n[:1] == ("params",) for n in files.saved)
-    if files.found:
-        # Averages that other code wrote stand beside; they do not hide the parameters.
-        if in_params and not any(is_below(way, ("params",)) for way in files.found):
-            return ("params",)
+    way = _contents.default_way(files.saved)
+    # Averages that other code wrote stand beside; they do not hide the parameters.
+    if way and files.found and not any(is_below(one, way) for one in files.found):
+        return way
     ways = _contents.parameters(function, files)
     if len(ways) > 1:
         raise advised(
@@ -165,7 +164,7 @@ def _parameters(function: str, files: _files.Files) -> Names:
         )
     if ways:
         return ways[0]
-    return ("params",) if in_params else ()
+    return way
 
 
 def refuse_optimizer_state(function: str, weights: Weights) -> None:
