@@ -30,34 +30,6 @@ def test_a_conversion_keeps_every_bit_and_serves_anybody(tmp_path):
     assert described.record["weights"] == "the averages of ema_params"
 
 
-def test_large_arrays_are_converted_in_pieces(tmp_path, monkeypatch):
-    from emaopt.checkpoint import _stream
-    from emaopt.checkpoint._formats import _bytes
-
-    monkeypatch.setattr(_stream, "BATCH", 64)
-    monkeypatch.setattr(_bytes, "PIECE", 32)
-    tree = {
-        f"{i}": np.random.default_rng(i).random((7, 3, 2), np.float32) for i in range(3)
-    }
-    tree["half"] = jnp.arange(99, dtype=jnp.bfloat16)
-    tree["odd"] = np.arange(77, dtype=np.int8)
-    save_file({n: np.asarray(x) for n, x in tree.items()}, tmp_path / "x.safetensors")
-    done = []
-    checkpoint.convert(
-        tmp_path / "x.safetensors", tmp_path / "c", progress=lambda *at: done.append(at)
-    )
-    equal(checkpoint.load_averaged(tmp_path / "c"), tree)  # compares checksums
-    with ocp.StandardCheckpointer() as checkpointer:
-        equal(checkpointer.restore(tmp_path / "c")["params"], tree)
-    assert len(done) > 10 and done[-1][0] == done[-1][1]
-    checkpoint.average([tmp_path / "c", tmp_path / "c"], tmp_path / "mean", steps=[1, 2])
-    equal(checkpoint.load_averaged(tmp_path / "mean"), tree)
-    # Its own files come in pieces, too: a changed bit is noticed behind the last one.
-    checkpoint.export_safetensors(tmp_path / "c", tmp_path / "again.safetensors")
-    again = load_file(tmp_path / "again.safetensors")
-    equal(again, {n: np.asarray(x) for n, x in tree.items()})
-
-
 def test_the_command_converts_and_says_what(tmp_path):
     path = orbax(tmp_path / "c", THEIRS)
     options = ["--rename", "dense=encoder/Dense_0", "--json"]
@@ -275,17 +247,3 @@ def test_names_that_no_file_can_have(rename, tmp_path):
         checkpoint.convert(path, tmp_path / "d", rename=rename)
     with pytest.raises(ValueError, match="rename="):
         checkpoint.export_safetensors(path, tmp_path / "x", rename=rename)
-
-
-def test_pieces_go_along_the_axis_before_whole_ones():
-    from emaopt.checkpoint import _arrays, _stream
-
-    def block(shape, chunk):
-        array = _arrays.MadeArray(shape, np.dtype(np.float32), np.zeros, chunk)
-        files = type("Files", (), {"saved": {(): array}})
-        stored = _stream.Stored(files, (), shape, array.dtype)
-        return _stream.block_of([stored])
-
-    assert block((60_000, 8, 8), (1, 8, 8)) == (32_768, 8, 8)
-    assert block((2, 3, 4_000_000), (1, 1, 1000)) == (1, 1, 2_097_000)
-    assert block((4096, 4096), (64, 64)) == (4096, 4096)  # no stretch of it: whole

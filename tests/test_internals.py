@@ -4,10 +4,8 @@ Each test is of one function of `_jax_internals`, `_xla` or `checkpoint/_orbax`,
 in its failure what a release does otherwise.
 """
 
-import asyncio
 import inspect
 import json
-import os
 import re
 
 import jax
@@ -340,64 +338,3 @@ def test_typed_keys_are_found_in_what_any_process_wrote(saved):
     files = saved / "array_metadatas"
     (files / "process_0").rename(files / "process_1")
     assert _orbax.typed_keys(saved) == {"key"}
-
-
-def test_two_batches_are_written_at_once_and_no_more(monkeypatch):
-    seen = []
-
-    class Future:
-        def __init__(self, name, value=None):
-            self.name, self.value = name, value
-
-        def result(self, timeout=None):
-            seen.append(("done", self.name))
-            return self.value
-
-    class Store:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, index):
-            return self
-
-        def write(self, array, **options):
-            seen.append(("begun", self.name))
-            return Future(self.name)
-
-    class Info:
-        parent_dir = "nowhere"
-
-        async def await_path_creation(self):
-            pass
-
-    def created(leaf, info, args):
-        return Future("open", Store(leaf.names[0]))
-
-    monkeypatch.setattr(_orbax, "_created", created)
-    leaves = [_orbax.Pending((n,), (1,), np.dtype(np.float32)) for n in "abc"]
-    part = np.zeros(1, np.float32)
-    batches = iter([[_orbax.Part(leaf.names, (), True, part)] for leaf in leaves])
-    asyncio.run(_orbax._Writing(batches).serialize(leaves, [Info()] * 3))
-    steps = [(what, name) for what, name in seen if name != "open"]
-    begun, done = (
-        [steps.index((what, name)) for name in "abc"] for what in ("begun", "done")
-    )
-    assert begun == sorted(begun) and done == sorted(done)
-    assert begun[1] < done[0] < begun[2] < done[1]  # two under way, and never three
-
-
-def test_what_is_written_in_batches_is_on_the_disk(tmp_path, monkeypatch):
-    synced, fsync = set(), os.fsync
-
-    def spy(descriptor):
-        synced.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", spy)
-    tree = {"a": _orbax.Pending(("a",), (999,), np.dtype(np.float32))}
-    values = np.random.default_rng(0).random(999, np.float32)
-    part = _orbax.Part(("a",), (slice(0, 999),), True, values)
-    with ocp.Checkpointer(_orbax.writer(iter([[part]]))) as checkpointer:
-        checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave(tree))
-    data = [p for p in (tmp_path / "c").rglob("d/*") if p.stat().st_size > 3000]
-    assert data and {p.stat().st_ino for p in data} <= synced
