@@ -1,11 +1,14 @@
 """Arrays in pieces: how they are cut, read, written and checked."""
 
 import asyncio
+import errno
 import os
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from safetensors.numpy import load_file, save_file
 from test_adopt import equal
 
@@ -110,3 +113,43 @@ def test_what_is_written_in_batches_is_on_the_disk(tmp_path, monkeypatch):
         checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave(tree))
     data = [p for p in (tmp_path / "c").rglob("d/*") if p.stat().st_size > 3000]
     assert data and {p.stat().st_ino for p in data} <= synced
+
+
+def test_the_disk_is_waited_for_beside_the_writing(tmp_path, monkeypatch):
+    seen, fsync = [], os.fsync
+
+    def spy(descriptor):
+        seen.append((threading.current_thread(), os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    (tmp_path / "d").mkdir()
+    disk = _orbax._Disk([tmp_path])
+    first, second = tmp_path / "d" / "first", tmp_path / "second"
+    first.write_text("1")
+    disk.sync_beside()
+    disk._thread.join()
+    assert [inode for _, inode in seen] == [first.stat().st_ino]
+    second.write_text("2")
+    disk.sync_beside()
+    disk._thread.join()
+    assert [inode for _, inode in seen[1:]] == [second.stat().st_ino]  # not both again
+    assert all(thread is not threading.main_thread() for thread, _ in seen)
+    disk.sync()
+    last = {inode for thread, inode in seen if thread is threading.main_thread()}
+    assert last == {p.stat().st_ino for p in (tmp_path, *tmp_path.rglob("*"))}
+
+
+def test_a_disk_that_fails_beside_the_writing_fails_the_writing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "file").write_text("1")
+    disk = _orbax._Disk([tmp_path])
+    disk.sync_beside()
+    disk._thread.join()
+    monkeypatch.setattr(os, "fsync", fsync)  # the system tells of it once
+    with pytest.raises(OSError, match="No space left"):
+        disk.sync()
