@@ -1,20 +1,23 @@
 """Averages of the weights for JAX and Optax, and checkpoints that serve them.
 
 Averages:     average_params, averaged, average_tree
+Inside of it: primal_averaging, gpa, schedule_free
 Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
-              inverse_gamma_decay, half_life_decay, scale_decay
+              inverse_gamma_decay, half_life_decay, scale_decay, window_decay,
+              annealing_decay
 Their weights: decay_weights, weight_summary
 Reading:      get_average, swap, average_distance
 Changing:     reset_average, change_mask, by_name
 Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
-              get_center, stack_workers, state_specs, worker_spread, local_round,
+              snoo, get_center, stack_workers, state_specs, worker_spread, local_round,
               synchronize, simulate_async
 Modules:      checkpoint, batch_stats, elastic, posthoc, plots, tf1
 """
 
 from typing import TYPE_CHECKING
 
+from emaopt._annealing import annealing_decay, window_decay
 from emaopt._asynchronous import AsyncTrace, simulate_async
 from emaopt._averaging import AveragedState, average_params, average_tree, averaged
 from emaopt._decays import (
@@ -27,16 +30,31 @@ from emaopt._decays import (
     warmup_decay,
 )
 from emaopt._local_loop import local_round, stack_workers, state_specs, synchronize
-from emaopt._local_methods import agn, block_momentum, diloco, easgd, local_sgd, lookahead
+from emaopt._local_methods import (
+    agn,
+    block_momentum,
+    diloco,
+    easgd,
+    local_sgd,
+    lookahead,
+    snoo,
+)
 from emaopt._local_options import local_updates
 from emaopt._names import by_name
+from emaopt._primal_averaging import (
+    ScheduleFreeState,
+    gpa,
+    primal_averaging,
+    schedule_free,
+)
 from emaopt._reading import average_distance, get_average, get_center, worker_spread
 from emaopt._recursion import Averager
 from emaopt._restart import change_mask, reset_average
-from emaopt._sharding import state_shardings
+from emaopt._state_shardings import state_shardings
 from emaopt._states import (
     AverageState,
     LocalUpdatesState,
+    PrimalAveragingState,
     SwappedLocalUpdatesState,
     SwappedState,
 )
@@ -49,10 +67,13 @@ __all__ = [
     "AveragedState",
     "Averager",
     "LocalUpdatesState",
+    "PrimalAveragingState",
+    "ScheduleFreeState",
     "SwappedLocalUpdatesState",
     "SwappedState",
     "WeightSummary",
     "agn",
+    "annealing_decay",
     "average_distance",
     "average_params",
     "average_tree",
@@ -65,6 +86,7 @@ __all__ = [
     "easgd",
     "get_average",
     "get_center",
+    "gpa",
     "half_life_decay",
     "inverse_gamma_decay",
     "local_round",
@@ -73,9 +95,12 @@ __all__ = [
     "lookahead",
     "polynomial_decay",
     "power_decay",
+    "primal_averaging",
     "reset_average",
     "scale_decay",
+    "schedule_free",
     "simulate_async",
+    "snoo",
     "stack_workers",
     "state_shardings",
     "state_specs",
@@ -84,6 +109,7 @@ __all__ = [
     "uniform_decay",
     "warmup_decay",
     "weight_summary",
+    "window_decay",
     "worker_spread",
 ]
 

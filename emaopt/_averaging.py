@@ -13,7 +13,7 @@ from emaopt._checks import (
     refuse_unlike,
 )
 from emaopt._leaves import is_averaged
-from emaopt._recursion import Averager, make_averager
+from emaopt._recursion import Averager, make_averager, make_recursion
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     sharding: Placement
     memory_kind: str | None
+    clock: str | None
 
 
 class AveragedState(NamedTuple):
@@ -56,6 +57,7 @@ def average_params(
     stochastic_rounding: bool = False,
     sharding: Placement = "like_params",
     memory_kind: str | None = None,
+    clock: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters; the updates pass through with their values unchanged.
 
@@ -147,6 +149,17 @@ def average_params(
         the device for each update, a few arrays at a time. Best with `every`, but XLA
         cannot compile the two together for GPUs. Needs jax 0.10. Default: the parameters'
         memory.
+      clock: What t counts in place of steps: "examples", "tokens", or any name. Each
+        update is then told how many its step takes, as
+        `tx.update(grads, state, params, tokens=n)`, n at least 0, a number or a scalar
+        that may be traced; and a half-life is one of tokens. A step of n units keeps what
+        n steps of one unit would keep, Πβ over them: β^n for a constant, (τ - n)/τ for
+        uniform_decay at the time τ. So batches may change in size. For a constant,
+        half_life_decay, uniform_decay, polynomial_decay and power_decay; others are
+        refused, and so is `num_updates`. `every` and `start` count steps; the time begins
+        behind the step `start`. It is exact up to 10^14 units, in float32 too, and stands
+        in the state's `elapsed`. Inside of `optax.MultiSteps`, give an emitted step the
+        units of all of its mini-steps. Default: steps.
 
     Returns:
       A transformation whose state is an `AverageState`. Floating and complex leaves are
@@ -155,8 +168,8 @@ def average_params(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask or `debias` differs from that at `init`, or the
-        state is swapped.
+        `params` is missing, the time of the clock is, the mask, `debias` or the clock
+        differs from that at `init`, or the state is swapped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,7 +183,7 @@ def average_params(
       TensorFlow, tf.contrib.opt.MovingAverageOptimizer,
       https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/contrib/opt/MovingAverageOptimizer
     """
-    averager = make_averager(
+    averager = make_recursion(
         "average_params",
         decay,
         every=every,
@@ -183,6 +196,7 @@ def average_params(
         stochastic_rounding=stochastic_rounding,
         sharding=sharding,
         memory_kind=memory_kind,
+        clock=clock,
     )
 
     def init(params: PyTree) -> PyTree:
@@ -196,7 +210,6 @@ def average_params(
         num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
-        del extra_args
         check_given("average_params", "averages the parameters", params)
         try:
             # This sum must have the bits of the one that the caller makes.
@@ -205,7 +218,7 @@ def average_params(
         except (TypeError, ValueError) as error:
             refuse_unlike("average_params", params, error, updates=updates)
             raise
-        return updates, averager.update(seen, state, num_updates)
+        return updates, averager.update(seen, state, num_updates, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -228,7 +241,8 @@ def average_tree(decay: DecayLike, **options: Unpack[Options]) -> Averager:
       An `Averager` with two pure functions:
         init(tree) -> AverageState
         update(tree, state, num_updates=None) -> AverageState, whose field `average` is
-        the average; `num_updates` replaces t.
+        the average; `num_updates` replaces t. With `clock`, update also takes the time,
+        by the clock's name.
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if the
@@ -294,7 +308,7 @@ def averaged(
     """
     check_optimizer("averaged", "optimizer", optimizer)
     check_flag("averaged", "sequential", sequential)
-    averager = make_averager("averaged", decay, **options)
+    averager = make_recursion("averaged", decay, **options)
     if overwrite_every is not None:
         _check_overwriting(overwrite_every, **options)
     inner = optax.with_extra_args_support(optimizer)
@@ -331,7 +345,7 @@ def averaged(
         except (TypeError, ValueError, AttributeError) as error:
             refuse_unlike("averaged", params, error, updates=updates)
             raise
-        averaging = averager.update(seen, state.averaging, num_updates)
+        averaging = averager.update(seen, state.averaging, num_updates, extra_args)
         if overwrite_every is not None:
             due = averaging.num_updates % overwrite_every == 0
             updates = _lead_to(averaging.average, params, updates, due)

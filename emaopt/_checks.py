@@ -104,8 +104,10 @@ def check_number(
         raise ValueError(f"{function}: {argument} must be {bounds}, got {value!r}.")
 
 
-def check_integer(function: str, argument: str, value: object, low: int) -> None:
-    """Raises unless `value` is a whole number, at least `low`, that int32 holds."""
+def check_integer(
+    function: str, argument: str, value: object, low: int, most: int = MAX_COUNT
+) -> None:
+    """Raises unless `value` is a whole number from `low` to `most`."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{function}: {argument} must be a Python number, got {value!r}. Under "
@@ -115,7 +117,7 @@ def check_integer(function: str, argument: str, value: object, low: int) -> None
         raise TypeError(f"{function}: {argument} must be a whole number, got {value!r}.")
     # Twice: the message names the upper bound only where that is what was passed.
     check_number(function, argument, value, low)
-    check_number(function, argument, value, low, MAX_COUNT)
+    check_number(function, argument, value, low, most)
 
 
 def checked_count(function: str, argument: str, count: Leaf) -> Scalar | int:

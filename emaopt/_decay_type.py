@@ -16,8 +16,8 @@ from emaopt._types import DecayLike
 Array: TypeAlias = jax.Array | np.ndarray
 # (the array functions of NumPy or JAX, floating t) -> β or 1 - β
 Formula: TypeAlias = Callable[[ModuleType, Array], Array]
-# (i, T) -> log Π β over the steps i < t <= T
-LogKept: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
+# (array functions, i, n) -> log Π β over i < t <= i + n
+LogKept: TypeAlias = Callable[[ModuleType, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,12 @@ class Decay:
     Near 1, float32 has steps of 6e-8: 1 - β = 1e-6, as of a uniform average over 1e6
     iterates, would be off by several percent if computed from β.
 
-    log_kept: (i, T) -> log Π β over the steps i < t <= T, or None without a closed form;
-    i, in [0, T], is float64 and need not be whole. breaks: the t at which it has a kink.
+    log_kept: (xp, i, n) -> log Π β over the steps i < t <= i + n, or None without a
+    closed form; i and n, at least 0 and not both 0, are floating and need not be whole.
+    Relative to itself it is as exact as n, in float32 too, however large i is.
+    breaks: the t at which it has a kink.
+    of_time: whether t may count something else than steps, such as examples.
+    of_whole_steps: whether the formulas take t as an integer, exact up to 2^31.
     """
 
     description: str
@@ -36,6 +40,8 @@ class Decay:
     complement: Formula = dataclasses.field(repr=False)
     log_kept: LogKept | None = None
     breaks: tuple[float, ...] = ()
+    of_time: bool = False
+    of_whole_steps: bool = False
 
     def __call__(self, t: ArrayLike) -> Array:
         return self.beta(*_namespace(self, t))
@@ -48,12 +54,12 @@ class Decay:
 
 
 def _namespace(decay: Decay, t: ArrayLike) -> tuple[ModuleType, Array]:
-    """The array functions to compute with, and t as a floating-point array."""
+    """The array functions to compute with, and t as an array, floating as a rule."""
     # Profiles are computed in float64 on the host; JAX without x64 has float32 only.
     if isinstance(t, np.ndarray) and t.dtype.kind in "iuf":
-        return np, t.astype(np.float64)
+        return np, t.astype(np.int64 if decay.of_whole_steps else np.float64)
     try:
-        return jnp, jnp.asarray(t, dtype=float)
+        return jnp, jnp.asarray(t, dtype=jnp.int32 if decay.of_whole_steps else float)
     except (TypeError, ValueError):
         raise TypeError(f"{decay}: t must be a number, got {t!r}.") from None
 
@@ -89,4 +95,9 @@ def log_kept_of(decay: DecayLike) -> LogKept | None:
         return None
     log_beta = math.log(decay) if decay > 0 else -math.inf
     # `where` computes both choices, and 0 · log β is NaN at β = 0: no factor is ever 0.
-    return lambda i, last: np.where(i < last, np.maximum(last - i, 1e-9) * log_beta, 0.0)
+    return lambda xp, i, n: xp.where(n > 0, xp.maximum(n, 1e-9) * log_beta, 0.0)
+
+
+def until(log_kept: LogKept, last: float) -> Callable[[np.ndarray], np.ndarray]:
+    """i -> log Π β over the steps i < t <= `last`, in NumPy."""
+    return lambda i: np.asarray(log_kept(np, i, last - i))

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import check_decay, check_number
 from emaopt._decay_type import Array, Decay, evaluate, one_minus
+from emaopt._power_profiles import gamma_of_sigma_rel
 from emaopt._types import DecayLike
 
 # t -> β, as an array of NumPy's if t is one, else as one of JAX's.
@@ -59,20 +60,16 @@ def warmup_decay(max_decay: float = 0.9999) -> DecayFunction:
     # from the formula for a closed form.
     largest = float(np.float32(max_decay))
     reached = (10 * largest - 1) / (1 - largest) if largest < 1 else math.inf
-    reached = math.floor(reached) if reached < math.inf else reached
+    reached = float(math.floor(reached)) if reached < math.inf else reached
 
-    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
+    def log_kept(xp: ModuleType, i: Array, n: Array) -> Array:
         # Π (1+t)/(10+t) telescopes: nine factors (i+k)/(rising+k) are left.
-        rising = min(last, max(reached, 0))
-        i_rising = np.minimum(i, rising)
-        found = np.zeros_like(i)
-        for k in range(2, 11):
-            found += np.log((i_rising + k) / (rising + k))
-        if last > rising:
-            log_beta = math.log(largest) if largest > 0 else -math.inf
-            steps = last - np.maximum(i, rising)
-            found = found + np.where(steps > 0, np.maximum(steps, 1e-9) * log_beta, 0.0)
-        return found
+        last, most = i + n, max(reached, 0)
+        i_rising, rising = xp.minimum(i, most), xp.minimum(last, most)
+        found = sum(xp.log((i_rising + k) / (rising + k)) for k in range(2, 11))
+        log_beta = math.log(largest) if largest > 0 else -math.inf
+        steps = last - xp.maximum(i, rising)
+        return found + xp.where(steps > 0, xp.maximum(steps, 1e-9) * log_beta, 0.0)
 
     return Decay(
         f"warmup_decay({max_decay})",
@@ -111,10 +108,10 @@ def uniform_decay() -> DecayFunction:
         t = xp.maximum(t, 1)
         return (t - 1) / t
 
-    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
-        return np.log(i / last)
+    def log_kept(xp: ModuleType, i: Array, n: Array) -> Array:
+        return -xp.log1p(n / i)
 
-    return Decay("uniform_decay()", beta, complement, log_kept)
+    return Decay("uniform_decay()", beta, complement, log_kept, of_time=True)
 
 
 def polynomial_decay(eta: float) -> DecayFunction:
@@ -150,24 +147,29 @@ def polynomial_decay(eta: float) -> DecayFunction:
         t = xp.maximum(t, 1)
         return (t - 1) / (t + eta)
 
-    # Π (t-1)/(t+η) = r(i) / r(T) with r(i) = Γ(i+1+η) / Γ(i). Γ(x+1) = x Γ(x) takes both
-    # arguments past 16, where Stirling's series errs by 2e-12. In log r(i) the terms that
-    # grow as i log i cancel and are never formed.
-    def stirling(z: np.ndarray) -> np.ndarray:
+    # Π (t-1)/(t+η) = r(i) / r(j) with j = i + n and r(i) = Γ(i+k) / Γ(i), k = 1+η.
+    # Γ(x+1) = x Γ(x) takes all arguments past 16, where Stirling's series errs by 2e-12.
+    # In log r(j) - log r(i) the terms that do not vanish with n cancel, and are never
+    # formed: all that is left is proportional to n.
+    def stirling(z: Array) -> Array:
         return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
 
-    def log_ratio(i: np.ndarray | int) -> np.ndarray:
-        y = np.asarray(i, np.float64)
-        below = sum(np.log1p((1 + eta) / (y + k)) for k in range(16))
-        y = y + 16
-        z = y + 1 + eta
-        found = (y - 0.5) * np.log1p((1 + eta) / y) + (1 + eta) * (np.log(z) - 1)
-        return found + stirling(z) - stirling(y) - below
+    def log_kept(xp: ModuleType, i: Array, n: Array) -> Array:
+        k = 1 + eta
 
-    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
-        return log_ratio(i) - log_ratio(last)
+        def log_ratio(y: Array) -> Array:
+            """log of (1 + k/(y+n)) / (1 + k/y)."""
+            return xp.log1p(-k * n / ((y + k) * (y + n)))
 
-    return Decay(f"polynomial_decay({eta})", beta, complement, log_kept)
+        y = i + 16
+        grown = k * xp.log1p(n / (y + k)) + n * xp.log1p(k / (y + n))
+        grown = grown + (y - 0.5) * log_ratio(y)
+        grown = grown + stirling(y + n + k) - stirling(y + k)
+        grown = grown - stirling(y + n) + stirling(y)
+        return sum(log_ratio(i + m) for m in range(16)) - grown
+
+    name = f"polynomial_decay({eta})"
+    return Decay(name, beta, complement, log_kept, of_time=True)
 
 
 def power_decay(
@@ -222,28 +224,10 @@ def power_decay(
     def complement(xp: ModuleType, t: Array) -> Array:
         return xp.where(t > 1, -xp.expm1(log_beta(xp, t)), 1.0)
 
-    def log_kept(i: np.ndarray, last: int) -> np.ndarray:
-        return exponent * np.log(i / last)
+    def log_kept(xp: ModuleType, i: Array, n: Array) -> Array:
+        return -exponent * xp.log1p(n / i)
 
-    return Decay(description, beta, complement, log_kept)
-
-
-def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
-    """Solves σ_rel² = (γ+1)/((γ+2)²(γ+3)) for the root γ > 0, the one in common use.
-
-    The right-hand side rises from 0 at γ = -1 to a maximum near γ = -0.38 and falls
-    from there, so a σ_rel below 1/√12 (γ = 0, the uniform average) has one root > 0.
-    """
-    check_number(function, "sigma_rel", sigma_rel, 0, above=True)
-    if sigma_rel >= 12**-0.5:
-        raise ValueError(
-            f"{function}: sigma_rel must be below 1/sqrt(12) = 0.2887, the uniform "
-            f"average, got {sigma_rel!r}."
-        )
-    # Multiplied out: γ³ + 7γ² + (16 - σ⁻²)γ + 12 - σ⁻² = 0.
-    inverse = float(sigma_rel) ** -2
-    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
-    return float(np.max(roots.real))
+    return Decay(description, beta, complement, log_kept, of_time=True)
 
 
 def inverse_gamma_decay(
@@ -328,11 +312,33 @@ def half_life_decay(half_life: float, *, ramp: float | None = None) -> DecayFunc
         tiny = xp.finfo(t.dtype).tiny
         return xp.maximum(-math.log(2) / xp.clip(ramp * t, tiny, half_life), -1e3)
 
+    # With a ramp, h grows up to the step `reached`. Σ 1/t over the steps of it is a
+    # difference of ψ(t+1); ψ(x+1) = ψ(x) + 1/x takes both past 16, where the series about
+    # t + 1/2 errs by 1e-13. Each term of the difference is proportional to n.
+    reached = half_life / ramp if ramp else math.inf
+    reached = float(math.floor(reached)) if reached < math.inf else reached
+
+    def series(m: Array) -> Array:
+        return 1 / (24 * m**2) - 7 / (960 * m**4) + 31 / (8064 * m**6)
+
+    def log_kept(xp: ModuleType, i: Array, n: Array) -> Array:
+        if ramp is None:
+            return n * (-math.log(2) / half_life)
+        rest = xp.where(i >= reached, n, xp.maximum(i + n - reached, 0))
+        n = n - rest
+        i = xp.minimum(i, reached)
+        m = i + 16.5
+        harmonic = xp.log1p(n / m) + series(m + n) - series(m)
+        harmonic = harmonic + sum(n / ((i + k) * (i + n + k)) for k in range(1, 17))
+        return -math.log(2) * (harmonic / ramp + rest / half_life)
+
     return Decay(
         f"half_life_decay({half_life}" + (f", ramp={ramp})" if ramp else ")"),
         lambda xp, t: xp.exp(exponent(xp, t)),
         lambda xp, t: -xp.expm1(exponent(xp, t)),
-        None if ramp else lambda i, last: (i - last) * (math.log(2) / half_life),
+        log_kept,
+        (reached,) if reached < math.inf else (),
+        of_time=True,
     )
 
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emaopt._jax_internals import traced
-from emaopt._types import DTypeLike, Leaf, PyTree
+from emaopt._types import Leaf, PyTree
 
 # A dtype of JAX's that is none of these is that of PRNG keys.
 _KINDS = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
@@ -84,8 +84,8 @@ def for_each_leaf(
     return found
 
 
-def replicated_beside(leaves: list[Leaf]) -> Callable[[DTypeLike], jax.Array]:
-    """Returns a function that makes scalar zeros on the devices of the leaves.
+def replicated_beside(leaves: list[Leaf]) -> Callable[..., jax.Array]:
+    """Returns a function that makes zeros (dtype, shape=()) on the devices of the leaves.
 
     Zeros on the default device would come back from the first step replicated over the
     parameters' mesh, and the second step would be compiled anew.
@@ -94,8 +94,8 @@ def replicated_beside(leaves: list[Leaf]) -> Callable[[DTypeLike], jax.Array]:
         if isinstance(leaf, jax.Array) and not traced(leaf):
             if isinstance(leaf.sharding, NamedSharding):
                 everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-                return lambda dtype: jnp.zeros((), dtype, device=everywhere)
-    return lambda dtype: jnp.zeros((), dtype)
+                return lambda dtype, shape=(): jnp.zeros(shape, dtype, device=everywhere)
+    return lambda dtype, shape=(): jnp.zeros(shape, dtype)
 
 
 def rows_beside(param: Leaf, leaf: Leaf) -> Leaf:

@@ -345,3 +345,44 @@ def lookahead(
     check_number("lookahead", "slow_step_size", slow_step_size, 0, 1, above=True)
     outer = optax.sgd(slow_step_size)
     return transformation("lookahead", inner, outer, period=period)
+
+
+def snoo(
+    inner: optax.GradientTransformation,
+    *,
+    period: Period,
+    learning_rate: float = 0.7,
+    momentum: float = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """SNOO: DiLoCo with one worker, Nesterov momentum on the progress of K steps.
+
+    Every `period` steps, with the progress d = c - θ since the last time:
+    m := μ m + d, c := c - η (μ m + d), θ := c. It is `lookahead` with momentum.
+
+    Args:
+      inner: The optimizer of the fast weights.
+      period: K, the fast steps for each slow step.
+      learning_rate: η > 0. Default 0.7, as in `diloco`.
+      momentum: μ in [0, 1). Default 0.9, as in `diloco`.
+
+    Returns:
+      A transformation with a `LocalUpdatesState`.
+
+    Raises:
+      ValueError, TypeError: As `local_updates`.
+
+    Example:
+      >>> import emaopt, jax.numpy as jnp
+      >>> tx = snoo(optax.sgd(1.0), period=1, learning_rate=0.5, momentum=0.5)
+      >>> _, state = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)), jnp.zeros(1))
+      >>> print(emaopt.get_center(state))
+      [-0.75]
+
+    References:
+      Kallusky et al., 2025, SNOO: step-K Nesterov outer optimizer,
+      https://arxiv.org/abs/2510.15830
+    """
+    check_number("snoo", "learning_rate", learning_rate, 0, above=True)
+    check_number("snoo", "momentum", momentum, 0, 1)
+    outer = optax.sgd(learning_rate, momentum=momentum, nesterov=True)
+    return transformation("snoo", inner, outer, period=period)

@@ -32,7 +32,7 @@ from emaopt._local_checks import (
     refuse_branch,
 )
 from emaopt._rounding import applied, lead
-from emaopt._states import LocalUpdatesState
+from emaopt._states import LocalUpdatesState, refuse_primal_averaging
 from emaopt._tracing import Computed, Selected, Traced, TreeDef
 from emaopt._turn import Order, Turn
 from emaopt._types import PyTree, Scalar
@@ -92,13 +92,15 @@ class Engine(Settings):
         )
         keeps_pulled = self.exchange.keeps_pulled or self.eager
         still = optax.EmptyState() if mixes(self) else None  # which `local_round` reads
+        inner_state = self.workers.init(self.inner, params)
+        refuse_primal_averaging(self.function, inner_state)
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
             num_missed=each(jnp.int32),
             since_exchange=tuple(zero(jnp.int32) for _ in fragments),
             has_missed=tuple(each(jnp.bool_) for _ in fragments),
-            inner_state=self.workers.init(self.inner, params),
+            inner_state=inner_state,
             outer_state=tuple(
                 self.outer.init(subtree(treedef, f, [center[i] for i in f]))
                 for f in fragments

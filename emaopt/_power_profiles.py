@@ -1,16 +1,33 @@
 """Power averages: exponents, widths, inner products, and the error of a synthesis."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from emaopt._checks import check_number, check_real
-from emaopt._decays import gamma_of_sigma_rel
 from emaopt._least_squares import nearest
 
 Numbers: TypeAlias = ArrayLike | Sequence[float]
+
+
+def gamma_of_sigma_rel(function: str, sigma_rel: Any) -> float:
+    """Solves σ_rel² = (γ+1)/((γ+2)²(γ+3)) for the root γ > 0, the one in common use.
+
+    The right-hand side rises from 0 at γ = -1 to a maximum near γ = -0.38 and falls
+    from there, so a σ_rel below 1/√12 (γ = 0, the uniform average) has one root > 0.
+    """
+    check_number(function, "sigma_rel", sigma_rel, 0, above=True)
+    if sigma_rel >= 12**-0.5:
+        raise ValueError(
+            f"{function}: sigma_rel must be below 1/sqrt(12) = 0.2887, the uniform "
+            f"average, got {sigma_rel!r}."
+        )
+    # Multiplied out: γ³ + 7γ² + (16 - σ⁻²)γ + 12 - σ⁻² = 0.
+    inverse = float(sigma_rel) ** -2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(np.max(roots.real))
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:

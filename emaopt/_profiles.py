@@ -8,8 +8,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from emaopt._advice import advised
-from emaopt._checks import check_decay, check_number
-from emaopt._decay_type import evaluate, log_kept_of
+from emaopt._annealing import (
+    SHAPES,
+    annealing_profile,
+    annealing_summary,
+    annealing_weights,
+)
+from emaopt._checks import check_decay
+from emaopt._decay_type import evaluate, log_kept_of, until
 from emaopt._decays import (
     half_life_decay,
     polynomial_decay,
@@ -17,21 +23,14 @@ from emaopt._decays import (
     uniform_decay,
     warmup_decay,
 )
-from emaopt._sums import Profile, shared_out, sums_of
+from emaopt._sums import Profile, shared_out
 from emaopt._types import DecayLike
 from emaopt._weights import (
     WeightSummary,
-    check_num_steps,
     checked_weights,
     decay_weights,
     weight_summary,
 )
-
-SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # w(x), x in [0, 1]
-    "linear": lambda x: 1 - x,
-    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
-    "1-sqrt": lambda x: 1 - np.sqrt(x),
-}
 
 LONG = 1 << 20  # steps; for a longer run no array of them is made
 _DRAWN = 2000  # steps of a long run to draw, from each end
@@ -43,87 +42,15 @@ class BadProfile(ValueError):
     """A string that names no profile; the message lists those that do."""
 
 
-def annealing_weights(shape: str, num_steps: int, fraction: float) -> np.ndarray:
-    """Returns the profile that stands in for a decay of the learning rate.
-
-    Had the learning rate of the last steps been multiplied by w_t, falling from 1 to 0,
-    and had the gradients stayed what they were, the run would have ended at
-
-        θ_0 + Σ_t w_t (θ_t - θ_{t-1}) = Σ_t (w_t - w_{t+1}) θ_t,    w_0 = 1, w_{T+1} = 0.
-
-    w is a function of x, the position of the step within the last `fraction` of the run,
-    from 0 to 1: "linear" is 1 - x, "cosine" (1 + cos πx)/2, "1-sqrt" 1 - √x. "linear"
-    makes the plain mean of the last iterates.
-
-    Args:
-      shape: "linear", "cosine" or "1-sqrt".
-      num_steps: T, at least 1.
-      fraction: The part of the run over which the learning rate decays, in (0, 1].
-
-    Returns:
-      float64 [T+1], sum 1.
-
-    Raises:
-      ValueError, TypeError: If an argument is out of its range.
-
-    Example:
-      >>> print(annealing_weights("linear", 10, 0.2).round(3))
-      [0.   0.   0.   0.   0.   0.   0.   0.   0.25 0.5  0.25]
-
-    References:
-      Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,
-      https://arxiv.org/abs/2507.17634
-      Hägele et al., 2024, Scaling laws and compute-optimal training beyond fixed training
-      durations, §3, https://arxiv.org/abs/2405.18392 (1-sqrt)
-    """
-    if not isinstance(shape, str) or shape not in SHAPES:
-        raise ValueError(
-            f"annealing_weights: shape must be one of {', '.join(SHAPES)}, got {shape!r}."
-        )
-    check_num_steps("annealing_weights", num_steps, 1)
-    check_number("annealing_weights", "fraction", fraction, 0, 1, above=True)
-    kept = _kept(shape, np.arange(1.0, num_steps + 1), num_steps, fraction)
-    kept = np.concatenate([[1.0], kept, [0.0]])
-    return kept[:-1] - kept[1:]
-
-
-def _kept(shape: str, step: np.ndarray, num_steps: int, fraction: float) -> np.ndarray:
-    """w at the middle of each step."""
-    x = (step - 0.5 - num_steps) / (fraction * num_steps) + 1
-    return SHAPES[shape](np.clip(x, 0, 1))
-
-
-def _annealing(shape: str, num_steps: int, fraction: float) -> Profile:
-    """`annealing_weights` without the array of weights."""
-    check_number("annealing_weights", "fraction", fraction, 0, 1, above=True)
-
-    # θ_0 ... θ_i weigh 1 - w_{i+1} together.
-    def kept(step: np.ndarray) -> np.ndarray:
-        return _kept(shape, step, num_steps, fraction)
-
-    first = num_steps * (1 - fraction)  # where w begins to fall
-    # Within one step of either end of the decay, w_i - w_{i+1} is not smooth in i.
-    kinks = (first - 1, first, first + 1, num_steps - 1)
-    return Profile(
-        num_steps,
-        lambda i: np.log1p(-kept(i + 1)),
-        lambda i: kept(i) - kept(i + 1),
-        kinks,
-    )
-
-
-def _annealing_summary(shape: str, num_steps: int, fraction: float) -> WeightSummary:
-    return WeightSummary(*sums_of(_annealing(shape, num_steps, fraction), False))
-
-
 def _averaging(decay: DecayLike, num_steps: int) -> Profile | None:
     """`decay_weights` without the array of weights; None without a closed form."""
     if (log_kept := log_kept_of(decay)) is None:
         return None
+    log_older = until(log_kept, num_steps)
     return Profile(
         num_steps,
-        lambda i: log_kept(i, num_steps),
-        lambda i: evaluate(decay, i) * np.exp(log_kept(i, num_steps)),
+        log_older,
+        lambda i: evaluate(decay, i) * np.exp(log_older(i)),
         getattr(decay, "breaks", ()),
     )
 
@@ -211,6 +138,11 @@ def decay_of(spec: str, others: Sequence[str] = ()) -> DecayLike:
     return decay
 
 
+def is_annealing(spec: str) -> bool:
+    """Whether a string names an annealing, which is one of steps, and no decay."""
+    return spec.partition(":")[0] in SHAPES
+
+
 def says_decay(name: str) -> bool:
     """Whether the name of an average names its decay, as "power:0.1" but not "0.1"."""
     # `optax.chain` names its members by numbers: "0" is a position, not a β.
@@ -228,12 +160,12 @@ def weights_of(spec: str, num_steps: int) -> np.ndarray:
 def summary_of(spec: str, num_steps: int) -> WeightSummary:
     """The summary of `weights_of`, for a run of any length."""
     weights_of(spec, 1)  # raises unless `spec` names a profile
-    return _of(spec, num_steps, weight_summary, _annealing_summary)
+    return _of(spec, num_steps, weight_summary, annealing_summary)
 
 
 def profile_of(spec: str, num_steps: int) -> Profile | None:
     """`weights_of` without the array of weights; None without a closed form."""
-    return _of(spec, num_steps, _averaging, _annealing)
+    return _of(spec, num_steps, _averaging, annealing_profile)
 
 
 def curve_of(spec: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The one recursion behind every average."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from emaopt._checks import (
     check_integer,
     checked_count,
 )
+from emaopt._clock import check_clock, check_same_clock, newest_by_time, span
 from emaopt._conditional import once_if
 from emaopt._decay_type import Decay, one_minus
 from emaopt._jax_internals import traced
@@ -34,7 +35,7 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
-from emaopt._types import DecayLike, DTypeLike, Leaf, Mask, Placement, PyTree
+from emaopt._types import Count, DecayLike, DTypeLike, Leaf, Mask, Placement, PyTree
 from emaopt._xla import unknown_one
 
 
@@ -45,7 +46,44 @@ class Averager(NamedTuple):
     update: Callable[..., AverageState]
 
 
-def make_averager(
+class Update(Protocol):
+    """An average's update. `placed`: values that are where the average is, by leaf."""
+
+    def __call__(
+        self,
+        tree: PyTree,
+        state: PyTree,
+        num_updates: Count | None,
+        time: Mapping[str, object],
+        placed: Sequence[Leaf] | None = None,
+    ) -> AverageState: ...
+
+
+class Recursion(NamedTuple):
+    """The functions of an average: an `Averager`, and where the leaves of it are."""
+
+    init: Callable[[PyTree], AverageState]
+    update: Update
+    places: Callable[[PyTree], list[Place]]
+
+
+def make_averager(function: str, decay: DecayLike, **options: Any) -> Averager:
+    """The recursion as `average_tree` returns it."""
+    recursion = make_recursion(function, decay, **options)
+    clock = options["clock"]
+
+    def update(
+        tree: PyTree, state: PyTree, num_updates: Count | None = None, **time: object
+    ) -> AverageState:
+        if odd := time.keys() - {clock}:
+            takes = "takes no such argument" if clock is None else f"takes {clock}"
+            raise TypeError(f"{function}: update was given {', '.join(odd)}; it {takes}.")
+        return recursion.update(tree, state, num_updates, time)
+
+    return Averager(recursion.init, update)
+
+
+def make_recursion(
     function: str,
     decay: DecayLike,
     *,
@@ -59,9 +97,11 @@ def make_averager(
     stochastic_rounding: bool,
     sharding: Placement,
     memory_kind: str | None,
-) -> Averager:
-    """The recursion behind `average_tree`, `average_params` and `averaged`."""
+    clock: str | None,
+) -> Recursion:
+    """The recursion behind all averages, with the options of `average_params`."""
     check_decay(function, decay)
+    check_clock(function, clock, decay)
     check_integer(function, "every", every, 1)
     check_integer(function, "start", start, 0)
     check_flag(function, "debias", debias)
@@ -80,7 +120,11 @@ def make_averager(
                 raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
     if accumulator_dtype is not None:
         accumulator_dtype = _checked_accumulator(
-            function, accumulator_dtype, decay, every, stochastic_rounding
+            function,
+            accumulator_dtype,
+            None if clock else _constant(decay),
+            every,
+            stochastic_rounding,
         )
     if stochastic_rounding and accumulator_dtype != jnp.bfloat16:
         raise ValueError(
@@ -88,7 +132,7 @@ def make_averager(
             f"{accumulator_dtype}."
         )
     check_placement(function, sharding, memory_kind)
-    constant = _constant(decay)
+    constant = None if clock else _constant(decay)
     # Whether a move may be an exact copy, which costs a select in each leaf's kernel:
     # 1 - Πβ is 1 in float32 if Πβ < 6e-8. A move skipped for a NaN adds factors to Πβ.
     may_copy = start > 0 or debias or (skip_nonfinite and every > 1)
@@ -114,11 +158,13 @@ def make_averager(
             num_skipped=zero(jnp.int32),
             weight=zero(float) if debias else None,
             pending=zero(float),
+            elapsed={clock: zero(float, (2,))} if clock else None,
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    def update(tree, state, num_updates=None):
+    def update(tree, state, num_updates, time, placed=None):
         check_own_state(function, state, AVERAGE)
+        check_same_clock(function, clock, state.elapsed)
         if debias != (state.weight is not None):
             raise ValueError(
                 f"{function}: debias={debias}, but the state was made with "
@@ -133,18 +179,28 @@ def make_averager(
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
         where = [where[i] for i in moving]
         old = [entries[i] for i in moving]
-        new = [jnp.asarray(leaves[i]) for i in moving]
+        new = [jnp.asarray(leaves[i] if placed is None else placed[i]) for i in moving]
 
         # All of this is scalar: how far the average moves, and whether it moves now. The
         # counter stays at the largest int32 and does not wrap to negative numbers.
         s: Any = optax.safe_increment(state.num_updates)
         t: Any = jnp.maximum(s - start, 0)
         if num_updates is not None:
+            if clock:
+                raise ValueError(
+                    f"{function}: num_updates says what t is, and so does clock="
+                    f"{clock!r}: leave one of them out."
+                )
             count = checked_count(function, "num_updates", num_updates)
             t = jnp.asarray(count, jnp.int32)
         copying = s < start
-        newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
-        if constant is None and not isinstance(decay, Decay):
+        if clock:
+            step_time = span(function, clock, time, state.pending.dtype)
+            newest, elapsed = newest_by_time(decay, start, s, step_time, state.elapsed)
+        else:
+            newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
+            elapsed = None
+        if clock is None and constant is None and not isinstance(decay, Decay):
             # A function of the user's, or a hyperparameter that changes in mid-run. A
             # known value out of [0, 1] is refused, a traced one clipped; a NaN shows.
             if not traced(newest) and not jnp.isnan(newest):
@@ -152,12 +208,12 @@ def make_averager(
             newest = jnp.clip(newest, 0, 1)
         # p = 1 - Πβ and W are averages of ones that start from 0, by the same recursion:
         # p + (1 - β)(1 - p) = 1 - β(1 - p), and W with p in place of 1 - β.
-        pending = _move(state.pending, 1.0, newest, copying)
+        pending = move_to(state.pending, 1.0, newest, copying)
         # Without debias, p is divided by a 1 that XLA cannot see: it computes a quotient
         # once, but repeats cheaper scalars in the kernel of each leaf.
         weight, divisor = state.weight, unknown_one(s, pending.dtype)
         if debias:
-            weight = _move(weight, 1.0, pending)
+            weight = move_to(weight, 1.0, pending)
             # While every β is 1, p and W are 0, where 0 / 0 would be a NaN.
             divisor = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
         step = pending / divisor
@@ -170,7 +226,8 @@ def make_averager(
             old, _ = before
             # Rounded in here, so that a conditional takes the parameters that the step
             # returns anyway. Rounded before it, 16-bit ones are written to memory twice.
-            new = [rounded_to(q, q.dtype) for q in new]
+            if placed is None:
+                new = [rounded_to(q, q.dtype) for q in new]
             finite = jnp.bool_(True)
             if skip_nonfinite:
                 # q - q is 0, or NaN where q is not finite. Unlike jnp.isfinite, it fuses
@@ -184,7 +241,8 @@ def make_averager(
                     # to the device at once.
                     a, moved[i - 2] = lax.optimization_barrier((a, moved[i - 2]))
                 a = place.fetched(a)
-                m = _move(a, place.part(q), step, copying)
+                q = place.part(q) if placed is None else place.fetched(q)
+                m = move_to(a, q, step, copying)
                 if stochastic_rounding:
                     m = rounded_stochastically(m, s)
                 m = m.astype(a.dtype)
@@ -219,13 +277,17 @@ def make_averager(
             num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
             weight=weight,
             pending=pending.astype(state.pending.dtype),
+            elapsed=elapsed,
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    return Averager(init, update)
+    def places_of(tree: PyTree) -> list[Place]:
+        return places(function, sharding, memory_kind, tree, jax.tree.leaves(tree))
+
+    return Recursion(init, update, places_of)
 
 
-def _move(
+def move_to(
     old: Leaf, new: ArrayLike, step: ArrayLike, copying: jax.Array | None = None
 ) -> jax.Array:
     """Returns old + step (new - old), or `new` itself where `copying`, if it is given.
@@ -248,7 +310,7 @@ def _constant(decay: DecayLike) -> float | None:
 
 
 def _checked_accumulator(
-    function: str, dtype: DTypeLike, decay: DecayLike, every: int, stochastic: bool
+    function: str, dtype: DTypeLike, decay: float | None, every: int, stochastic: bool
 ) -> np.dtype:
     """The accumulator's dtype, or an error if the average could not move in it."""
     dtype = as_dtype(function, "accumulator_dtype", dtype)
@@ -260,9 +322,8 @@ def _checked_accumulator(
         raise ValueError(
             f"{function}: accumulator_dtype={dtype} needs jax_enable_x64, which is off."
         )
-    constant = _constant(decay)
-    if not (stochastic or constant is None):
-        step = 1 - constant**every
+    if not (stochastic or decay is None):
+        step = 1 - decay**every
         half_ulp = float(jnp.finfo(dtype).eps) / 2
         if 0 < step < half_ulp:
             raise ValueError(

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_arrays, check_optimizer, checked_count
+from emaopt._checks import (
+    check_arrays,
+    check_number,
+    check_optimizer,
+    checked_count,
+)
+from emaopt._clock import split
 from emaopt._leaves import is_averaged, is_masked
 from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, replace
@@ -24,6 +30,7 @@ def reset_average(
     *,
     name: str | None = None,
     num_updates: Count = 0,
+    elapsed: float = 0,
 ) -> PyTree:
     """Starts the average anew: it becomes a copy of `params`, its counters 0.
 
@@ -41,6 +48,8 @@ def reset_average(
         number or an integer scalar, may be traced; a traced one below 0 counts as 0. With
         `every`, the steps since the average last moved are forgotten: take an n at which
         it moved. Default 0.
+      elapsed: Of an average with a `clock`: the time that it has gone on for, in the
+        clock's units, exact up to 10^14. Default 0.
 
     Returns:
       The state with the average replaced, in the accumulator's dtypes; a de-biased
@@ -48,8 +57,10 @@ def reset_average(
 
     Raises:
       ValueError: If there is no average, several, a swapped one, or it is of other
-        parameters; if `num_updates` is negative, or not 0 with `debias`: the weight of
-        the average, W = 1 - Πβ, depends on the decay, which the state does not hold.
+        parameters; if `num_updates` or `elapsed` is negative, or not 0 with `debias`: the
+        weight of the average, W = 1 - Πβ, depends on the decay, which the state does not
+        hold; if only one of the two is 0 where there is a clock, or `elapsed` is given
+        where there is none.
       TypeError: If `num_updates` is no integer.
 
     Example:
@@ -72,6 +83,18 @@ def reset_average(
             "weighs after so many updates depends on the decay, which the state does not "
             "hold. Adopt it without debias: it has no start that is to be forgotten."
         )
+    check_number("reset_average", "elapsed", elapsed, 0)
+    known = isinstance(count, int)
+    if (elapsed and not state.elapsed) or (
+        state.elapsed and known and (count > 0) != (elapsed > 0)
+    ):
+        there = (
+            f"the clock {next(iter(state.elapsed))!r}" if state.elapsed else "no clock"
+        )
+        raise ValueError(
+            f"reset_average: num_updates={num_updates} and elapsed={elapsed}, and the "
+            f"average has {there}: elapsed is the time of that many updates on a clock."
+        )
 
     def restart(keys: Names, leaf: Leaf) -> Leaf:
         new = raw[keys]
@@ -82,6 +105,7 @@ def reset_average(
     counters = AverageState(*jax.tree.map(jnp.zeros_like, state[:-1]), average=None)
     fresh = counters._replace(
         num_updates=jax.tree.map(lambda s: s + count, counters.num_updates),
+        elapsed=jax.tree.map(lambda x: x + split(elapsed, x.dtype), counters.elapsed),
         average=map_with_keys(restart, state.average),
     )
     return replace(opt_state, node, in_place_of(node, fresh))

@@ -6,11 +6,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import optax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from emaopt._checks import check_optimizer
 from emaopt._jax_internals import traced, varying
 from emaopt._leaves import for_each_leaf
 from emaopt._masks import is_function
@@ -25,7 +23,7 @@ LIKE_PARAMS = "like_params"
 HOST = "pinned_host"
 
 # Axes of Auto mode that `state_shardings` traces as Explicit ones.
-_auto_axes: ContextVar[frozenset[str]] = ContextVar("_auto_axes", default=frozenset())
+auto_axes: ContextVar[frozenset[str]] = ContextVar("auto_axes", default=frozenset())
 
 
 class Place(NamedTuple):
@@ -79,6 +77,30 @@ class Place(NamedTuple):
         # Outside of jit, JAX refuses a shard_map over some of the axes of a mesh.
         return split(value) if traced(value) else jax.jit(split)(value)
 
+    def whole(self, value: jax.Array) -> jax.Array:
+        """A value that is split along the axes, whole again on all of their devices."""
+        if not self.splits:
+            return value
+        axes = {axis for _, names in self.splits for axis in names}
+        if axes <= _manual(self.mesh):
+            return self._gathered(value)
+        if _are_explicit(self.mesh, axes):
+            sharding = jax.typeof(value).sharding
+            left = [
+                tuple(axis for axis in _names(part) if axis not in axes) or None
+                for part in sharding.spec
+            ]
+            return jax.sharding.reshard(value, sharding.update(spec=PartitionSpec(*left)))
+        gathered = jax.shard_map(
+            self._gathered,
+            mesh=self.mesh,
+            in_specs=self._extended(PartitionSpec()),
+            out_specs=PartitionSpec(),
+            axis_names=axes,
+            check_vma=False,
+        )
+        return gathered(value) if traced(value) else jax.jit(gathered)(value)
+
     def fetched(self, average: jax.Array) -> jax.Array:
         """The average in the device's memory, where it can be updated."""
         return _put(average, jax.memory.Space.Device) if self.on_host else average
@@ -101,6 +123,12 @@ class Place(NamedTuple):
             size = value.shape[dim] // _size(self.mesh, axes)
             start = lax.axis_index(axes) * size
             value = lax.dynamic_slice_in_dim(value, start, size, dim)
+        return value
+
+    def _gathered(self, value: jax.Array) -> jax.Array:
+        """The parts of all devices, inside of shard_map over the axes."""
+        for dim, axes in self.splits:
+            value = lax.all_gather(value, axes, axis=dim, tiled=True)
         return value
 
     def _extended(self, spec: PartitionSpec) -> PartitionSpec:
@@ -192,7 +220,7 @@ def _place(function: str, entry: Entry, leaf: Leaf, name: str) -> Place:
         )
     # A traced program cannot see how the compiler shards along Auto axes. What is split
     # must not depend on it, or a compiled update would disagree with init.
-    compilers = not _are_explicit(mesh, named) or bool(named & _auto_axes.get())
+    compilers = not _are_explicit(mesh, named) or bool(named & auto_axes.get())
 
     def divides(dim: int, axes: Names) -> bool:
         parts = _size(mesh, axes) * (1 if compilers else _size(mesh, own[dim]))
@@ -328,70 +356,3 @@ def near(average: Leaf, param: Leaf) -> Leaf:
     if average.sharding == param.sharding:
         return average
     return jax.device_put(average, param.sharding)
-
-
-def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """Returns the sharding that each array of an optimizer's state should have.
-
-    For `jax.jit(tx.init, out_shardings=...)`, which otherwise replicates slots that start
-    as zeros; for the target of a restore; for compiling ahead of time. Slots are sharded
-    as their parameters, averages as their `sharding` says; the rest is replicated. Their
-    `.spec`s are the specs by which `jax.shard_map` takes and returns the state.
-
-        shardings = emaopt.state_shardings(tx, params)
-        opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
-
-    Args:
-      optimizer: Any Optax transformation.
-      params: The parameters, or `jax.ShapeDtypeStruct`s, whose shardings are
-        `NamedSharding`s of one mesh.
-
-    Returns:
-      A tree of `NamedSharding` like the state.
-
-    Raises:
-      ValueError: If the parameters are not sharded over one mesh.
-      TypeError: If an argument is of another kind.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jax.sharding import Mesh, PartitionSpec as P
-      >>> mesh = Mesh(jax.devices()[:1], "data")
-      >>> params = jax.device_put(jnp.zeros(8), NamedSharding(mesh, P("data")))
-      >>> print(tuple(state_shardings(optax.adam(1e-3), params)[0].mu.spec))
-      ('data',)
-    """
-    check_optimizer("state_shardings", "optimizer", optimizer)
-    own = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
-    meshes = {s.mesh if isinstance(s, NamedSharding) else None for s in own}
-    mesh = meshes.pop() if len(meshes) == 1 else None
-    if not isinstance(mesh, Mesh):
-        raise ValueError(
-            "state_shardings: the parameters must be arrays or ShapeDtypeStructs with "
-            f"NamedShardings of one mesh, got {own[0] if own else 'none'}."
-        )
-    # In a mesh of Explicit axes, types carry shardings through the tracing of init. Axes
-    # of Auto mode are still judged as such: `_place` reads them from the context.
-    types = (AxisType.Explicit,) * len(mesh.axis_names)
-    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    typed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, leaf.sharding.spec)
-        ),
-        params,
-    )
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    auto = {axis for axis, kind in kinds.items() if kind == AxisType.Auto}
-    token = _auto_axes.set(frozenset(auto))
-    try:
-        with jax.set_mesh(explicit):
-            closed, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(typed)
-    finally:
-        _auto_axes.reset(token)
-
-    def sharding(aval: Any) -> NamedSharding:
-        host = aval.memory_space == jax.memory.Space.Host
-        spec = aval.sharding.spec
-        return NamedSharding(mesh, spec, **({"memory_kind": HOST} if host else {}))
-
-    return jax.tree.unflatten(jax.tree.structure(shapes), map(sharding, closed.out_avals))

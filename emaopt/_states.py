@@ -12,7 +12,8 @@ class AverageState(NamedTuple):
 
     num_updates: the updates so far, s. num_skipped: those left out by skip_nonfinite.
     weight: the total weight of the iterates, None without debias. pending: 1 - Πβ since
-    the average last moved (every). average: the average (EMA, Polyak average), always
+    the average last moved (every). elapsed: the time on the clock, by its name, a sum of
+    two numbers; None without a clock. average: the average (EMA, Polyak average), always
     readable.
     """
 
@@ -20,6 +21,7 @@ class AverageState(NamedTuple):
     num_skipped: Scalar  # () int32, updates left out for a NaN or inf (skip_nonfinite)
     weight: Scalar | None  # () float, W: total weight of iterates; None without debias
     pending: Scalar  # () float, 1 - Πβ over the steps since the average last moved
+    elapsed: dict[str, jax.Array] | None  # {clock: [2] float}, whose sum is the time
     average: PyTree  # like the parameters, in accumulator_dtype; MaskedNode if masked
 
 
@@ -34,7 +36,16 @@ class SwappedState(NamedTuple):
     num_skipped: Scalar  # () int32
     weight: Scalar | None  # () float; None without debias
     pending: Scalar  # () float
+    elapsed: dict[str, jax.Array] | None  # {clock: [2] float}; None without a clock
     average: PyTree  # the raw parameters, while the average is in their place
+
+
+class PrimalAveragingState(NamedTuple):
+    """State of `primal_averaging`: the parameters y lie between its z and its x."""
+
+    inner_state: PyTree  # of the wrapped optimizer
+    base: PyTree  # z, at least float32; MaskedNode where masked; None if y = z
+    averaging: AverageState | SwappedState  # of x; the latter while x is in use
 
 
 class InFlight(NamedTuple):
@@ -120,6 +131,20 @@ CENTER = Kind(
     "the workers'",
 )
 KINDS = (AVERAGE, CENTER)
+
+
+def refuse_primal_averaging(function: str, state: PyTree) -> None:
+    """Raises if an optimizer whose parameters others set is one that makes them anew."""
+
+    def is_primal(node: object) -> bool:
+        return isinstance(node, PrimalAveragingState)
+
+    if any(map(is_primal, jax.tree.leaves(state, is_leaf=is_primal))):
+        raise ValueError(
+            f"{function}: the inner optimizer is primal_averaging, gpa or schedule_free, "
+            "which makes the parameters anew from its own state at each step, and would "
+            "undo every exchange. With one worker, it does what these methods do."
+        )
 
 
 def check_own_state(function: str, state: object, kind: Kind) -> None:

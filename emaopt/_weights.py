@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_decay, check_flag, check_integer
-from emaopt._decay_type import evaluate, log_kept_of
+from emaopt._clock import by_time, checked_units
+from emaopt._decay_type import evaluate, log_kept_of, until
 from emaopt._sums import Profile, sums_of
 from emaopt._types import DecayLike, Vector
 
@@ -20,6 +21,7 @@ def decay_weights(
     every: int = 1,
     start: int = 0,
     debias: bool = False,
+    units: Vector | None = None,
 ) -> np.ndarray:
     """Returns the weight of each iterate in the average after `num_steps` steps.
 
@@ -33,6 +35,8 @@ def decay_weights(
       every: The average is updated on every k-th step only, at least 1.
       start: The first step to average; before it the average is a copy. At least 0.
       debias: Whether the weight of what came before `start` is removed.
+      units: Of an average with a `clock`: how many units each step took, float [T]. The
+        decay then is one of these. None: of steps.
 
     Returns:
       float64 NumPy array of shape [T+1]; non-negative, sum 1. With `zero_init` the first
@@ -47,7 +51,13 @@ def decay_weights(
     """
     return weights_of_shares(
         shares_taken(
-            "decay_weights", decay, num_steps, every=every, start=start, debias=debias
+            "decay_weights",
+            decay,
+            num_steps,
+            every=every,
+            start=start,
+            debias=debias,
+            units=units,
         )
     )
 
@@ -71,7 +81,14 @@ def check_num_steps(function: str, num_steps: int, low: int) -> None:
 
 
 def shares_taken(
-    name: str, decay: DecayLike, num_steps: int, *, every: int, start: int, debias: bool
+    name: str,
+    decay: DecayLike,
+    num_steps: int,
+    *,
+    every: int,
+    start: int,
+    debias: bool,
+    units: Vector | None = None,
 ) -> np.ndarray:
     """The share of the average that each new iterate takes at its step, float64 [T+1].
 
@@ -85,8 +102,10 @@ def shares_taken(
     check_flag(name, "debias", debias)
 
     steps = np.arange(1, num_steps + 1)
-    t = np.maximum(steps - start, 0)
-    newest = evaluate(decay, t)
+    if units is None:
+        newest = evaluate(decay, np.maximum(steps - start, 0))
+    else:
+        newest = by_time(name, decay, start, checked_units(name, units, num_steps))
     # Written so that NaN fails it, too.
     if num_steps and not (newest.min() >= 0 and newest.max() <= 1):
         low, high = 1 - newest.max(), 1 - newest.min()
@@ -147,9 +166,10 @@ def weight_summary(
     Args:
       weights: float [T+1], as `decay_weights` returns them: oldest first, sum 1. Or a
         decay, with `num_steps`: a constant, or what `warmup_decay` (up to 0.99999),
-        `uniform_decay`, `polynomial_decay`, `power_decay` or `half_life_decay` (without
-        ramp) returns. Other decays have no closed form, and T is at most 2^25.
-      num_steps: T, if `weights` is a decay; else None.
+        `uniform_decay`, `polynomial_decay`, `power_decay` or `half_life_decay` returns.
+        Other decays have no closed form, and T is at most 2^25.
+      num_steps: T, if `weights` is a decay; else None. For an average with a `clock`, the
+        time in its units, up to 2^53; ages then are in units, too.
       debias: As for `decay_weights`, if `weights` is a decay.
 
     Returns:
@@ -183,7 +203,7 @@ def weight_summary(
 
 def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
     check_decay("weight_summary", decay)
-    check_integer("weight_summary", "num_steps", num_steps, 0)
+    check_integer("weight_summary", "num_steps", num_steps, 0, most=1 << 53)
     log_kept = log_kept_of(decay)
     # A `Profile` has one step at least.
     if log_kept is None or num_steps == 0:
@@ -192,11 +212,12 @@ def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
         )
         return weight_summary(weights_of_shares(taken))
     breaks = getattr(decay, "breaks", ())
+    log_older = until(log_kept, num_steps)
 
     def weights(i: np.ndarray) -> np.ndarray:
-        return evaluate(decay, i) * np.exp(log_kept(i, num_steps))
+        return evaluate(decay, i) * np.exp(log_older(i))
 
-    profile = Profile(num_steps, lambda i: log_kept(i, num_steps), weights, breaks)
+    profile = Profile(num_steps, log_older, weights, breaks)
     return WeightSummary(*sums_of(profile, debias))
 
 

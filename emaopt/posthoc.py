@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from emaopt._annealing import annealing_weights
 from emaopt._checks import (
     check_flag,
     check_integer,
@@ -42,15 +43,14 @@ from emaopt._checks import (
     check_vector,
 )
 from emaopt._combination import combine
-from emaopt._decays import gamma_of_sigma_rel
 from emaopt._least_squares import nearest
 from emaopt._power_profiles import (
+    gamma_of_sigma_rel,
     gamma_to_sigma_rel,
     power_inner_product,
     power_residual,
     sigma_rel_to_gamma,
 )
-from emaopt._profiles import annealing_weights
 from emaopt._types import DecayLike, Vector
 from emaopt._weights import checked_weights, shares_taken
 
@@ -75,7 +75,8 @@ class Recorded(NamedTuple):
     """An average that was recorded: its snapshots, and its arguments.
 
     steps: int [n], increasing, the number of updates at each snapshot. decay, every,
-    start and debias: as `average_params` had them.
+    start and debias: as `average_params` had them. units: with a `clock`, how many units
+    each step took, float [T], T at least the last of the steps; else None.
     """
 
     decay: DecayLike
@@ -83,6 +84,7 @@ class Recorded(NamedTuple):
     every: int = 1
     start: int = 0
     debias: bool = False
+    units: Vector | None = None
 
 
 class Solution(NamedTuple):
@@ -342,6 +344,7 @@ def _blocks(
             every=one.every,
             start=one.start,
             debias=one.debias,
+            units=_up_to(one),
         )
         for one in recorded
     ]
@@ -356,6 +359,11 @@ def _blocks(
             block[row, : taken.size] = taken * kept[1:]
             left[row] = kept[0]
         yield block
+
+
+def _up_to(one: Recorded) -> np.ndarray | None:
+    """The units of the steps up to the last snapshot."""
+    return None if one.units is None else np.asarray(one.units)[: int(np.max(one.steps))]
 
 
 def _solution(*problem: Any) -> Solution:

@@ -79,6 +79,7 @@ AVERAGES = {
     "stochastic_rounding": False,
     "sharding": "like_params",
     "memory_kind": None,
+    "clock": None,
 }
 LOCAL = {
     "num_workers": None,
@@ -97,6 +98,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "opt_state": SGD.init(PARAMS),
         "params": PARAMS,
     },
+    "annealing_decay": {"shape": "cosine", "num_steps": 9, "fraction": 0.5},
     "average_distance": {"opt_state": STATE, "params": PARAMS},
     "average_params": {"decay": 0.5, **AVERAGES},
     "average_tree": {"decay": 0.5, **AVERAGES},
@@ -118,6 +120,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "name": "mu",
     },
     "tf1.get_slot_names": {"opt_state": STATE, "params": PARAMS},
+    "gpa": {"optimizer": SGD, "decay": 0.5, **AVERAGES},
     "half_life_decay": {"half_life": 3.0},
     "inverse_gamma_decay": {},
     "local_round": {
@@ -137,8 +140,16 @@ CALLS: dict[str, dict[str, Any]] = {
         "params": PARAMS,
     },
     "polynomial_decay": {"eta": 3.0},
+    "primal_averaging": {"optimizer": SGD, "decay": 0.5, **AVERAGES},
     "power_decay": {"sigma_rel": 0.1},
     "reset_average": {"opt_state": STATE, "params": PARAMS},
+    "schedule_free": {
+        "optimizer": SGD,
+        "learning_rate": 0.1,
+        **{name: value for name, value in AVERAGES.items() if name != "clock"},
+    },
+    "snoo": {"inner": SGD, "period": 2},
+    "window_decay": {"num_steps": 3},
     "scale_decay": {"decay": 0.5, "batch_factor": 2.0},
     "simulate_async": {
         "inner": SGD,

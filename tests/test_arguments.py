@@ -175,7 +175,7 @@ def test_errors_of_a_users_own_function_are_left_alone():
 
 def test_public_functions_are_not_wrapped():
     methods = {"agn", "block_momentum", "diloco", "easgd", "local_sgd"}
-    methods |= {"averaged", "average_tree"}
+    methods |= {"averaged", "average_tree", "gpa", "primal_averaging", "schedule_free"}
     for name, function in FUNCTIONS.items():
         if hasattr(function, "__wrapped__"):  # readers begin again, others show options
             assert name.startswith("checkpoint.") or name in methods, name

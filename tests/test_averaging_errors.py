@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import emaopt
-from emaopt._recursion import make_averager
+from emaopt._recursion import make_recursion
 
 pytestmark = pytest.mark.quick(1000)  # all of them are
 
@@ -255,8 +255,10 @@ def test_every_way_of_averaging_has_the_options_and_defaults_of_average_params()
     assert keywords(emaopt.average_tree) == options
     own = {"sequential": True, "overwrite_every": None}
     assert keywords(emaopt.averaged) == own | options
+    for function in (emaopt.primal_averaging, emaopt.gpa, emaopt.schedule_free):
+        assert keywords(function).items() >= options.items()
     # The recursion has no defaults of its own that could be others.
-    assert keywords(make_averager) == dict.fromkeys(options, inspect.Parameter.empty)
+    assert keywords(make_recursion) == dict.fromkeys(options, inspect.Parameter.empty)
 
 
 def test_the_state_of_the_other_kind_is_refused():

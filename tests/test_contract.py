@@ -27,6 +27,9 @@ WAYS = {
     "before the step": lambda inner, decay, **kw: emaopt.averaged(
         inner, decay, sequential=False, **kw
     ),
+    "primal": lambda inner, decay, **kw: emaopt.primal_averaging(
+        inner, decay, interpolation=0, **kw
+    ),
 }
 OPTIONS = {
     "plain": {},

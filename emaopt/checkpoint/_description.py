@@ -29,6 +29,8 @@ class AverageDescription(NamedTuple):
     num_updates: int | None  # None if other code wrote it and does not say
     served: bool  # whether it stands under the parameters' names
     summary: WeightSummary | None  # of its weights, if its name tells its decay
+    clock: str | None  # what its decay counts, such as "tokens"; None: updates
+    elapsed: float | None  # the time on that clock
 
 
 class Description(NamedTuple):
@@ -36,9 +38,10 @@ class Description(NamedTuple):
 
     parameters: the keys that lead to the parameters, joined with "/". served: which
     weights stand there, in words. leaves: (name, dtype, shape, nbytes) of each array.
-    averages: (name, num_updates, served, summary) of each average; the summary is a
-    `WeightSummary` if its name tells its decay, else None. record: how `combine` and its
-    kin made the checkpoint, else empty.
+    averages: (name, num_updates, served, summary, clock, elapsed) of each average; the
+    summary is a `WeightSummary` if its name tells its decay, else None. With a clock,
+    its ages are in units of that, and the time on it is `elapsed`. record: how `combine`
+    and its kin made the checkpoint, else empty.
     """
 
     path: str
@@ -94,14 +97,17 @@ def describe(path: Path, *, at: str | None = None) -> Description:
     averages = []
     for one in _selection.averages_in(files):
         updates = _synthesis.updates("describe", files, one)
-        summary = None
+        summary, elapsed = None, _synthesis.elapsed("describe", files, one)
         # Nothing on disk tells a decay but a name that somebody chose, as "power:0.1".
         if one.names in files.found and files.found[one.names].updates is None:
             updates = None
         elif (spec := _selection.decay_said(one.names)) is not None:
-            summary = _summary(decay_of(spec), updates, one.debias)
-        name = "/".join(one.names)
-        averages.append(AverageDescription(name, updates, one.served, summary))
+            time = updates if elapsed is None else round(elapsed)
+            summary = _summary(decay_of(spec), time, one.debias)
+        name, clock = "/".join(one.names), one.elapsed[-1] if one.elapsed else None
+        averages.append(
+            AverageDescription(name, updates, one.served, summary, clock, elapsed)
+        )
     return Description(
         str(files.path),
         ", ".join(map("/".join, ways)),

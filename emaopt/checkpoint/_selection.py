@@ -290,6 +290,7 @@ class Average(NamedTuple):
 
     names: Names  # names that lead to its state
     counter: Names  # the name on disk of its num_updates
+    elapsed: Names | None  # that of the time on its clock, whose name is the last
     debias: bool
     served: bool  # whether it is under the parameters' names
 
@@ -301,7 +302,9 @@ def averages_in(files: _files.Files) -> list[Average]:
         swapped = is_swapped(node)
         counter = (*names, counter_of("average", swapped))
         debias = names_of(as_state(node).weight) != {}
-        found.append(Average(names, counter, debias, swapped))
+        clock = next(iter(as_state(node).elapsed or {}), None)
+        elapsed = (*names, "elapsed", clock) if clock else None
+        found.append(Average(names, counter, elapsed, debias, swapped))
     return found
 
 

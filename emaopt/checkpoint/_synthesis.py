@@ -1,16 +1,23 @@
 """Averages made after training, from the checkpoints of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from emaopt._advice import advised, named
-from emaopt._checks import check_decay, check_integer, check_mapping, check_number
+from emaopt._checks import (
+    check_decay,
+    check_integer,
+    check_mapping,
+    check_number,
+    check_text,
+)
+from emaopt._clock import time_of
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
-from emaopt._profiles import BadProfile, decay_of, weights_of
+from emaopt._profiles import BadProfile, decay_of, is_annealing, weights_of
 from emaopt._types import DecayLike, DTypeLike, Path, Report
 from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
@@ -26,6 +33,7 @@ from emaopt.checkpoint._combinations import check_merging
 from emaopt.checkpoint._merge import Progress
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
+STEPS = "steps"  # what an average without a clock counts
 _FAR = 0.1  # the residual from which on there is a warning
 
 
@@ -51,6 +59,7 @@ def synthesize(
     recorded: Mapping[str, DecayLike | str] | None = None,
     every: int = 1,
     start: int = 0,
+    clock: str | None = None,
     rcond: float | None = None,
     at: str | None = None,
     dtype: DTypeLike | None = None,
@@ -63,7 +72,8 @@ def synthesize(
     The checkpoints of a run hold averages of known decays; `posthoc.solve_recorded` says
     how to combine them. The name of an average tells its decay, as that of a member of an
     `optax.named_chain` called "power:0.05" or "ema:0.999"; `recorded` tells the decays of
-    others. The checkpoints tell how many updates an average has had.
+    others. The checkpoints tell how many updates an average has had, and the time on its
+    `clock`; between two checkpoints all steps are taken to be equally long.
 
     Args:
       directory: The directory of a CheckpointManager, or of checkpoints whose names end
@@ -76,6 +86,9 @@ def synthesize(
       recorded: {name of an average, as for `get_average`: its decay, or the decay's
         name}. If given, no other averages are used.
       every, start: The arguments with which the recorded averages were made.
+      clock: What a target that is a decay counts: the clock of an average in the
+        checkpoints, as "tokens", or "steps". None: what the recorded averages count, if
+        all of them count the same.
       rcond: As for `posthoc.solve`.
       at, dtype, force, progress: As for `combine`.
       report: As for `combine`; also called if the residual is over 10 %.
@@ -119,6 +132,7 @@ def synthesize(
     check_integer(name, "start", start, 0)
     if step is not None:
         check_integer(name, "step", step, 0)
+    check_text(name, "clock", clock, optional=True)
     if rcond is not None:
         check_number(name, "rcond", rcond, 0)
     # A target that is no profile is refused before any checkpoint is opened.
@@ -126,7 +140,7 @@ def synthesize(
     found, _ = _selection.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, DecayLike] = {}
-    snapshots: dict[str, list[tuple[int, _selection.Average]]] = {}
+    snapshots: dict[str, list[_Snapshot]] = {}
     first = None
     # One snapshot of each average in each checkpoint: all must hold the same averages.
     for path in found:
@@ -140,25 +154,29 @@ def synthesize(
                 f"{', '.join(names)} in the one and {', '.join(averages)} in the other."
             )
         for n, (_, one) in averages.items():
-            snapshots.setdefault(n, []).append((updates(name, files, one), one))
+            taken = _Snapshot(one, updates(name, files, one), elapsed(name, files, one))
+            snapshots.setdefault(n, []).append(taken)
+    times = {n: _times(name, n, taken, start) for n, taken in snapshots.items()}
     options = {
         n: Recorded(
             names[n],
-            [count for count, _ in taken],
+            [one.updates for one in taken],
             every=every,
             start=start,
-            debias=taken[0][1].debias,
+            debias=taken[0].average.debias,
+            units=times[n].units,
         )
         for n, taken in snapshots.items()
     }
-    newest = max(taken[-1][0] for taken in snapshots.values())
+    newest = max(taken[-1].updates for taken in snapshots.values())
     if step is not None and not 0 <= step <= newest:
         raise Unknown(
             f"{name}: step must be in [0, {newest}], up to the newest snapshot's, got "
             f"{step}.",
             "step",
         )
-    wanted = _target(name, target, newest if step is None else step)
+    units = _units(name, times.values(), clock)
+    wanted = _target(name, target, newest if step is None else step, units)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
     if solution.residual > _FAR:
         report(
@@ -167,9 +185,9 @@ def synthesize(
             "snapshot would bring it nearer."
         )
     sources = [
-        (path, n, count)
+        (path, n, one.updates)
         for n in snapshots
-        for path, (count, _) in zip(found, snapshots[n], strict=True)
+        for path, one in zip(found, snapshots[n], strict=True)
     ]
     # Oldest first: the last one gives the leaves that are not averaged.
     order = sorted(range(len(sources)), key=lambda i: sources[i][2])
@@ -196,6 +214,62 @@ def synthesize(
     )
     said = [(str(path), n, count) for path, n, count in sources]
     return Synthesis(solution, len(wanted) - 1, said)
+
+
+class _Snapshot(NamedTuple):
+    """An average in one of the checkpoints."""
+
+    average: _selection.Average
+    updates: int
+    elapsed: float | None  # the time on its clock
+
+
+class _Times(NamedTuple):
+    """The time that each step of a run took, on the clock of an average."""
+
+    clock: str  # "steps" without a clock
+    units: np.ndarray | None  # float64 [T]; None for steps
+
+
+def _times(function: str, name: str, taken: Sequence[_Snapshot], start: int) -> _Times:
+    """The time of each step, from those of the snapshots."""
+    clocks = {one.average.elapsed[-1] if one.average.elapsed else STEPS for one in taken}
+    if len(clocks) > 1:
+        raise ValueError(
+            f"{function}: {name} counts {' and '.join(sorted(clocks))} in different "
+            "checkpoints."
+        )
+    (clock,) = clocks
+    if clock == STEPS:
+        return _Times(clock, None)
+    steps, times = [0, start], [0.0, 0.0]
+    for one in taken:
+        if one.updates > steps[-1]:
+            steps.append(one.updates)
+            times.append(float(one.elapsed or 0))
+    return _Times(clock, np.diff(np.interp(np.arange(steps[-1] + 1), steps, times)))
+
+
+def _units(
+    function: str, times: Iterable[_Times], clock: str | None
+) -> np.ndarray | None:
+    """The time of each step on the clock of the target; None for steps."""
+    known = {one.clock: one.units for one in times}
+    if clock is None and len(known) > 1:
+        raise Unknown(
+            f"{function}: the recorded averages count {' and '.join(sorted(known))}. Say "
+            "with clock= which of these the target does.",
+            "clock",
+        )
+    if clock is None:
+        clock = next(iter(known))
+    if clock != STEPS and clock not in known:
+        raise Unknown(
+            f"{function}: no recorded average counts {clock!r}; they count "
+            f"{', '.join(sorted(known))}.",
+            "clock",
+        )
+    return known.get(clock)
 
 
 def _decay(function: str, decay: DecayLike | str) -> DecayLike:
@@ -258,15 +332,34 @@ def updates(function: str, files: _files.Files, one: _selection.Average) -> int:
     return int(counter)
 
 
-def _target(function: str, target: DecayLike | str | ArrayLike, step: int) -> np.ndarray:
+def elapsed(function: str, files: _files.Files, one: _selection.Average) -> float | None:
+    """The time on the clock of an average; None without a clock."""
+    if one.elapsed is None:
+        return None
+    leaves = _stream.stored(function, files, [one.elapsed])
+    (time,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
+    return time_of(time)
+
+
+def _target(
+    function: str,
+    target: DecayLike | str | ArrayLike,
+    step: int,
+    units: np.ndarray | None = None,
+) -> np.ndarray:
     """The weights of all iterates in the average to make, float64 [T+1]."""
     decay: Any = target
     try:
         if isinstance(target, str):
-            return weights_of(target, step)
+            if units is None or is_annealing(target):
+                return weights_of(target, step)
+            decay = decay_of(target)
     except BadProfile as error:
         raise named(function, error) from None
     if isinstance(target, (list, tuple)) or getattr(target, "ndim", 0):
         return checked_weights(function, target, "target")
-    taken = shares_taken(function, decay, step, every=1, start=0, debias=False)
+    units = None if units is None else units[:step]
+    taken = shares_taken(
+        function, decay, step, every=1, start=0, debias=False, units=units
+    )
     return weights_of_shares(taken)

@@ -236,6 +236,14 @@ def synthesize(
     start: Annotated[
         int, typer.Option(min=0, help="`start` of the recorded averages.")
     ] = 0,
+    clock: Annotated[
+        str | None,
+        typer.Option(
+            help="What the decay of the target counts: *tokens*, as a recorded average "
+            "does, or *steps*.",
+            show_default=False,
+        ),
+    ] = None,
     at: At = None,
     dtype: Dtype = None,
     force: Force = False,
@@ -278,6 +286,7 @@ def synthesize(
             recorded={name: decay for name, _, decay in pairs},
             every=every,
             start=start,
+            clock=clock,
             at=at,
             dtype=dtype,
             force=force,

@@ -88,8 +88,11 @@ def description(found: "Description") -> Iterator[RenderableType]:
     if found.averages:
         averages = _table("averages", ["average", "updates", *_SUMMARY])
         for one in found.averages:
-            cells = _cells(one.summary) if one.summary else [""] * len(_SUMMARY)
+            unit = f" {escape(one.clock)}" if one.clock else ""
+            cells = _cells(one.summary, unit) if one.summary else [""] * len(_SUMMARY)
             updates = "?" if one.num_updates is None else f"{one.num_updates:,}"
+            if one.elapsed is not None:
+                updates += f" ({one.elapsed:,.0f} {escape(str(one.clock))})"
             averages.add_row(escape(one.name), updates, *cells)
         yield averages
         if not all(one.summary for one in found.averages):
@@ -101,11 +104,11 @@ def description(found: "Description") -> Iterator[RenderableType]:
         yield from combination(found.record)
 
 
-def _cells(summary: WeightSummary) -> list[str]:
-    """The columns of `_SUMMARY`."""
+def _cells(summary: WeightSummary, unit: str = "") -> list[str]:
+    """The columns of `_SUMMARY`; the unit of ages, if it is not steps."""
     return [
-        f"{summary.mean_age:,.1f}",
-        f"{summary.half_life:,.1f}",
+        f"{summary.mean_age:,.1f}{unit}",
+        f"{summary.half_life:,.1f}{unit}",
         f"{summary.effective_iterates:,.1f}",
         f"{summary.initial_weight:.2%}",
     ]

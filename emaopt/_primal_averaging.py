@@ -1,0 +1,373 @@
+"""Optimizers whose gradient is taken near an average of their iterates."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emaopt._averaging import Options, average_params
+from emaopt._checks import (
+    check_callable,
+    check_choice,
+    check_given,
+    check_number,
+    check_optimizer,
+    refuse_unlike,
+)
+from emaopt._decays import uniform_decay
+from emaopt._leaves import at_least_float32, is_averaged, is_masked
+from emaopt._recursion import make_recursion, move_to
+from emaopt._rounding import lead, rounded_to, settled
+from emaopt._sharding import Place
+from emaopt._signatures import takes_options_of
+from emaopt._states import PrimalAveragingState
+from emaopt._types import Count, DecayLike, Leaf, PyTree, Scalar
+
+_WEIGHT = "weight"  # the clock of `schedule_free`
+
+
+@takes_options_of(average_params, Options)
+def primal_averaging(
+    optimizer: optax.GradientTransformation,
+    decay: DecayLike,
+    *,
+    interpolation: float = 0.7,
+    inner_params: str = "z",
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it steps z, and the gradient is taken near z's average.
+
+    Three sequences, all equal at first; c is `interpolation`:
+
+        z_s = z_{s-1} + the optimizer's update for the gradient at y_{s-1}
+        x_s = β_t x_{s-1} + (1 - β_t) z_s
+        y_s = c x_s + (1 - c) z_s
+
+    The parameters are y: gradients are taken there. x is the average, read and used as
+    any other: `get_average`, `swap`, checkpoints that serve it. By the choice of β and c
+    this is GPA (`gpa`), schedule-free learning (`schedule_free`), or primal averaging
+    with any decay. With c = 0 it is `averaged(optimizer, decay)`, bit for bit. With c > 0
+    training itself depends on the decay: x is no by-product, and no decay of the learning
+    rate is needed.
+
+    What to watch: y is computed anew from x and z at every step. Whatever else changes
+    the parameters is undone by the next step: what follows this in an `optax.chain`,
+    `optax.lookahead` around it, weights that are loaded into the parameters alone. So it
+    is the outermost wrapper, but for those that skip or collect whole steps
+    (`optax.MultiSteps`, `optax.apply_if_finite`). Local updates refuse it as their inner
+    optimizer. Turn the optimizer's own momentum off for schedule-free learning, which has
+    c in place of it; GPA keeps it.
+
+    Args:
+      optimizer: Any Optax transformation. Extra arguments of `update` are passed to it.
+      decay: β in [0, 1] or a function t -> β.
+      interpolation: c in [0, 1]. Default 0.7.
+      inner_params: Which parameters the optimizer is given, for weight decay and the
+        like: "z", as in GPA, or "y", as in schedule-free learning. They have the
+        parameters' dtypes. Default "z".
+      **options: As in `average_params`. With `sharding`, z is split as x is, and y is
+        gathered at every step; `memory_kind` is that of both.
+
+    Returns:
+      A transformation whose state is a `PrimalAveragingState(inner_state, base,
+      averaging)`: beside the optimizer's own, z and x, in float32 at least, so that
+      parameters in bfloat16 do not stop moving. Leaves that are not averaged take the
+      optimizer's plain steps, and have neither.
+
+    Raises:
+      ValueError, TypeError: If an argument is out of its range, and from `update` as that
+        of `average_params`.
+
+    Example:
+      >>> tx = primal_averaging(optax.sgd(1.0), 0.5, interpolation=0.5)
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(state.base, state.averaging.average, optax.apply_updates(params, updates))
+      [-1. -1.] [-0.5 -0.5] [-0.75 -0.75]
+
+    References:
+      Defazio et al., 2025, Smoothing DiLoCo with primal averaging for faster training of
+      LLMs, https://arxiv.org/abs/2512.17131
+      Defazio et al., 2024, The road less scheduled, https://arxiv.org/abs/2405.15682
+    """
+    return _primal_averaging(
+        "primal_averaging", optimizer, decay, interpolation, inner_params, **options
+    )
+
+
+def _primal_averaging(
+    function: str,
+    optimizer: optax.GradientTransformation,
+    decay: DecayLike,
+    interpolation: float,
+    inner_params: str,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    check_optimizer(function, "optimizer", optimizer)
+    check_number(function, "interpolation", interpolation, 0, 1)
+    check_choice(function, "inner_params", inner_params, ["z", "y"])
+    recursion = make_recursion(function, decay, **options)
+    inner = optax.with_extra_args_support(optimizer)
+    has_base = interpolation > 0
+
+    def init(params: PyTree) -> PyTree:
+        averaging = recursion.init(params)
+        base = _started(params, averaging.average, recursion.places(params))
+        inner_state = inner.init(params)
+        return PrimalAveragingState(inner_state, base if has_base else None, averaging)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        num_updates: Count | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, PyTree]:
+        check_given(function, "moves the parameters to a mean", params)
+        if not isinstance(state, PrimalAveragingState):
+            raise TypeError(
+                f"{function}: the state must be a PrimalAveragingState as init makes it, "
+                f"got {type(state).__name__}."
+            )
+        if has_base != (state.base is not None):
+            raise ValueError(
+                f"{function}: interpolation={interpolation}, but the state was made with "
+                f"{'0' if has_base else 'another'}. It cannot change in mid-run from or "
+                "to 0."
+            )
+        where = recursion.places(params)
+        given = params
+        if has_base and inner_params == "z":
+            given = _seen(params, state.base, where)
+        time = dict(extra_args)
+        if num_updates is not None:
+            extra_args["num_updates"] = num_updates
+        try:
+            # Rounded here: with c > 0 they go into z, and z into the state.
+            updates, inner_state = inner.update(
+                updates, state.inner_state, given, **extra_args
+            )
+            updates = settled(updates, selected=has_base)
+            seen = optax.apply_updates(params, updates)
+        except (TypeError, ValueError, AttributeError) as error:
+            refuse_unlike(function, params, error, updates=updates)
+            raise
+        if not has_base:
+            averaging = recursion.update(seen, state.averaging, num_updates, time)
+            return updates, PrimalAveragingState(inner_state, None, averaging)
+        treedef = jax.tree.structure(params)
+        steps = treedef.flatten_up_to(updates)
+        base = [
+            z if is_masked(z) else place.fetched(z) + place.part(u.astype(z.dtype))
+            for z, u, place in zip(
+                treedef.flatten_up_to(state.base), steps, where, strict=True
+            )
+        ]
+        averaging = recursion.update(seen, state.averaging, num_updates, time, base)
+        average = treedef.flatten_up_to(averaging.average)
+
+        def led(p: Leaf, z: Leaf, x: Leaf, u: Leaf, place: Place) -> Leaf:
+            if is_masked(z):
+                return u
+            y = move_to(place.fetched(x), z, 1 - interpolation)
+            return lead(p, place.whole(y), u, True)
+
+        leads = map(led, treedef.flatten_up_to(params), base, average, steps, where)
+        kept = [
+            z if is_masked(z) else place.kept(z)
+            for z, place in zip(base, where, strict=True)
+        ]
+        return treedef.unflatten(leads), PrimalAveragingState(
+            inner_state, treedef.unflatten(kept), averaging
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _started(params: PyTree, average: PyTree, where: Sequence[Place]) -> PyTree:
+    """z at first: copies of the averaged leaves, MaskedNode for the others."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def started(leaf: Leaf, entry: Leaf, place: Place) -> Leaf:
+        if not is_averaged(entry):
+            return optax.MaskedNode()
+        leaf = jnp.asarray(leaf)
+        return place.start(jnp.array(leaf, at_least_float32(leaf.dtype), copy=True))
+
+    entries = treedef.flatten_up_to(average)
+    return treedef.unflatten(map(started, leaves, entries, where))
+
+
+def _seen(params: PyTree, base: PyTree, where: Sequence[Place]) -> PyTree:
+    """z as parameters: whole, and in their dtypes."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def seen(leaf: Leaf, z: Leaf, place: Place) -> Leaf:
+        if is_masked(z):
+            return leaf
+        dtype = jnp.asarray(leaf).dtype
+        return rounded_to(place.whole(place.fetched(z)), dtype).astype(dtype)
+
+    return treedef.unflatten(map(seen, leaves, treedef.flatten_up_to(base), where))
+
+
+@takes_options_of(average_params, Options)
+def gpa(
+    optimizer: optax.GradientTransformation,
+    decay: DecayLike = 0.9967,
+    *,
+    interpolation: float = 0.7,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """Generalized primal averaging: one loop in place of single-worker DiLoCo's two.
+
+    `primal_averaging` with a constant decay. In place of DiLoCo with H local steps and
+    outer momentum 0.9, take β = 0.9^(1/H): 0.9934, 0.9967, 0.9984 for H = 16, 32, 64.
+    The learning rate has its usual schedule, and weight decay acts on z.
+
+        tx = emaopt.gpa(optax.adamw(schedule, b1=0.9, weight_decay=0.1))
+
+    Args:
+      optimizer: AdamW in the paper, with its momentum.
+      decay: β, μ_x in the paper. Default 0.9967.
+      interpolation: c, μ_y in the paper. Default 0.7.
+      **options: As in `average_params`.
+
+    Returns:
+      A transformation whose state is a `PrimalAveragingState`.
+
+    Raises:
+      ValueError, TypeError: As `primal_averaging`.
+
+    Example:
+      >>> tx = gpa(optax.sgd(1.0), 0.5)
+      >>> params = jnp.zeros(1)
+      >>> updates, state = tx.update(jnp.ones(1), tx.init(params), params)
+      >>> print(state.averaging.average, updates)
+      [-0.5] [-0.65]
+
+    References:
+      Defazio et al., 2025, Smoothing DiLoCo with primal averaging for faster training of
+      LLMs, algorithm 1 and table 4, https://arxiv.org/abs/2512.17131
+    """
+    return _primal_averaging("gpa", optimizer, decay, interpolation, "z", **options)
+
+
+class ScheduleFreeState(NamedTuple):
+    """State of `schedule_free`."""
+
+    primal: PyTree  # a PrimalAveragingState
+    largest: Scalar | None  # () float, the largest learning rate; None if constant
+
+
+@takes_options_of(average_params, Options)
+def schedule_free(
+    optimizer: optax.GradientTransformation,
+    learning_rate: float | Callable[[Any], Any] | None = None,
+    *,
+    interpolation: float = 0.9,
+    power: float = 0.0,
+    learning_rate_power: float = 2.0,
+    inner_params: str = "y",
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-free learning: no decay of the learning rate, no length known in advance.
+
+    `primal_averaging` whose x is the mean of all z_s with weights
+
+        w_s = s^power · (max_{i <= s} learning_rate(i - 1))^learning_rate_power.
+
+    Equal weights for a constant learning rate; less for the steps of a warm-up. Take the
+    optimizer without momentum, which c replaces, and a schedule with a warm-up alone:
+
+        schedule = optax.warmup_constant_schedule(0.0, 3e-3, 1000)
+        tx = emaopt.schedule_free(optax.adamw(schedule, b1=0.0), schedule)
+
+    Args:
+      optimizer: SGD or AdamW in the paper.
+      learning_rate: That of `optimizer`, a number or a schedule. None: constant.
+      interpolation: c, β_1 in the paper. Default 0.9.
+      power: r in the authors' code, at least 0. Default 0.
+      learning_rate_power: At least 0. Default 2.
+      inner_params: As in `primal_averaging`. Default "y": weight decay acts there.
+      **options: As in `average_params`, but for `clock`: the weights are the clock, and
+        the state's `elapsed` is their sum, which does not stop growing in float32.
+
+    Returns:
+      A transformation whose state is a `ScheduleFreeState`.
+
+    Raises:
+      ValueError, TypeError: As `primal_averaging`, or if `clock` is given.
+
+    Example:
+      >>> tx = schedule_free(optax.sgd(1.0), interpolation=0.5)
+      >>> params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jnp.ones(1), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(state.primal.averaging.average, params)
+      [-2.] [-2.5]
+
+    References:
+      Defazio et al., 2024, The road less scheduled, https://arxiv.org/abs/2405.15682
+    """
+    name = "schedule_free"
+    check_number(name, "power", power, 0)
+    check_number(name, "learning_rate_power", learning_rate_power, 0)
+    if callable(learning_rate):
+        check_callable(name, "learning_rate", learning_rate, 1)
+    elif learning_rate is not None:
+        check_number(name, "learning_rate", learning_rate, 0)
+    given: dict[str, Any] = {**options}
+    if given.pop("clock") is not None:
+        raise ValueError(
+            f"{name}: clock must be left out: the weights of the iterates are the clock."
+        )
+    schedule = learning_rate if callable(learning_rate) else None
+    tx = _primal_averaging(
+        name,
+        optimizer,
+        uniform_decay(),
+        interpolation,
+        inner_params,
+        clock=_WEIGHT,
+        **given,
+    )
+
+    def init(params: PyTree) -> PyTree:
+        primal: PyTree = tx.init(params)
+        zero = jnp.zeros_like(primal.averaging.pending)  # on the parameters' devices
+        return ScheduleFreeState(primal, zero if schedule else None)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, PyTree]:
+        if not isinstance(state, ScheduleFreeState):
+            raise TypeError(
+                f"{name}: the state must be a ScheduleFreeState as init makes it, got "
+                f"{type(state).__name__}."
+            )
+        if (schedule is None) != (state.largest is None):
+            raise ValueError(
+                f"{name}: learning_rate is {'no' if schedule is None else 'a'} schedule, "
+                "and was otherwise when the state was made. It cannot change in mid-run."
+            )
+        count = state.primal.averaging[0]
+        largest, weight = state.largest, 1.0
+        if schedule is not None and largest is not None:
+            rate = jnp.asarray(schedule(count), largest.dtype)
+            largest = jnp.maximum(largest, rate)
+            weight = largest**learning_rate_power
+        if power:
+            weight *= (optax.safe_increment(count) * 1.0) ** power
+        extra_args[_WEIGHT] = weight
+        updates, primal = tx.update(updates, state.primal, params, **extra_args)
+        return updates, ScheduleFreeState(primal, largest)
+
+    return optax.GradientTransformationExtraArgs(init, update)
