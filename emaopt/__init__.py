@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from emaopt._annealing import annealing_decay, window_decay
 from emaopt._asynchronous import AsyncTrace, simulate_async
-from emaopt._averaging import AveragedState, average_params, average_tree, averaged
+from emaopt._averaging import average_params, average_tree, averaged
 from emaopt._decays import (
     half_life_decay,
     inverse_gamma_decay,
@@ -42,7 +42,6 @@ from emaopt._local_methods import (
 from emaopt._local_options import local_updates
 from emaopt._names import by_name
 from emaopt._primal_averaging import (
-    ScheduleFreeState,
     gpa,
     primal_averaging,
     schedule_free,
@@ -52,9 +51,11 @@ from emaopt._recursion import Averager
 from emaopt._restart import change_mask, reset_average
 from emaopt._state_shardings import state_shardings
 from emaopt._states import (
+    AveragedState,
     AverageState,
     LocalUpdatesState,
     PrimalAveragingState,
+    ScheduleFreeState,
     SwappedLocalUpdatesState,
     SwappedState,
 )

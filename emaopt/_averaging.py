@@ -1,6 +1,6 @@
 """How an average is kept: of any tree, last in a chain, or around an optimizer."""
 
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import jax
 import optax
@@ -17,7 +17,7 @@ from emaopt._recursion import Averager, make_averager, make_recursion
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
-from emaopt._states import AverageState, SwappedState
+from emaopt._states import AveragedState
 from emaopt._types import Count, DecayLike, DTypeLike, Mask, Placement, PyTree
 
 
@@ -35,13 +35,6 @@ class Options(TypedDict, total=False):
     sharding: Placement
     memory_kind: str | None
     clock: str | None
-
-
-class AveragedState(NamedTuple):
-    """State of `averaged`: that of the optimizer, and the `AverageState` beside it."""
-
-    inner_state: PyTree  # of the wrapped optimizer
-    averaging: AverageState | SwappedState  # the latter while the average is in use
 
 
 def average_params(

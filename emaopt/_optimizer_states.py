@@ -11,6 +11,7 @@ from emaopt._nodes import (
     field_of,
     is_average_node,
 )
+from emaopt._states import AveragedState, PrimalAveragingState, ScheduleFreeState
 from emaopt._types import PyTree
 
 # A key above an optimizer's state: "opt", "opt_state", "actor_optimizer".
@@ -99,8 +100,16 @@ def is_optimizers(node: object) -> bool:
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node).__module__.split(".")[0] in ("optax", "emaopt")
     if isinstance(node, Mapping):  # `nnx.state`, or a restore without a target
-        return {"inner_state", "averaging"} == set(node) or as_state(node) is not None
+        fields = (AveragedState, PrimalAveragingState, ScheduleFreeState)
+        is_ours = any(_has_fields(node, one._fields) for one in fields)
+        return is_ours or as_state(node) is not None
     return False
+
+
+def _has_fields(node: Mapping, fields: tuple[str, ...]) -> bool:
+    """Whether a mapping has the fields of a state; those that are None may be missing."""
+    optional = {"base", "largest"}
+    return set(fields) - optional <= set(node) <= set(fields)
 
 
 def _is_chain(node: PyTree, towards: str) -> bool:

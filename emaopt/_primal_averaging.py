@@ -1,7 +1,7 @@
 """Optimizers whose gradient is taken near an average of their iterates."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from emaopt._recursion import make_recursion, move_to
 from emaopt._rounding import lead, rounded_to, settled
 from emaopt._sharding import Place
 from emaopt._signatures import takes_options_of
-from emaopt._states import PrimalAveragingState
-from emaopt._types import Count, DecayLike, Leaf, PyTree, Scalar
+from emaopt._states import PrimalAveragingState, ScheduleFreeState
+from emaopt._types import Count, DecayLike, Leaf, PyTree
 
 _WEIGHT = "weight"  # the clock of `schedule_free`
 
@@ -254,13 +254,6 @@ def gpa(
       LLMs, algorithm 1 and table 4, https://arxiv.org/abs/2512.17131
     """
     return _primal_averaging("gpa", optimizer, decay, interpolation, "z", **options)
-
-
-class ScheduleFreeState(NamedTuple):
-    """State of `schedule_free`."""
-
-    primal: PyTree  # a PrimalAveragingState
-    largest: Scalar | None  # () float, the largest learning rate; None if constant
 
 
 @takes_options_of(average_params, Options)

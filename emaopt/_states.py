@@ -40,12 +40,26 @@ class SwappedState(NamedTuple):
     average: PyTree  # the raw parameters, while the average is in their place
 
 
+class AveragedState(NamedTuple):
+    """State of `averaged`: that of the optimizer, and the `AverageState` beside it."""
+
+    inner_state: PyTree  # of the wrapped optimizer
+    averaging: AverageState | SwappedState  # the latter while the average is in use
+
+
 class PrimalAveragingState(NamedTuple):
     """State of `primal_averaging`: the parameters y lie between its z and its x."""
 
     inner_state: PyTree  # of the wrapped optimizer
     base: PyTree  # z, at least float32; MaskedNode where masked; None if y = z
     averaging: AverageState | SwappedState  # of x; the latter while x is in use
+
+
+class ScheduleFreeState(NamedTuple):
+    """State of `schedule_free`."""
+
+    primal: PyTree  # a PrimalAveragingState
+    largest: Scalar | None  # () float, the largest learning rate; None if constant
 
 
 class InFlight(NamedTuple):

@@ -59,6 +59,9 @@ def programs(mesh):
     layers = of(LAYERS, dict.fromkeys(LAYERS, P(None, "model")))
     with jax.set_mesh(mesh):
         yield "averaged", compiled(emaopt.averaged(ADAM, 0.999), params)
+        yield "primal averaging", compiled(emaopt.gpa(ADAM), params)
+        split = emaopt.gpa(ADAM, **SPLIT)
+        yield "split primal averaging", compiled(split, params)
         for name, options in OPTIONS.items():
             if name == "average on the host every 10" and on_gpus(mesh):
                 continue  # XLA cannot compile it there

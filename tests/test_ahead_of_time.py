@@ -236,13 +236,14 @@ def test_gates_keep_tpus_from_fusing_gradients_with_their_use_and_do_nothing_on_
 PARAMS = 2 * 8192 * 32768  # of the model in aot_averages, split over the last axis
 TPUS = [target for target in TARGETS if "TPU" in target]
 # Bytes per parameter beyond Adam's: an average is read and written, and the parameter is
-# read again where XLA does not fuse.
+# read again where XLA does not fuse. Primal averaging has z beside it.
 TRAFFIC = {
     "average": 8,
     "averaged": 8,
     "average in bfloat16": 4,
     "two averages": 8 + 12,
     "average every 10": 12,
+    "primal averaging": 16,
 }
 IN_PLACE = [*TRAFFIC, "split average", "split average every 10"]
 
@@ -274,10 +275,19 @@ def test_split_average_takes_its_part_of_the_memory(target):
         assert (split.traffic - adam.traffic) / on_chip(target) < 0.7
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_split_primal_averaging_takes_its_part_of_the_memory(target):
+    adam, split = (programs(target)[n] for n in ("adam", "split primal averaging"))
+    parts = math.prod(TARGETS[target].shape[:2])
+    own = split.arguments - adam.arguments  # z and x
+    assert own == pytest.approx(2 * 4 * on_chip(target) / parts, rel=1e-3)
+
+
+@pytest.mark.parametrize(("case", "count"), [("average", 4), ("primal averaging", 5)])
 @pytest.mark.parametrize("target", TPUS)
-def test_adam_and_an_average_are_one_pass_on_tpus(target):
-    lines = programs(target)["average"].always
-    assert len(large(results(lines, "fusion"))) == 4 * 2  # two leaves, all in one each
+def test_adam_and_an_average_are_one_pass_on_tpus(target, case, count):
+    lines = programs(target)[case].always
+    assert len(large(results(lines, "fusion"))) == count * 2  # two leaves, all in one
 
 
 @pytest.mark.parametrize("case", IN_PLACE)

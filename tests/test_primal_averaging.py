@@ -270,6 +270,48 @@ def test_a_train_state_with_schedule_free_is_served_and_resumed(tmp_path):
     same(checkpoint.restore(tmp_path / "c", fresh), state)
 
 
+WRAPPED = {
+    "GPA": lambda inner: emaopt.gpa(inner, 0.9),
+    "schedule-free": lambda inner: emaopt.schedule_free(
+        inner, optax.constant_schedule(0.05)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_run_without_it_goes_on_with_it_and_back(wrapped, tmp_path):
+    tx = WRAPPED[wrapped](ADAM)
+    params, state = run(ADAM, steps=4)
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state}, optional=True)
+    said = []
+    target = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
+    found = checkpoint.restore(tmp_path / "c", target, report=said.append)
+    primal = getattr(found["opt_state"], "primal", found["opt_state"])
+    same(primal.inner_state, state)
+    same(primal.base, params)
+    same(emaopt.get_average(found["opt_state"]), params)
+    assert "started the average anew" in " ".join(said)
+    params, state = run(tx, found["params"], 3, found["opt_state"])
+    checkpoint.save(tmp_path / "d", {"params": params, "opt_state": state})
+    target = {"params": PARAMS, "opt_state": ADAM.init(PARAMS)}
+    back = checkpoint.restore(tmp_path / "d", target, report=said.append)
+    same(back["params"], params)
+    same(back["opt_state"], getattr(state, "primal", state).inner_state)
+    assert "left out an average" in said[-1]
+
+
+def test_an_average_beside_the_optimizer_becomes_x(tmp_path):
+    plain = emaopt.averaged(ADAM, 0.9)
+    params, state = run(plain, steps=4)
+    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state})
+    tx = emaopt.gpa(ADAM, 0.9)
+    target = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
+    found = checkpoint.restore(tmp_path / "c", target)
+    same(found["opt_state"].averaging, state.averaging)
+    same(found["opt_state"].base, params)
+    same(found["opt_state"].inner_state, state.inner_state)
+
+
 def test_swap_is_an_involution_and_a_swapped_state_does_not_train():
     tx = emaopt.gpa(ADAM, 0.9)
     params, state = run(tx)

@@ -1,6 +1,6 @@
 """Which leaf of a checkpoint fills which leaf of the target, and what is made up."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -9,11 +9,11 @@ import numpy as np
 
 from emaopt._leaves import kind_of
 from emaopt._names import is_below, joined
-from emaopt._nodes import as_state, average_nodes, center_nodes, field_of
+from emaopt._nodes import average_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
-from emaopt._places import Ways, located_at, shape_of
-from emaopt._states import AverageState
+from emaopt._places import Ways, shape_of
 from emaopt._types import Leaf, Path, PyTree
+from emaopt.checkpoint import _begun
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._renaming import told_by
@@ -88,7 +88,7 @@ def match(
     sources, fresh = _within(scope, rows.sources), rows.fresh & wanted.keys()
     report += rows.report
     left = wanted.keys() - sources.keys() - fresh
-    seeds = _seeds(function, target, left, rows.sources, params, keep_missing)
+    seeds = _begun.seeds(function, target, left, rows.sources, params, keep_missing)
     if seeds:
         report.append(
             f"started the average anew from the parameters: {len(seeds)} leaves, "
@@ -102,13 +102,13 @@ def match(
         report.append(f"kept the target's values of {listed(kept)}")
     extra = there.keys() - sources.values() - rows.left
     dropped = {
-        names for names in extra if _belongs_to_dropped_average(names, there, extra)
+        names for names in extra if _begun.is_of_dropped_average(names, there, extra)
     }
     if dropped:
         why = "the target has none"
         # An average that is left out beside one that begins is perhaps the same, renamed.
-        if seeds and (new := _counted(seeds)):
-            same = {joined(_counted(dropped)[0]): joined(new[0])}
+        if seeds and (new := _begun.counted(seeds)):
+            same = {joined(_begun.counted(dropped)[0]): joined(new[0])}
             why = f"and began another; if they are the same, say rename={same}"
         report.append(f"left out an average, {why}: {listed(dropped)}")
     if ignore_extra and extra - dropped:
@@ -120,7 +120,13 @@ def match(
         missing=left - seeds.keys() - kept,
         extra=extra - dropped,
         misfits=_misfits(sources, wanted, saved, rows.rows),
-        advice=_advice(target, left - seeds.keys(), changed, abstract & rows.kept),
+        advice=_advice(
+            target,
+            left - seeds.keys(),
+            extra - dropped,
+            changed,
+            abstract & rows.kept,
+        ),
     )
     seeds |= dict.fromkeys(fresh)
     return Match(sources, seeds, rows.rows & wanted.keys(), report)
@@ -233,7 +239,11 @@ def _within(scope: Names, leaves: dict[Names, T]) -> dict[Names, T]:
 
 
 def _advice(
-    target: PyTree, missing: set[Names], changed: list[Names], abstract: set[Names]
+    target: PyTree,
+    missing: set[Names],
+    extra: set[Names],
+    changed: list[Names],
+    abstract: set[Names],
 ) -> str:
     """What to do about leaves that do not fit, where a remedy is known."""
     if changed:
@@ -247,6 +257,11 @@ def _advice(
             "The outer optimizer of new local updates begins as in the target: give "
             "arrays, as tx.init makes them, not shapes alone."
         )
+    if clocks := {names[-1] for names in missing | extra if "elapsed" in names[-2:-1]}:
+        return (
+            f"An average counts {', '.join(sorted(clocks))} on one side alone: restore "
+            "with the clock= that it was saved with. Another clock needs a new average."
+        )
     for average, node in average_nodes(target).items():
         averaged = (*average, field_of(node))
         whole = {names for names in names_of(target) if is_below(names, averaged)}
@@ -258,60 +273,6 @@ def _advice(
                 "the new one."
             )
     return ""
-
-
-def _seeds(
-    function: str,
-    target: PyTree,
-    missing: set[Names],
-    sources: dict[Names, Names],
-    told: Ways,
-    in_part: bool,
-) -> dict[Names, Names | None]:
-    """What a new average starts from: its leaves from parameters, its counters from zero.
-
-    An average of which some leaves are missing is damaged or foreign. With `in_part`, the
-    averaged leaves that it lacks start from their parameters all the same.
-    """
-    seeds: dict[Names, Names | None] = {}
-    for average, node in average_nodes(target).items():
-        ours = {names for names in missing if is_below(names, average)}
-        whole = {average + names for names in names_of(as_state(node))}
-        inside = {names for names in ours if names[len(average)] == "average"}
-        if not ours or not (ours == whole or (in_part and ours == inside)):
-            continue
-        params = _origin(function, target, average, told)
-        for names in ours:
-            param = params + names[len(average) + 1 :]
-            if names not in inside:
-                seeds[names] = None
-            elif param in sources:
-                seeds[names] = sources[param]
-    return seeds
-
-
-def _origin(function: str, target: PyTree, average: Names, told: Ways) -> Names:
-    """The names of what a new average starts from: its parameters or its center."""
-    # The outer optimizer of local updates has the center for parameters.
-    for center in center_nodes(target):
-        if (*center, "outer_state") == average[: len(center) + 1]:
-            return (*center, "center")
-    return located_at(function, target, average, told).params
-
-
-def _counted(leaves: Iterable[Names]) -> list[Names]:
-    """The averages whose counters are among the leaves."""
-    return sorted(n[:-1] for n in leaves if n[-1] == AverageState._fields[0])
-
-
-def _belongs_to_dropped_average(names: Names, saved: Leaves, extra: set[Names]) -> bool:
-    """Whether a leaf belongs to a saved average of which the target has no part."""
-    # A checkpoint keeps no types: an average is told by its counters and `pending`.
-    for i in range(len(names)):
-        counters = {(*names[:i], field) for field in AverageState._fields[:2]}
-        if counters <= extra and (*names[:i], "pending") in saved:
-            return names[i] in AverageState._fields
-    return False
 
 
 def _misfits(

@@ -23,6 +23,7 @@ WRAPPERS = {
     "inner_state",
     "inner_states",
     "opt_state",
+    "primal",
 }
 # The field for states of the outer optimizer, which are never those of a worker.
 _OUTER = "outer_state"

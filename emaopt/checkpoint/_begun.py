@@ -1,0 +1,91 @@
+"""What begins anew in a restore, and what is left out: averages and their company."""
+
+from collections.abc import Iterable
+
+from emaopt._names import Names, is_below
+from emaopt._nodes import as_state, average_nodes, center_nodes
+from emaopt._places import Ways, located_at
+from emaopt._states import AverageState, PrimalAveragingState
+from emaopt._types import Leaf, PyTree
+from emaopt.checkpoint._files import names_of
+
+
+def seeds(
+    function: str,
+    target: PyTree,
+    missing: set[Names],
+    sources: dict[Names, Names],
+    told: Ways,
+    in_part: bool,
+) -> dict[Names, Names | None]:
+    """What a new average starts from: its leaves from parameters, its counters from zero.
+
+    An average of which some leaves are missing is damaged or foreign. With `in_part`, the
+    averaged leaves that it lacks start from their parameters all the same.
+    """
+    seeds: dict[Names, Names | None] = {}
+    for average, node in average_nodes(target).items():
+        beside = _beside(target, average)
+        if beside and beside <= missing:
+            params = _origin(function, target, average, told)
+            for names in beside:
+                param = params + names[len(average) :]
+                if names[-1] == "largest":
+                    seeds[names] = None
+                elif param in sources:
+                    seeds[names] = sources[param]
+        ours = {names for names in missing if is_below(names, average)}
+        whole = {average + names for names in names_of(as_state(node))}
+        inside = {names for names in ours if names[len(average)] == "average"}
+        if not ours or not (ours == whole or (in_part and ours == inside)):
+            continue
+        params = _origin(function, target, average, told)
+        for names in ours:
+            param = params + names[len(average) + 1 :]
+            if names not in inside:
+                seeds[names] = None
+            elif param in sources:
+                seeds[names] = sources[param]
+    return seeds
+
+
+def _beside(target: PyTree, average: Names) -> set[Names]:
+    """What a primal averaging has beside its average: z, and `largest` of some."""
+    if average[-1:] != PrimalAveragingState._fields[-1:]:
+        return set()
+    z, rate = (*average[:-1], "base"), (*average[:-2], "largest")
+    return {n for n in names_of(target) if is_below(n, z) or n == rate}
+
+
+def _origin(function: str, target: PyTree, average: Names, told: Ways) -> Names:
+    """The names of what a new average starts from: its parameters or its center."""
+    # The outer optimizer of local updates has the center for parameters.
+    for center in center_nodes(target):
+        if (*center, "outer_state") == average[: len(center) + 1]:
+            return (*center, "center")
+    return located_at(function, target, average, told).params
+
+
+def counted(leaves: Iterable[Names]) -> list[Names]:
+    """The averages whose counters are among the leaves."""
+    return sorted(n[:-1] for n in leaves if n[-1] == AverageState._fields[0])
+
+
+def is_of_dropped_average(
+    names: Names, saved: dict[Names, Leaf], extra: set[Names]
+) -> bool:
+    """Whether a leaf belongs to a saved average of which the target has no part."""
+    # A checkpoint keeps no types: an average is told by its counters and `pending`.
+    for i in range(len(names)):
+        counters = {(*names[:i], field) for field in AverageState._fields[:2]}
+        if counters <= extra and (*names[:i], "pending") in saved:
+            return names[i] in AverageState._fields
+    return _is_beside(names, saved)
+
+
+def _is_beside(names: Names, saved: Iterable[Names]) -> bool:
+    """Whether a saved leaf is what `_beside` lists, by the names of the file."""
+    if names[-1] == "largest":
+        return (*names[:-1], "primal", "averaging", "pending") in saved
+    ways = [names[:i] for i, name in enumerate(names) if name == "base"]
+    return any((*way, "averaging", "pending") in saved for way in ways)
