@@ -256,6 +256,7 @@ def test_synthesis_knows_the_profile_of_batches_that_changed_in_size(tmp_path):
     wanted = emaopt.decay_weights(target, len(units), units=units)
     got = checkpoint.load_averaged(tmp_path / "out")["w"]
     assert made.solution.residual < 0.05
+    assert checkpoint.describe(tmp_path / "out").record["clock"] == "tokens"
     # By steps it is another average, and the snapshots say as much.
     other = emaopt.decay_weights(target, len(units))
     distance = np.linalg.norm((wanted - other) @ iterates)

@@ -70,7 +70,9 @@ def test_the_page_on_elastic_training(tmp_path):
     assert again[0] == again[1] and again[0].startswith("10\n12 (0, 1) [")
 
 
-def test_the_page_on_adopting(tmp_path):
+@pytest.mark.parametrize("page", ["adopting.md", "clocks.md", "primal-averaging.md"])
+def test_the_pages_that_are_one_program(tmp_path, page):
     scope = {"directory": str(tmp_path)}
-    for block in blocks("adopting.md"):
-        exec(compile(block, "adopting.md", "exec"), scope)
+    assert blocks(page)
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), scope)

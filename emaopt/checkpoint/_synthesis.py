@@ -175,8 +175,8 @@ def synthesize(
             f"{step}.",
             "step",
         )
-    units = _units(name, times.values(), clock)
-    wanted = _target(name, target, newest if step is None else step, units)
+    time = _chosen(name, times.values(), clock)
+    wanted = _target(name, target, newest if step is None else step, time.units)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
     if solution.residual > _FAR:
         report(
@@ -204,6 +204,7 @@ def synthesize(
         record={
             "target": target if isinstance(target, (str, float)) else repr(target),
             "step": len(wanted) - 1,
+            "clock": time.clock,
             "weights": f"the averages of {', '.join(snapshots)}",
             "averages": [sources[i][1] for i in order],
             "residual": solution.residual,
@@ -250,26 +251,23 @@ def _times(function: str, name: str, taken: Sequence[_Snapshot], start: int) -> 
     return _Times(clock, np.diff(np.interp(np.arange(steps[-1] + 1), steps, times)))
 
 
-def _units(
-    function: str, times: Iterable[_Times], clock: str | None
-) -> np.ndarray | None:
-    """The time of each step on the clock of the target; None for steps."""
-    known = {one.clock: one.units for one in times}
+def _chosen(function: str, times: Iterable[_Times], clock: str | None) -> _Times:
+    """The time on the clock of the target."""
+    known = {one.clock: one for one in times}
     if clock is None and len(known) > 1:
         raise Unknown(
             f"{function}: the recorded averages count {' and '.join(sorted(known))}. Say "
             "with clock= which of these the target does.",
             "clock",
         )
-    if clock is None:
-        clock = next(iter(known))
+    clock = next(iter(known)) if clock is None else clock
     if clock != STEPS and clock not in known:
         raise Unknown(
             f"{function}: no recorded average counts {clock!r}; they count "
             f"{', '.join(sorted(known))}.",
             "clock",
         )
-    return known.get(clock)
+    return known.get(clock, _Times(STEPS, None))
 
 
 def _decay(function: str, decay: DecayLike | str) -> DecayLike:

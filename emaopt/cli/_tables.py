@@ -55,6 +55,8 @@ def combination(record: Json) -> Iterator[RenderableType]:
     """What was combined, and the error of a synthesis."""
     kind = record.get("profile") or record.get("target") or "by coefficients"
     at = f" at step {record['step']:,}" if "step" in record else ""
+    clock = record.get("clock", "steps")
+    kind += f" by {clock}" if clock != "steps" else ""
     title = f"a combination ({kind}{at}) of {record['weights']}"
     columns: dict[str, Iterable[str]] = {"checkpoint": map(escape, record["checkpoints"])}
     if "averages" in record:
