@@ -92,7 +92,8 @@ def annealing_decay(shape: Shape, num_steps: int, fraction: float = 1.0) -> Deca
     merge at several lengths, keep one such average for each.
 
     Args:
-      shape: "linear", "cosine", "1-sqrt" or an Optax schedule that does not rise.
+      shape: "linear", "cosine", "1-sqrt" or an Optax schedule that does not rise, which
+        counts steps from where the last `fraction` begins.
       num_steps: T, the number of updates of the run after `start`.
       fraction: The part of the run over which the learning rate decays, in (0, 1].
 
@@ -106,6 +107,10 @@ def annealing_decay(shape: Shape, num_steps: int, fraction: float = 1.0) -> Deca
     Example:
       >>> print(annealing_decay("linear", 10, 0.2)(10))
       0.75
+      >>> import optax
+      >>> schedule = optax.linear_schedule(1.0, 0.0, 2)  # of the last 20 % of 10 steps
+      >>> print(annealing_decay(schedule, 10, 0.2)(10))
+      0.5
 
     References:
       Tian et al., 2025, WSM: decay-free learning rate schedule via checkpoint merging,

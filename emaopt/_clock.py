@@ -66,7 +66,8 @@ def span(function: str, clock: str, given: Mapping[str, object], dtype: np.dtype
         raise ValueError(
             f"{function}: clock={clock!r}, but update was called without the time: call "
             f"tx.update(grads, state, params, {clock}=n), with the {clock} that the step "
-            "takes."
+            "takes. Flax's TrainState.apply_gradients and an optax.MultiSteps inside of "
+            "another wrapper pass nothing on: docs/clocks.md says what to do."
         )
     if isinstance(value, (jax.Array, np.ndarray)):
         return _of_array(function, clock, value, dtype)

@@ -284,8 +284,8 @@ def half_life_decay(half_life: float, *, ramp: float | None = None) -> DecayFunc
     early in the run the window is a fixed fraction of the steps so far.
 
     Args:
-      half_life: In steps, greater than 0. From a half-life in examples: examples divided
-        by the batch size. With a ramp, math.inf keeps the fraction fixed to the end.
+      half_life: In steps, greater than 0; of an average with clock="examples", in
+        examples. With a ramp, math.inf keeps the fraction fixed to the end.
       ramp: The half-life as a fraction of the steps so far, greater than 0; 0.05 is
         common. None for none.
 

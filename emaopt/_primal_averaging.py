@@ -19,7 +19,7 @@ from emaopt._checks import (
 from emaopt._decays import uniform_decay
 from emaopt._leaves import at_least_float32, is_averaged, is_masked
 from emaopt._recursion import make_recursion, move_to
-from emaopt._rounding import lead, rounded_to, settled
+from emaopt._rounding import lead, settled
 from emaopt._sharding import Place
 from emaopt._signatures import takes_options_of
 from emaopt._states import PrimalAveragingState, ScheduleFreeState
@@ -65,16 +65,16 @@ def primal_averaging(
       decay: β in [0, 1] or a function t -> β.
       interpolation: c in [0, 1]. Default 0.7.
       inner_params: Which parameters the optimizer is given, for weight decay and the
-        like: "z", as in GPA, or "y", as in schedule-free learning. They have the
-        parameters' dtypes. Default "z".
+        like: "z", as in GPA, or "y", as in schedule-free learning. Default "z".
       **options: As in `average_params`. With `sharding`, z is split as x is, and y is
         gathered at every step; `memory_kind` is that of both.
 
     Returns:
       A transformation whose state is a `PrimalAveragingState(inner_state, base,
-      averaging)`: beside the optimizer's own, z and x, in float32 at least, so that
-      parameters in bfloat16 do not stop moving. Leaves that are not averaged take the
-      optimizer's plain steps, and have neither.
+      averaging)`: beside the optimizer's own, z and x, in float32 at least. The optimizer
+      steps z, and is given gradients and parameters in z's dtype, so its slots are in
+      float32, too: parameters in bfloat16 do not stop moving. Leaves that are not
+      averaged take the optimizer's plain steps, and have neither.
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` as that
@@ -114,9 +114,10 @@ def _primal_averaging(
 
     def init(params: PyTree) -> PyTree:
         averaging = recursion.init(params)
+        if not has_base:
+            return PrimalAveragingState(inner.init(params), None, averaging)
         base = _started(params, averaging.average, recursion.places(params))
-        inner_state = inner.init(params)
-        return PrimalAveragingState(inner_state, base if has_base else None, averaging)
+        return PrimalAveragingState(inner.init(_wide(params, base)), base, averaging)
 
     def update(
         updates: PyTree,
@@ -139,13 +140,14 @@ def _primal_averaging(
                 "to 0."
             )
         where = recursion.places(params)
-        given = params
-        if has_base and inner_params == "z":
-            given = _seen(params, state.base, where)
-        time = dict(extra_args)
+        given, grads, time = params, updates, dict(extra_args)
         if num_updates is not None:
             extra_args["num_updates"] = num_updates
         try:
+            if has_base:
+                updates = _wide(updates, state.base)
+                given = _wide(params, state.base)
+                given = _whole(given, state.base, where) if inner_params == "z" else given
             # Rounded here: with c > 0 they go into z, and z into the state.
             updates, inner_state = inner.update(
                 updates, state.inner_state, given, **extra_args
@@ -153,7 +155,7 @@ def _primal_averaging(
             updates = settled(updates, selected=has_base)
             seen = optax.apply_updates(params, updates)
         except (TypeError, ValueError, AttributeError) as error:
-            refuse_unlike(function, params, error, updates=updates)
+            refuse_unlike(function, params, error, updates=grads)
             raise
         if not has_base:
             averaging = recursion.update(seen, state.averaging, num_updates, time)
@@ -169,13 +171,15 @@ def _primal_averaging(
         averaging = recursion.update(seen, state.averaging, num_updates, time, base)
         average = treedef.flatten_up_to(averaging.average)
 
-        def led(p: Leaf, z: Leaf, x: Leaf, u: Leaf, place: Place) -> Leaf:
+        def led(p: Leaf, g: Leaf, z: Leaf, x: Leaf, u: Leaf, place: Place) -> Leaf:
             if is_masked(z):
                 return u
             y = move_to(place.fetched(x), z, 1 - interpolation)
-            return lead(p, place.whole(y), u, True)
+            # In the gradient's dtype: wrappers choose between it and zeros like that.
+            return lead(p, place.whole(y), g, True)
 
-        leads = map(led, treedef.flatten_up_to(params), base, average, steps, where)
+        both = map(treedef.flatten_up_to, (params, grads))
+        leads = map(led, *both, base, average, steps, where)
         kept = [
             z if is_masked(z) else place.kept(z)
             for z, place in zip(base, where, strict=True)
@@ -201,17 +205,22 @@ def _started(params: PyTree, average: PyTree, where: Sequence[Place]) -> PyTree:
     return treedef.unflatten(map(started, leaves, entries, where))
 
 
-def _seen(params: PyTree, base: PyTree, where: Sequence[Place]) -> PyTree:
-    """z as parameters: whole, and in their dtypes."""
+def _wide(tree: PyTree, base: PyTree) -> PyTree:
+    """Gradients or parameters in z's dtype; leaves without z as they are."""
+
+    def wide(z: Leaf, leaf: Leaf) -> Leaf:
+        return leaf if is_masked(z) else jnp.asarray(leaf).astype(z.dtype)
+
+    return jax.tree.map(wide, base, tree, is_leaf=is_masked)
+
+
+def _whole(params: PyTree, base: PyTree, where: Sequence[Place]) -> PyTree:
+    """z as parameters: whole, and the parameters themselves where there is none."""
     leaves, treedef = jax.tree.flatten(params)
-
-    def seen(leaf: Leaf, z: Leaf, place: Place) -> Leaf:
-        if is_masked(z):
-            return leaf
-        dtype = jnp.asarray(leaf).dtype
-        return rounded_to(place.whole(place.fetched(z)), dtype).astype(dtype)
-
-    return treedef.unflatten(map(seen, leaves, treedef.flatten_up_to(base), where))
+    return treedef.unflatten(
+        leaf if is_masked(z) else place.whole(place.fetched(z))
+        for leaf, z, place in zip(leaves, treedef.flatten_up_to(base), where, strict=True)
+    )
 
 
 @takes_options_of(average_params, Options)

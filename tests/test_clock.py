@@ -1,14 +1,18 @@
 """Averages whose decay counts examples, tokens or any other unit."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from typer.testing import CliRunner
 
 import emaopt
 from emaopt import checkpoint, posthoc
+from emaopt.cli import app
 
 DECAYS = {
     "constant": 0.9,
@@ -295,6 +299,12 @@ def test_inspect_says_what_time_it_is(tmp_path):
     found = checkpoint.describe(tmp_path / "run" / "20").averages[0]
     assert (found.clock, found.elapsed, found.num_updates) == ("tokens", 20_000, 20)
     assert 1000 < found.summary.mean_age < 5000  # in tokens
+    assert np.isnan(found.summary.effective_iterates)
+    run = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "20")])
+    assert "(20,000 tokens)" in run.output and "(steps)" not in run.output
+    run = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "20"), "--json"])
+    summary = json.loads(run.output)["averages"][0]["summary"]
+    assert summary["effective_iterates"] is None
 
 
 def test_a_run_with_a_clock_resumes_bit_for_bit(tmp_path):
@@ -314,8 +324,31 @@ def test_a_run_with_a_clock_resumes_bit_for_bit(tmp_path):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     other = emaopt.averaged(optax.adam(0.1), 0.9)
-    with pytest.raises(ValueError, match="elapsed"):
+    with pytest.raises(ValueError, match=r"counts examples on one side alone.*elapsed="):
         checkpoint.restore(tmp_path / "c", (params, other.init(params)))
+
+
+def test_a_run_goes_over_to_a_clock_with_its_count(tmp_path):
+    plain = emaopt.averaged(optax.sgd(1.0), emaopt.power_decay(sigma_rel=0.1))
+    timed = emaopt.averaged(
+        optax.sgd(1.0), emaopt.power_decay(sigma_rel=0.1), clock="tokens"
+    )
+    params = jnp.full(2, 7.0)
+    state = emaopt.reset_average(plain.init(params), params, num_updates=100)
+    checkpoint.save(tmp_path / "c", (params, state))
+    said = []
+    _, state = checkpoint.restore(
+        tmp_path / "c",
+        (params, timed.init(params)),
+        keep_missing=True,
+        report=said.append,
+    )
+    assert "say what time it is by emaopt.reset_average" in said[-1]
+    average = emaopt.get_average(state)
+    state = emaopt.reset_average(state, average, num_updates=100, elapsed=6400)
+    _, state = timed.update(jnp.full(2, 7.0), state, params, tokens=64)
+    share = 1 - (6400 / 6464) ** 7.937254
+    np.testing.assert_allclose(emaopt.get_average(state), 7 * (1 - share), rtol=1e-5)
 
 
 def test_recorded_averages_take_the_units_of_their_steps():

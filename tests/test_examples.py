@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,9 @@ def test_the_page_on_elastic_training(tmp_path):
 
 
 @pytest.mark.parametrize("page", ["adopting.md", "clocks.md", "primal-averaging.md"])
-def test_the_pages_that_are_one_program(tmp_path, page):
-    scope = {"directory": str(tmp_path)}
+def test_the_pages_that_are_one_program(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    scope: dict = {}
     assert blocks(page)
     for block in blocks(page):
         exec(compile(block, page, "exec"), scope)

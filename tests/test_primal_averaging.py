@@ -237,6 +237,22 @@ def test_narrow_parameters_keep_moving(dtype):
     np.testing.assert_array_equal(params["w"], jnp.asarray(wanted, dtype))
 
 
+def test_slots_of_narrow_parameters_follow_in_float32():
+    """In bfloat16 Adam's second moment would stay where large gradients had put it."""
+    params = {"w": jnp.zeros(4, jnp.bfloat16), "n": jnp.zeros(4)}
+    tx = emaopt.gpa(optax.adamw(1e-3), 0.9)
+    state = tx.init(params)
+    nu = state.inner_state[0].nu
+    assert nu["w"].dtype == jnp.float32
+    update = jax.jit(tx.update)
+    for size in [1.0] * 20 + [0.01] * 2980:
+        grads = {name: jnp.full(4, size, p.dtype) for name, p in params.items()}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert updates["w"].dtype == params["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(state.base["w"], state.base["n"], rtol=1e-3)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_training_resumes_bit_for_bit_and_the_file_serves_x(options, tmp_path):
     extra = {"tokens": 7} if options == "clock" else {}

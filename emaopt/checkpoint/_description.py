@@ -1,6 +1,7 @@
 """Describes what a checkpoint holds, in numbers and names, without reading arrays."""
 
 import glob
+import math
 from typing import NamedTuple
 
 from etils import epath
@@ -40,7 +41,8 @@ class Description(NamedTuple):
     weights stand there, in words. leaves: (name, dtype, shape, nbytes) of each array.
     averages: (name, num_updates, served, summary, clock, elapsed) of each average; the
     summary is a `WeightSummary` if its name tells its decay, else None. With a clock,
-    its ages are in units of that, and the time on it is `elapsed`. record: how `combine`
+    its ages are in units of that, effective_iterates is NaN, for it depends on the length
+    of each step, and the time is `elapsed`. record: how `combine`
     and its kin made the checkpoint, else empty.
     """
 
@@ -104,6 +106,9 @@ def describe(path: Path, *, at: str | None = None) -> Description:
         elif (spec := _selection.decay_said(one.names)) is not None:
             time = updates if elapsed is None else round(elapsed)
             summary = _summary(decay_of(spec), time, one.debias)
+            if summary and elapsed is not None:
+                # It depends on how long each step was, which no file says.
+                summary = summary._replace(effective_iterates=math.nan)
         name, clock = "/".join(one.names), one.elapsed[-1] if one.elapsed else None
         averages.append(
             AverageDescription(name, updates, one.served, summary, clock, elapsed)

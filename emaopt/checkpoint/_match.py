@@ -100,6 +100,12 @@ def match(
     kept -= abstract
     if kept:
         report.append(f"kept the target's values of {listed(kept)}")
+    for clock in sorted(names for names in kept if "elapsed" in names[-2:-1]):
+        report.append(
+            f"the count of an average goes on, and its time, {joined(clock)}, is the "
+            "target's: say what time it is by emaopt.reset_average(opt_state, average, "
+            "num_updates=..., elapsed=...), or the average will forget too fast"
+        )
     extra = there.keys() - sources.values() - rows.left
     dropped = {
         names for names in extra if _begun.is_of_dropped_average(names, there, extra)
@@ -260,7 +266,9 @@ def _advice(
     if clocks := {names[-1] for names in missing | extra if "elapsed" in names[-2:-1]}:
         return (
             f"An average counts {', '.join(sorted(clocks))} on one side alone: restore "
-            "with the clock= that it was saved with. Another clock needs a new average."
+            "with the clock= that it was saved with. To go over to another, give "
+            "keep_missing=True or ignore_extra=True, and tell the time by "
+            "emaopt.reset_average(opt_state, average, num_updates=..., elapsed=...)."
         )
     for average, node in average_nodes(target).items():
         averaged = (*average, field_of(node))

@@ -1,5 +1,6 @@
 """The tables and sentences that the command line prints of the library's results."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def document(value: Any) -> Any:
         return {name: document(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [document(one) for one in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None  # JSON has no NaN
     return value
 
 
@@ -88,9 +91,11 @@ def description(found: "Description") -> Iterator[RenderableType]:
         f"{escape(found.served)}."
     )
     if found.averages:
-        averages = _table("averages", ["average", "updates", *_SUMMARY])
+        clocked = any(one.clock for one in found.averages)
+        columns = [c.replace("\n(steps)", "") for c in _SUMMARY] if clocked else _SUMMARY
+        averages = _table("averages", ["average", "updates", *columns])
         for one in found.averages:
-            unit = f" {escape(one.clock)}" if one.clock else ""
+            unit = f" {escape(one.clock or 'steps')}" if clocked else ""
             cells = _cells(one.summary, unit) if one.summary else [""] * len(_SUMMARY)
             updates = "?" if one.num_updates is None else f"{one.num_updates:,}"
             if one.elapsed is not None:
@@ -111,7 +116,7 @@ def _cells(summary: WeightSummary, unit: str = "") -> list[str]:
     return [
         f"{summary.mean_age:,.1f}{unit}",
         f"{summary.half_life:,.1f}{unit}",
-        f"{summary.effective_iterates:,.1f}",
+        "" if math.isnan(number := summary.effective_iterates) else f"{number:,.1f}",
         f"{summary.initial_weight:.2%}",
     ]
 
