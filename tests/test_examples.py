@@ -71,7 +71,9 @@ def test_the_page_on_elastic_training(tmp_path):
     assert again[0] == again[1] and again[0].startswith("10\n12 (0, 1) [")
 
 
-@pytest.mark.parametrize("page", ["adopting.md", "clocks.md", "primal-averaging.md"])
+@pytest.mark.parametrize(
+    "page", ["adopting.md", "annealing.md", "clocks.md", "primal-averaging.md"]
+)
 def test_the_pages_that_are_one_program(tmp_path, monkeypatch, page):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     scope: dict = {}
