@@ -1,7 +1,7 @@
 """Averages of the weights for JAX and Optax, and checkpoints that serve them.
 
 Averages:     average_params, averaged, average_tree
-Inside of it: primal_averaging, gpa, schedule_free
+Optimizers:   primal_averaging, gpa, schedule_free
 Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
               inverse_gamma_decay, half_life_decay, scale_decay, window_decay,
               annealing_decay

@@ -24,7 +24,7 @@ SHAPES: dict[str, Callable[[ModuleType, Array], Array]] = {  # w(x), x in [0, 1]
 # The name of a shape, or a schedule of Optax's: a function of the step, from 0 on.
 Shape: TypeAlias = str | Callable[[Any], Any]
 
-_LOOKED_AT = 1 << 16  # steps of a schedule that are looked at before it is used
+_LOOKED_AT = 1 << 20  # steps of a schedule that are looked at together
 
 
 def annealing_weights(shape: Shape, num_steps: int, fraction: float = 1.0) -> np.ndarray:
@@ -120,23 +120,27 @@ def annealing_decay(shape: Shape, num_steps: int, fraction: float = 1.0) -> Deca
     check_integer(name, "num_steps", num_steps, 1)
     kept = _kept(name, shape, num_steps, fraction)
     if callable(shape):
-        looked_at = np.linspace(1, num_steps, min(num_steps, _LOOKED_AT)).astype(int)
-        w = kept(np, looked_at)
-        _check_values(name, shape, w)
-        # Rounded to float32, a schedule may rise by a unit in the last place.
-        if w[-1] < 0 or np.any(np.diff(w) > 1e-6):
-            raise ValueError(
-                f"{name}: the schedule must fall from its first value on, and not below "
-                f"0: the average would need negative weights; {shape!r} does not. "
-                "posthoc.annealing_weights takes it."
-            )
+        last = np.ones(1)
+        for first in range(1, num_steps + 1, _LOOKED_AT):
+            steps = np.arange(first, min(first + _LOOKED_AT, num_steps + 1))
+            w = np.append(last, kept(np, steps))
+            _check_values(name, shape, w)
+            # Rounded to float32, a schedule may rise by a unit in the last place.
+            if w[-1] < 0 or np.any(np.diff(w) > 1e-6):
+                raise ValueError(
+                    f"{name}: the schedule must fall from its first value on, and not "
+                    f"below 0: the average would need negative weights; {shape!r} does "
+                    "not. posthoc.annealing_weights takes it."
+                )
+            last = w[-1:]
 
     def newer(xp: ModuleType, t: Array) -> Array:
         """w_{t+1}, the weight of all iterates after t."""
         return xp.where(t < num_steps, kept(xp, t + 1), 0.0)
 
     def complement(xp: ModuleType, t: Array) -> Array:
-        # Of equal roundings of w in both places: the products of β are exact to 1e-7.
+        # Of equal roundings of w in both places: products of β are exact to 1e-7, though
+        # single shares late in a long run are not.
         later = newer(xp, t)
         own = xp.where(t < 1, 1.0, newer(xp, t - 1)) - later
         share = xp.where(later < 1, own / xp.where(later < 1, 1 - later, 1.0), 1.0)
@@ -154,7 +158,7 @@ def annealing_decay(shape: Shape, num_steps: int, fraction: float = 1.0) -> Deca
         complement,
         None if callable(shape) else log_kept,
         _kinks(num_steps, fraction),
-        of_whole_steps=callable(shape),
+        of_whole_steps=True,
     )
 
 
@@ -229,7 +233,9 @@ def _kept(
     if isinstance(shape, str) and shape in SHAPES:
 
         def of_shape(xp: ModuleType, step: Array) -> Array:
-            x = (step - 0.5 - num_steps) / (fraction * num_steps) + 1
+            # From what is left, a whole number: of two large floats XLA folds the
+            # constants, and a long run would never move.
+            x = 1 - (num_steps - step + 0.5) / (fraction * num_steps)
             return SHAPES[shape](xp, xp.clip(x, 0, 1))
 
         return of_shape
@@ -241,21 +247,39 @@ def _kept(
     check_callable(function, "shape", shape, 1)
     schedule: Callable[[Any], Any] = shape
     first = round(num_steps * (1 - fraction))
-    with jax.ensure_compile_time_eval():
-        initial = np.float64(schedule(jnp.int32(0)))
-    if not (np.ndim(initial) == 0 and 0 < initial < math.inf):
+
+    def on_host(count: np.ndarray) -> np.ndarray:
+        # In float64, for differences of neighbours. Arrays of its own keep a schedule in
+        # float32.
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            try:
+                values = jax.vmap(schedule)(jnp.asarray(count, jnp.int32))
+            except jax.errors.JAXTypeError as error:
+                raise TypeError(
+                    f"{function}: the schedule must be one that JAX can trace, as "
+                    f"optax.cosine_decay_schedule returns it; {shape!r} is not: {error}"
+                ) from None
+            real = np.issubdtype(getattr(values, "dtype", None), np.floating)
+            if not real or values.shape != count.shape:
+                raise TypeError(
+                    f"{function}: the schedule must return a floating scalar, {shape!r} "
+                    f"returns {jax.tree.map(jnp.shape, values)}."
+                )
+            return np.asarray(values, np.float64)
+
+    initial = on_host(np.zeros(1))[0]
+    if not 0 < initial < math.inf:
         raise ValueError(
             f"{function}: the schedule must begin above 0, {shape!r} is {initial} at 0. "
             "Of a schedule with a warm-up, give the part behind it."
         )
 
     def of_schedule(xp: ModuleType, step: Array) -> Array:
+        if xp is np:
+            return on_host(np.maximum(step - 1 - first, 0)) / initial
         # What Optax gives a schedule: a scalar int32 of JAX's.
         count = jnp.maximum(jnp.asarray(step, jnp.int32) - 1 - first, 0)
-        if xp is jnp:
-            return jnp.asarray(schedule(count)) / initial
-        with jax.ensure_compile_time_eval():
-            return np.asarray(jax.vmap(schedule)(count), np.float64) / initial
+        return jnp.asarray(schedule(count)) / initial
 
     return of_schedule
 

@@ -17,7 +17,7 @@ from emaopt._recursion import Averager, make_averager, make_recursion
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
-from emaopt._states import AveragedState
+from emaopt._states import AveragedState, refuse_primal_averaging
 from emaopt._types import Count, DecayLike, DTypeLike, Mask, Placement, PyTree
 
 
@@ -284,8 +284,8 @@ def averaged(
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` if
-        `params` is missing, the mask or `debias` differs from that at `init`, or the
-        state is swapped.
+        `params` or the time is missing, the mask, `debias` or the clock differs from that
+        at `init`, or the state is swapped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -307,7 +307,10 @@ def averaged(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> PyTree:
-        return AveragedState(inner.init(params), averager.init(params))
+        inner_state = inner.init(params)
+        if overwrite_every is not None:
+            refuse_primal_averaging("averaged: overwrite_every", inner_state)
+        return AveragedState(inner_state, averager.init(params))
 
     def update(
         updates: PyTree,

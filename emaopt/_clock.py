@@ -22,8 +22,9 @@ from emaopt._decay_type import Decay, log_kept_of
 from emaopt._jax_internals import traced
 from emaopt._types import DecayLike, Leaf
 
-# What `update` takes beside the time, or passes on under these names.
-_TAKEN = ("updates", "tree", "state", "params", "num_updates")
+# What `update` takes or passes on under these names, and what a clock is not.
+_TAKEN = ("updates", "tree", "state", "params", "num_updates", "steps", "value", "grad")
+_TAKEN += ("value_fn", "exchange", "weights")
 
 _LOW = 12  # bits of an int32 that go into the second of two floating-point numbers
 
@@ -64,17 +65,24 @@ def span(function: str, clock: str, given: Mapping[str, object], dtype: np.dtype
     value = given.get(clock)
     if value is None:
         raise ValueError(
-            f"{function}: clock={clock!r}, but update was called without the time: call "
-            f"tx.update(grads, state, params, {clock}=n), with the {clock} that the step "
-            "takes. Flax's TrainState.apply_gradients and an optax.MultiSteps inside of "
-            "another wrapper pass nothing on: docs/clocks.md says what to do."
+            f"{function}: clock={clock!r}, but update was called without the time: give "
+            f"it {clock}=n, as tx.update(grads, state, params, {clock}=n), with the "
+            f"{clock} that the step takes. Flax's TrainState.apply_gradients and an "
+            "optax.MultiSteps inside of another wrapper pass nothing on: docs/clocks.md "
+            "says what to do."
         )
+    if traced(value):
+        return _of_tracer(function, clock, value, dtype)
     if isinstance(value, (jax.Array, np.ndarray)):
-        return _of_array(function, clock, value, dtype)
+        _check_scalar(function, clock, value)
+        value = value.item()
     check_number(function, clock, value, 0)
-    number = float(value)  # type: ignore  (it is a number now); exact up to 2^53
-    if number == np.inf:
-        raise ValueError(f"{function}: {clock} must be finite, got {value!r}.")
+    try:
+        number = float(value)  # type: ignore  (it is a number now); exact up to 2^53
+    except OverflowError:
+        number = np.inf
+    if not number <= jnp.finfo(dtype).max:
+        raise ValueError(f"{function}: {clock} must be finite in {dtype}, got {value!r}.")
     parts = split(number, dtype)
     return Span(jnp.asarray(number, dtype), (parts[0], parts[1]))
 
@@ -85,21 +93,24 @@ def split(number: float, dtype: np.dtype) -> jax.Array:
     return jnp.asarray([high, number - high], dtype)
 
 
-def _of_array(function: str, clock: str, value: Leaf, dtype: np.dtype) -> Span:
+def _check_scalar(function: str, clock: str, value: Leaf) -> bool:
+    """Raises unless an array is a real scalar; whether it is a whole number."""
     whole = jnp.issubdtype(value.dtype, jnp.integer)
     if value.shape or not (whole or jnp.issubdtype(value.dtype, jnp.floating)):
         raise TypeError(
             f"{function}: {clock} must be a number or a scalar, got {value!r}."
         )
-    if not traced(value):
-        check_number(function, clock, value.item(), 0)
-    # A traced time below 0 cannot be refused. A NaN shows in the average.
-    value = jnp.maximum(jnp.asarray(value), 0)
+    return whole
+
+
+def _of_tracer(function: str, clock: str, value: Leaf, dtype: np.dtype) -> Span:
+    whole = _check_scalar(function, clock, value)
+    # A time below 0 cannot be refused here. A NaN shows in the average.
+    value = jnp.maximum(value, 0)
     if not whole:
         return Span(value.astype(dtype), (value.astype(dtype), jnp.zeros((), dtype)))
-    low = value & jnp.asarray(
-        min((1 << _LOW) - 1, jnp.iinfo(value.dtype).max), value.dtype
-    )
+    mask = min((1 << _LOW) - 1, jnp.iinfo(value.dtype).max)
+    low = value & jnp.asarray(mask, value.dtype)
     parts = (value - low).astype(dtype), low.astype(dtype)
     return Span(value.astype(dtype), parts)
 
@@ -136,11 +147,12 @@ def newest_by_time(
     """
     ((clock, before),) = elapsed.items()
     log_kept: Any = log_kept_of(decay)
-    newest = -jnp.expm1(log_kept(jnp, before[0], step.length))
-    # `where` computes both choices: a decay has no value for no time at all, from 0 on.
-    newest = jnp.where(step.length == 0, 0.0, newest)
+    # A decay has no value for no time at all, from 0 on.
+    still = step.length == 0
+    newest = -jnp.expm1(log_kept(jnp, before[0], jnp.where(still, 1.0, step.length)))
     if start and _begins_with_a_copy(decay):
         newest = jnp.where(s == start, 1.0, newest)  # as at t = 0 of steps
+    newest = jnp.where(still, 0.0, newest)
     after = jnp.where(s > start, advanced(before, step), before)
     return newest.astype(before.dtype), {clock: after}
 
@@ -154,10 +166,9 @@ def by_time(function: str, decay: DecayLike, start: int, units: np.ndarray) -> n
     before = np.append(0.0, after)[:-1]
     with np.errstate(all="ignore"):  # of the choice that `where` leaves
         newest = -np.expm1(log_kept(np, before, units))
-    newest = np.where(units == 0, 0.0, newest)
     if start and _begins_with_a_copy(decay):
         newest = np.where(steps == start, 1.0, newest)
-    return newest
+    return np.where(units == 0, 0.0, newest)
 
 
 def checked_units(function: str, units: Any, num_steps: int) -> np.ndarray:

@@ -29,10 +29,11 @@ class Decay:
 
     log_kept: (xp, i, n) -> log Π β over the steps i < t <= i + n, or None without a
     closed form; i and n, at least 0 and not both 0, are floating and need not be whole.
-    Relative to itself it is as exact as n, in float32 too, however large i is.
+    With `of_time` it is as exact as n, in float32 too, however large i is, for n of
+    0.01 and above.
     breaks: the t at which it has a kink.
     of_time: whether t may count something else than steps, such as examples.
-    of_whole_steps: whether the formulas take t as an integer, exact up to 2^31.
+    of_whole_steps: whether JAX computes with t as an integer, exact up to 2^31.
     """
 
     description: str
@@ -57,7 +58,7 @@ def _namespace(decay: Decay, t: ArrayLike) -> tuple[ModuleType, Array]:
     """The array functions to compute with, and t as an array, floating as a rule."""
     # Profiles are computed in float64 on the host; JAX without x64 has float32 only.
     if isinstance(t, np.ndarray) and t.dtype.kind in "iuf":
-        return np, t.astype(np.int64 if decay.of_whole_steps else np.float64)
+        return np, t.astype(np.float64)
     try:
         return jnp, jnp.asarray(t, dtype=jnp.int32 if decay.of_whole_steps else float)
     except (TypeError, ValueError):
@@ -95,7 +96,8 @@ def log_kept_of(decay: DecayLike) -> LogKept | None:
         return None
     log_beta = math.log(decay) if decay > 0 else -math.inf
     # `where` computes both choices, and 0 · log β is NaN at β = 0: no factor is ever 0.
-    return lambda xp, i, n: xp.where(n > 0, xp.maximum(n, 1e-9) * log_beta, 0.0)
+    # A NaN is no 0, and shows.
+    return lambda xp, i, n: xp.where(n == 0, 0.0, xp.maximum(n, 1e-9) * log_beta)
 
 
 def until(log_kept: LogKept, last: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -363,7 +363,7 @@ def snoo(
       inner: The optimizer of the fast weights.
       period: K, the fast steps for each slow step.
       learning_rate: η > 0. Default 0.7, as in `diloco`.
-      momentum: μ in [0, 1). Default 0.9, as in `diloco`.
+      momentum: μ in [0, 1]. Default 0.9, as in `diloco`.
 
     Returns:
       A transformation with a `LocalUpdatesState`.

@@ -32,7 +32,11 @@ from emaopt._local_checks import (
     refuse_branch,
 )
 from emaopt._rounding import applied, lead
-from emaopt._states import LocalUpdatesState, refuse_primal_averaging
+from emaopt._states import (
+    LocalUpdatesState,
+    refuse_clocks,
+    refuse_primal_averaging,
+)
 from emaopt._tracing import Computed, Selected, Traced, TreeDef
 from emaopt._turn import Order, Turn
 from emaopt._types import PyTree, Scalar
@@ -94,6 +98,12 @@ class Engine(Settings):
         still = optax.EmptyState() if mixes(self) else None  # which `local_round` reads
         inner_state = self.workers.init(self.inner, params)
         refuse_primal_averaging(self.function, inner_state)
+        outer_state = tuple(
+            self.outer.init(subtree(treedef, f, [center[i] for i in f]))
+            for f in fragments
+        )
+        refuse_primal_averaging(self.function, outer_state)
+        refuse_clocks(self.function, outer_state)
         return LocalUpdatesState(
             num_steps=zero(jnp.int32),
             num_left_out=zero(jnp.int32),
@@ -101,10 +111,7 @@ class Engine(Settings):
             since_exchange=tuple(zero(jnp.int32) for _ in fragments),
             has_missed=tuple(each(jnp.bool_) for _ in fragments),
             inner_state=inner_state,
-            outer_state=tuple(
-                self.outer.init(subtree(treedef, f, [center[i] for i in f]))
-                for f in fragments
-            ),
+            outer_state=outer_state,
             accumulated=zeros() if self.commit == "mean_gradient" else None,
             pulled=rows(jnp.asarray) if keeps_pulled else None,
             residual=zeros() if self.error_feedback else None,

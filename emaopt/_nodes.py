@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from emaopt._names import Names, Unknown, leaves_with_keys
-from emaopt._states import AVERAGE, CENTER, KINDS
+from emaopt._states import AVERAGE, CENTER, KINDS, PrimalAveragingState
 from emaopt._types import PyTree
 
 _STATES = tuple(one for kind in KINDS for one in (kind.state, kind.swapped))
@@ -40,6 +40,21 @@ def swapped_nodes(tree: PyTree) -> dict[Names, PyTree]:
     """The nodes that `swap` has exchanged: they hold the raw parameters."""
     nodes = center_nodes(tree) | average_nodes(tree)
     return {names: node for names, node in nodes.items() if is_swapped(node)}
+
+
+def primal_nodes(tree: PyTree) -> dict[Names, PyTree]:
+    """The states of `primal_averaging`, by the names that lead to them."""
+    return _nodes(tree, is_primal_node)
+
+
+def is_primal_node(node: object) -> bool:
+    """Whether a node is the state of a primal averaging, by its type or its fields."""
+    if isinstance(node, Mapping):  # a field that is None may be missing
+        fields = set(PrimalAveragingState._fields)
+        return fields - {"base"} <= set(node) <= fields and is_average_node(
+            node["averaging"]
+        )
+    return isinstance(node, PrimalAveragingState)
 
 
 def is_average_node(node: object) -> bool:

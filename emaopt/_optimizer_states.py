@@ -10,8 +10,8 @@ from emaopt._nodes import (
     center_nodes,
     field_of,
     is_average_node,
+    is_primal_node,
 )
-from emaopt._states import AveragedState, PrimalAveragingState, ScheduleFreeState
 from emaopt._types import PyTree
 
 # A key above an optimizer's state: "opt", "opt_state", "actor_optimizer".
@@ -100,16 +100,11 @@ def is_optimizers(node: object) -> bool:
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node).__module__.split(".")[0] in ("optax", "emaopt")
     if isinstance(node, Mapping):  # `nnx.state`, or a restore without a target
-        fields = (AveragedState, PrimalAveragingState, ScheduleFreeState)
-        is_ours = any(_has_fields(node, one._fields) for one in fields)
-        return is_ours or as_state(node) is not None
+        if set(node) in ({"primal"}, {"primal", "largest"}):  # of `schedule_free`
+            return is_primal_node(node["primal"])
+        is_averaged = {"inner_state", "averaging"} == set(node)
+        return is_averaged or is_primal_node(node) or as_state(node) is not None
     return False
-
-
-def _has_fields(node: Mapping, fields: tuple[str, ...]) -> bool:
-    """Whether a mapping has the fields of a state; those that are None may be missing."""
-    optional = {"base", "largest"}
-    return set(fields) - optional <= set(node) <= set(fields)
 
 
 def _is_chain(node: PyTree, towards: str) -> bool:

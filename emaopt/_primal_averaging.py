@@ -1,31 +1,21 @@
 """Optimizers whose gradient is taken near an average of their iterates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from emaopt._averaging import Options, average_params
 from emaopt._checks import (
     check_callable,
-    check_choice,
-    check_given,
     check_number,
-    check_optimizer,
-    refuse_unlike,
 )
 from emaopt._decays import uniform_decay
-from emaopt._leaves import at_least_float32, is_averaged, is_masked
-from emaopt._recursion import make_recursion, move_to
-from emaopt._rounding import lead, settled
-from emaopt._sharding import Place
+from emaopt._primal_step import Step
 from emaopt._signatures import takes_options_of
-from emaopt._states import PrimalAveragingState, ScheduleFreeState
-from emaopt._types import Count, DecayLike, Leaf, PyTree
-
-_WEIGHT = "weight"  # the clock of `schedule_free`
+from emaopt._states import WEIGHT, ScheduleFreeState
+from emaopt._types import Count, DecayLike, DTypeLike, PyTree
 
 
 @takes_options_of(average_params, Options)
@@ -35,6 +25,7 @@ def primal_averaging(
     *,
     interpolation: float = 0.7,
     inner_params: str = "z",
+    inner_dtype: DTypeLike | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it steps z, and the gradient is taken near z's average.
@@ -66,15 +57,18 @@ def primal_averaging(
       interpolation: c in [0, 1]. Default 0.7.
       inner_params: Which parameters the optimizer is given, for weight decay and the
         like: "z", as in GPA, or "y", as in schedule-free learning. Default "z".
-      **options: As in `average_params`. With `sharding`, z is split as x is, and y is
-        gathered at every step; `memory_kind` is that of both.
+      inner_dtype: The dtype of the gradients and parameters that the optimizer is given,
+        and so of its slots. Default: the parameters' own. For parameters in bfloat16,
+        jnp.float32 keeps Adam's second moment from freezing.
+      **options: As in `average_params`, but for `zero_init`: the three begin alike. With
+        `sharding`, z is split as x is; y is gathered at every step, and z where the
+        optimizer reads it. `memory_kind` is that of both.
 
     Returns:
       A transformation whose state is a `PrimalAveragingState(inner_state, base,
-      averaging)`: beside the optimizer's own, z and x, in float32 at least. The optimizer
-      steps z, and is given gradients and parameters in z's dtype, so its slots are in
-      float32, too: parameters in bfloat16 do not stop moving. Leaves that are not
-      averaged take the optimizer's plain steps, and have neither.
+      averaging)`: beside the optimizer's own, z and x, in float32 at least, so that
+      parameters in bfloat16 do not stop moving. Leaves that are not averaged take the
+      optimizer's plain steps, and have neither.
 
     Raises:
       ValueError, TypeError: If an argument is out of its range, and from `update` as that
@@ -92,32 +86,9 @@ def primal_averaging(
       LLMs, https://arxiv.org/abs/2512.17131
       Defazio et al., 2024, The road less scheduled, https://arxiv.org/abs/2405.15682
     """
-    return _primal_averaging(
-        "primal_averaging", optimizer, decay, interpolation, inner_params, **options
-    )
-
-
-def _primal_averaging(
-    function: str,
-    optimizer: optax.GradientTransformation,
-    decay: DecayLike,
-    interpolation: float,
-    inner_params: str,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    check_optimizer(function, "optimizer", optimizer)
-    check_number(function, "interpolation", interpolation, 0, 1)
-    check_choice(function, "inner_params", inner_params, ["z", "y"])
-    recursion = make_recursion(function, decay, **options)
-    inner = optax.with_extra_args_support(optimizer)
-    has_base = interpolation > 0
-
-    def init(params: PyTree) -> PyTree:
-        averaging = recursion.init(params)
-        if not has_base:
-            return PrimalAveragingState(inner.init(params), None, averaging)
-        base = _started(params, averaging.average, recursion.places(params))
-        return PrimalAveragingState(inner.init(_wide(params, base)), base, averaging)
+    name = "primal_averaging"
+    how = interpolation, inner_params, inner_dtype
+    step = Step(name, optimizer, decay, *how, **options)
 
     def update(
         updates: PyTree,
@@ -127,100 +98,9 @@ def _primal_averaging(
         num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
-        check_given(function, "moves the parameters to a mean", params)
-        if not isinstance(state, PrimalAveragingState):
-            raise TypeError(
-                f"{function}: the state must be a PrimalAveragingState as init makes it, "
-                f"got {type(state).__name__}."
-            )
-        if has_base != (state.base is not None):
-            raise ValueError(
-                f"{function}: interpolation={interpolation}, but the state was made with "
-                f"{'0' if has_base else 'another'}. It cannot change in mid-run from or "
-                "to 0."
-            )
-        where = recursion.places(params)
-        given, grads, time = params, updates, dict(extra_args)
-        if num_updates is not None:
-            extra_args["num_updates"] = num_updates
-        try:
-            if has_base:
-                updates = _wide(updates, state.base)
-                given = _wide(params, state.base)
-                given = _whole(given, state.base, where) if inner_params == "z" else given
-            # Rounded here: with c > 0 they go into z, and z into the state.
-            updates, inner_state = inner.update(
-                updates, state.inner_state, given, **extra_args
-            )
-            updates = settled(updates, selected=has_base)
-            seen = optax.apply_updates(params, updates)
-        except (TypeError, ValueError, AttributeError) as error:
-            refuse_unlike(function, params, error, updates=grads)
-            raise
-        if not has_base:
-            averaging = recursion.update(seen, state.averaging, num_updates, time)
-            return updates, PrimalAveragingState(inner_state, None, averaging)
-        treedef = jax.tree.structure(params)
-        steps = treedef.flatten_up_to(updates)
-        base = [
-            z if is_masked(z) else place.fetched(z) + place.part(u.astype(z.dtype))
-            for z, u, place in zip(
-                treedef.flatten_up_to(state.base), steps, where, strict=True
-            )
-        ]
-        averaging = recursion.update(seen, state.averaging, num_updates, time, base)
-        average = treedef.flatten_up_to(averaging.average)
+        return step.update(updates, state, params, num_updates, extra_args, extra_args)
 
-        def led(p: Leaf, g: Leaf, z: Leaf, x: Leaf, u: Leaf, place: Place) -> Leaf:
-            if is_masked(z):
-                return u
-            y = move_to(place.fetched(x), z, 1 - interpolation)
-            # In the gradient's dtype: wrappers choose between it and zeros like that.
-            return lead(p, place.whole(y), g, True)
-
-        both = map(treedef.flatten_up_to, (params, grads))
-        leads = map(led, *both, base, average, steps, where)
-        kept = [
-            z if is_masked(z) else place.kept(z)
-            for z, place in zip(base, where, strict=True)
-        ]
-        return treedef.unflatten(leads), PrimalAveragingState(
-            inner_state, treedef.unflatten(kept), averaging
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _started(params: PyTree, average: PyTree, where: Sequence[Place]) -> PyTree:
-    """z at first: copies of the averaged leaves, MaskedNode for the others."""
-    leaves, treedef = jax.tree.flatten(params)
-
-    def started(leaf: Leaf, entry: Leaf, place: Place) -> Leaf:
-        if not is_averaged(entry):
-            return optax.MaskedNode()
-        leaf = jnp.asarray(leaf)
-        return place.start(jnp.array(leaf, at_least_float32(leaf.dtype), copy=True))
-
-    entries = treedef.flatten_up_to(average)
-    return treedef.unflatten(map(started, leaves, entries, where))
-
-
-def _wide(tree: PyTree, base: PyTree) -> PyTree:
-    """Gradients or parameters in z's dtype; leaves without z as they are."""
-
-    def wide(z: Leaf, leaf: Leaf) -> Leaf:
-        return leaf if is_masked(z) else jnp.asarray(leaf).astype(z.dtype)
-
-    return jax.tree.map(wide, base, tree, is_leaf=is_masked)
-
-
-def _whole(params: PyTree, base: PyTree, where: Sequence[Place]) -> PyTree:
-    """z as parameters: whole, and the parameters themselves where there is none."""
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten(
-        leaf if is_masked(z) else place.whole(place.fetched(z))
-        for leaf, z, place in zip(leaves, treedef.flatten_up_to(base), where, strict=True)
-    )
+    return optax.GradientTransformationExtraArgs(step.init, update)
 
 
 @takes_options_of(average_params, Options)
@@ -229,6 +109,7 @@ def gpa(
     decay: DecayLike = 0.9967,
     *,
     interpolation: float = 0.7,
+    inner_dtype: DTypeLike | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """Generalized primal averaging: one loop in place of single-worker DiLoCo's two.
@@ -243,7 +124,7 @@ def gpa(
       optimizer: AdamW in the paper, with its momentum.
       decay: β, μ_x in the paper. Default 0.9967.
       interpolation: c, μ_y in the paper. Default 0.7.
-      **options: As in `average_params`.
+      inner_dtype, **options: As in `primal_averaging`.
 
     Returns:
       A transformation whose state is a `PrimalAveragingState`.
@@ -262,7 +143,19 @@ def gpa(
       Defazio et al., 2025, Smoothing DiLoCo with primal averaging for faster training of
       LLMs, algorithm 1 and table 4, https://arxiv.org/abs/2512.17131
     """
-    return _primal_averaging("gpa", optimizer, decay, interpolation, "z", **options)
+    step = Step("gpa", optimizer, decay, interpolation, "z", inner_dtype, **options)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        num_updates: Count | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, PyTree]:
+        return step.update(updates, state, params, num_updates, extra_args, extra_args)
+
+    return optax.GradientTransformationExtraArgs(step.init, update)
 
 
 @takes_options_of(average_params, Options)
@@ -274,6 +167,7 @@ def schedule_free(
     power: float = 0.0,
     learning_rate_power: float = 2.0,
     inner_params: str = "y",
+    inner_dtype: DTypeLike | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-free learning: no decay of the learning rate, no length known in advance.
@@ -295,8 +189,9 @@ def schedule_free(
       power: r in the authors' code, at least 0. Default 0.
       learning_rate_power: At least 0. Default 2.
       inner_params: As in `primal_averaging`. Default "y": weight decay acts there.
-      **options: As in `average_params`, but for `clock`: the weights are the clock, and
-        the state's `elapsed` is their sum, which does not stop growing in float32.
+      inner_dtype, **options: As in `primal_averaging`, but for `clock`: the weights are
+        the clock, and the state's `elapsed` is their sum, which does not stop growing in
+        float32.
 
     Returns:
       A transformation whose state is a `ScheduleFreeState`.
@@ -329,18 +224,11 @@ def schedule_free(
             f"{name}: clock must be left out: the weights of the iterates are the clock."
         )
     schedule = learning_rate if callable(learning_rate) else None
-    tx = _primal_averaging(
-        name,
-        optimizer,
-        uniform_decay(),
-        interpolation,
-        inner_params,
-        clock=_WEIGHT,
-        **given,
-    )
+    how = interpolation, inner_params, inner_dtype
+    step = Step(name, optimizer, uniform_decay(), *how, clock=WEIGHT, **given)
 
     def init(params: PyTree) -> PyTree:
-        primal: PyTree = tx.init(params)
+        primal = step.init(params)
         zero = jnp.zeros_like(primal.averaging.pending)  # on the parameters' devices
         return ScheduleFreeState(primal, zero if schedule else None)
 
@@ -348,8 +236,15 @@ def schedule_free(
         updates: PyTree,
         state: PyTree,
         params: PyTree = None,
+        *,
+        num_updates: Count | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, PyTree]:
+        if num_updates is not None:
+            raise ValueError(
+                f"{name}: num_updates has no meaning here: all z are weighed by their "
+                "number and the learning rate."
+            )
         if not isinstance(state, ScheduleFreeState):
             raise TypeError(
                 f"{name}: the state must be a ScheduleFreeState as init makes it, got "
@@ -363,13 +258,20 @@ def schedule_free(
         count = state.primal.averaging[0]
         largest, weight = state.largest, 1.0
         if schedule is not None and largest is not None:
-            rate = jnp.asarray(schedule(count), largest.dtype)
-            largest = jnp.maximum(largest, rate)
+            rate = jnp.asarray(schedule(count))
+            if rate.shape or not jnp.issubdtype(rate.dtype, jnp.floating):
+                raise TypeError(
+                    f"{name}: learning_rate must return a floating scalar, {schedule!r} "
+                    f"returns {rate.dtype} of shape {rate.shape}."
+                )
+            largest = jnp.maximum(largest, rate.astype(largest.dtype))
             weight = largest**learning_rate_power
         if power:
             weight *= (optax.safe_increment(count) * 1.0) ** power
-        extra_args[_WEIGHT] = weight
-        updates, primal = tx.update(updates, state.primal, params, **extra_args)
+        time = {WEIGHT: weight}
+        updates, primal = step.update(
+            updates, state.primal, params, None, time, extra_args
+        )
         return updates, ScheduleFreeState(primal, largest)
 
     return optax.GradientTransformationExtraArgs(init, update)

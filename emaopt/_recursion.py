@@ -64,7 +64,7 @@ class Recursion(NamedTuple):
 
     init: Callable[[PyTree], AverageState]
     update: Update
-    places: Callable[[PyTree], list[Place]]
+    places: Callable[..., list[Place]]  # of a tree, checked against a state if given one
 
 
 def make_averager(function: str, decay: DecayLike, **options: Any) -> Averager:
@@ -162,7 +162,8 @@ def make_recursion(
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    def update(tree, state, num_updates, time, placed=None):
+    def checked(tree: PyTree, state: AverageState) -> tuple[list, list[Place]]:
+        """The average's leaves in the order of the tree's, and where each is."""
         check_own_state(function, state, AVERAGE)
         check_same_clock(function, clock, state.elapsed)
         if debias != (state.weight is not None):
@@ -173,7 +174,11 @@ def make_recursion(
         check_arrays(function, "params", tree, others=True)
         leaves, treedef = jax.tree.flatten(tree)
         where = places(function, sharding, memory_kind, tree, leaves)
-        entries = _entries(function, leaves, treedef, state.average, where)
+        return _entries(function, leaves, treedef, state.average, where), where
+
+    def update(tree, state, num_updates, time, placed=None):
+        entries, where = checked(tree, state)
+        leaves, treedef = jax.tree.flatten(tree)
         kept = [not is_masked(entry) for entry in entries]
         check_mask(function, mask, tree, kept, [*map(is_averaged, leaves)])
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
@@ -281,7 +286,9 @@ def make_recursion(
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    def places_of(tree: PyTree) -> list[Place]:
+    def places_of(tree: PyTree, state: AverageState | None = None) -> list[Place]:
+        if state is not None:
+            return checked(tree, state)[1]
         return places(function, sharding, memory_kind, tree, jax.tree.leaves(tree))
 
     return Recursion(init, update, places_of)

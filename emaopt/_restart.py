@@ -1,5 +1,8 @@
 """An average that starts anew, or goes on with other leaves."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,7 @@ from emaopt._checks import (
 from emaopt._clock import split
 from emaopt._leaves import is_averaged, is_masked
 from emaopt._names import Names, leaves_with_keys
-from emaopt._nodes import average_nodes, in_place_of, replace
+from emaopt._nodes import average_nodes, in_place_of, primal_nodes, replace
 from emaopt._reading import find_average, map_with_keys, paired
 from emaopt._recursion import Averager
 from emaopt._sharding import near
@@ -30,11 +33,12 @@ def reset_average(
     *,
     name: str | None = None,
     num_updates: Count = 0,
-    elapsed: float = 0,
+    elapsed: float | None = None,
 ) -> PyTree:
     """Starts the average anew: it becomes a copy of `params`, its counters 0.
 
-    For adopting an average in a run that had none, or after a change of the task. With
+    For adopting an average in a run that had none, or after a change of the task; z of a
+    primal averaging becomes a copy as well. With
     `num_updates`, the average goes on as after that many updates, so that the average of
     another program is adopted together with its count.
 
@@ -49,7 +53,7 @@ def reset_average(
         `every`, the steps since the average last moved are forgotten: take an n at which
         it moved. Default 0.
       elapsed: Of an average with a `clock`: the time that it has gone on for, in the
-        clock's units, exact up to 10^14. Default 0.
+        clock's units, exact up to 10^14. Needed with `num_updates`. Default 0.
 
     Returns:
       The state with the average replaced, in the accumulator's dtypes; a de-biased
@@ -59,8 +63,8 @@ def reset_average(
       ValueError: If there is no average, several, a swapped one, or it is of other
         parameters; if `num_updates` or `elapsed` is negative, or not 0 with `debias`: the
         weight of the average, W = 1 - Πβ, depends on the decay, which the state does not
-        hold; if only one of the two is 0 where there is a clock, or `elapsed` is given
-        where there is none.
+        hold; if `num_updates` comes without `elapsed` where there is a clock, or the time
+        without a clock or a count.
       TypeError: If `num_updates` is no integer.
 
     Example:
@@ -83,10 +87,11 @@ def reset_average(
             "weighs after so many updates depends on the decay, which the state does not "
             "hold. Adopt it without debias: it has no start that is to be forgotten."
         )
-    check_number("reset_average", "elapsed", elapsed, 0)
-    known = isinstance(count, int)
-    if (elapsed and not state.elapsed) or (
-        state.elapsed and known and (count > 0) != (elapsed > 0)
+    time = 0.0 if elapsed is None else elapsed
+    check_number("reset_average", "elapsed", time, 0)
+    begins = isinstance(count, int) and count == 0
+    if (time and (begins or not state.elapsed)) or (
+        state.elapsed and elapsed is None and not begins
     ):
         there = (
             f"the clock {next(iter(state.elapsed))!r}" if state.elapsed else "no clock"
@@ -105,10 +110,31 @@ def reset_average(
     counters = AverageState(*jax.tree.map(jnp.zeros_like, state[:-1]), average=None)
     fresh = counters._replace(
         num_updates=jax.tree.map(lambda s: s + count, counters.num_updates),
-        elapsed=jax.tree.map(lambda x: x + split(elapsed, x.dtype), counters.elapsed),
+        elapsed=jax.tree.map(lambda x: x + split(time, x.dtype), counters.elapsed),
         average=map_with_keys(restart, state.average),
     )
+    opt_state = _with_base(opt_state, node, raw) if begins else opt_state
     return replace(opt_state, node, in_place_of(node, fresh))
+
+
+def _with_base(opt_state: PyTree, average: PyTree, raw: dict[Names, Leaf]) -> PyTree:
+    """The state in which z of a primal averaging begins with its average, at `raw`."""
+
+    def begun(keys: Names, z: Leaf) -> Leaf:
+        return _copy(raw[keys], z)
+
+    for node in primal_nodes(opt_state).values():
+        fields = node if isinstance(node, Mapping) else node._asdict()
+        base = fields.get("base")
+        if fields["averaging"] is average and base is not None:
+            base = map_with_keys(begun, base)
+            fresh = {**fields, "base": base}
+            new = fresh if isinstance(node, Mapping) else type(node)(**fresh)
+            if isinstance(node, Mapping):
+                container: Any = type(node)
+                new = container(fresh)
+            opt_state = replace(opt_state, node, new)
+    return opt_state
 
 
 def change_mask(

@@ -62,6 +62,9 @@ class ScheduleFreeState(NamedTuple):
     largest: Scalar | None  # () float, the largest learning rate; None if constant
 
 
+WEIGHT = "weight"  # the clock of `schedule_free`
+
+
 class InFlight(NamedTuple):
     """Commits that wait for their exchange (`delay`); tuples have one entry a fragment.
 
@@ -153,12 +156,29 @@ def refuse_primal_averaging(function: str, state: PyTree) -> None:
     def is_primal(node: object) -> bool:
         return isinstance(node, PrimalAveragingState)
 
-    if any(map(is_primal, jax.tree.leaves(state, is_leaf=is_primal))):
+    found = filter(is_primal, jax.tree.leaves(state, is_leaf=is_primal))
+    if any(node.base is not None for node in found):
         raise ValueError(
-            f"{function}: the inner optimizer is primal_averaging, gpa or schedule_free, "
-            "which makes the parameters anew from its own state at each step, and would "
-            "undo every exchange. With one worker, it does what these methods do."
+            f"{function}: an optimizer in here is primal_averaging, gpa or "
+            "schedule_free, which makes the parameters anew from its own state at each "
+            "step: what else sets them is undone. With one worker, it does what local "
+            "updates do."
         )
+
+
+def refuse_clocks(function: str, state: PyTree) -> None:
+    """Raises if an average in the state of an outer optimizer has a clock."""
+
+    def is_average(node: object) -> bool:
+        return isinstance(node, AverageState)
+
+    for node in filter(is_average, jax.tree.leaves(state, is_leaf=is_average)):
+        if node.elapsed:
+            raise ValueError(
+                f"{function}: an average of the outer optimizer has clock="
+                f"{next(iter(node.elapsed))!r}, but an exchange takes no time that it "
+                "could be told. Leave the clock out: it then counts exchanges."
+            )
 
 
 def check_own_state(function: str, state: object, kind: Kind) -> None:

@@ -71,7 +71,7 @@ def weights_of_shares(taken: np.ndarray) -> np.ndarray:
 
 def check_num_steps(function: str, num_steps: int, low: int) -> None:
     """Raises unless `num_steps` is whole, and small enough for an array of the steps."""
-    check_integer(function, "num_steps", num_steps, low)
+    check_integer(function, "num_steps", num_steps, low, most=1 << 53)
     if num_steps > MOST:
         raise ValueError(
             f"{function}: num_steps must be at most {MOST}, of which an array is made, "
@@ -203,8 +203,8 @@ def weight_summary(
 
 def _decay_summary(decay: Any, num_steps: int, debias: bool) -> WeightSummary:
     check_decay("weight_summary", decay)
-    check_integer("weight_summary", "num_steps", num_steps, 0, most=1 << 53)
     log_kept = log_kept_of(decay)
+    check_integer("weight_summary", "num_steps", num_steps, 0, most=1 << 53)
     # A `Profile` has one step at least.
     if log_kept is None or num_steps == 0:
         taken = shares_taken(

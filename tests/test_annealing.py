@@ -104,6 +104,18 @@ def test_profiles_of_a_million_steps_are_exact_in_float32_in_their_sums():
         np.testing.assert_allclose(older(i), weights[: i + 1].sum(), rtol=2e-4)
 
 
+@pytest.mark.parametrize("shape", NAMED)
+def test_shares_of_a_very_long_run_are_not_rounded_away_under_jit(shape):
+    last = 40_000_000
+    decay = emaopt.annealing_decay(shape, last, 0.5)
+    steps = jnp.arange(last - 8, last, dtype=jnp.int32)
+    found = jax.jit(jax.vmap(decay.one_minus))(steps)
+    wanted = decay.one_minus(np.arange(last - 8, last))
+    assert np.all(wanted > 0)
+    np.testing.assert_allclose(np.sum(found), np.sum(wanted), rtol=0.5, atol=6e-7)
+    assert np.any(found > 0) or np.sum(wanted) < 6e-7
+
+
 def test_window_is_the_mean_of_the_last_iterates_on_its_multiples():
     weights = emaopt.decay_weights(emaopt.window_decay(8), 24)
     np.testing.assert_allclose(weights, np.repeat([0, 1 / 8], [17, 8]), atol=1e-12)

@@ -130,6 +130,28 @@ def test_shares_are_right_late_in_a_run_of_a_trillion_units(decay):
     np.testing.assert_allclose(late.average, wanted, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [np.array, np.int64, np.float64, int])
+def test_times_of_numpy_keep_their_digits(kind):
+    averager = emaopt.average_tree(0.5, clock="tokens")
+    state = averager.update(
+        jnp.ones(1), averager.init(jnp.zeros(1)), tokens=kind(2**35 + 1)
+    )
+    assert np.sum(np.float64(state.elapsed["tokens"])) == 2**35 + 1
+
+
+def test_a_traced_nan_shows():
+    averager = emaopt.average_tree(0.5, clock="tokens")
+    update = jax.jit(lambda s, n: averager.update(jnp.ones(1), s, tokens=n))
+    assert np.isnan(update(averager.init(jnp.zeros(1)), jnp.float32(np.nan)).average)
+
+
+def test_no_time_is_no_nan_to_a_debugger():
+    averager = emaopt.average_tree(emaopt.polynomial_decay(3), clock="tokens", start=1)
+    with jax.debug_nans(True):
+        state = averager.update(jnp.ones(1), averager.init(jnp.zeros(1)), tokens=0)
+    assert state.average == 0
+
+
 def test_no_time_moves_nothing_and_a_first_step_of_none_neither():
     averager = emaopt.average_tree(emaopt.uniform_decay(), clock="tokens")
     state = averager.init(jnp.zeros(1))
@@ -173,6 +195,7 @@ def test_reset_takes_the_time_with_the_count():
     np.testing.assert_allclose(emaopt.get_average(state), 2.0, rtol=1e-6)
     with pytest.raises(ValueError, match="elapsed is the time of that many updates"):
         emaopt.reset_average(state, params, num_updates=3)
+    emaopt.reset_average(state, params, num_updates=3, elapsed=0)  # before `start`
     plain = emaopt.averaged(optax.sgd(1.0), 0.5).init(params)
     with pytest.raises(ValueError, match="no clock"):
         emaopt.reset_average(plain, params, num_updates=3, elapsed=1.0)
@@ -186,6 +209,8 @@ ERRORS = {
     "no name": (dict(clock="two words"), "must be a name by which update"),
     "keyword": (dict(clock="lambda"), "must be a name by which update"),
     "taken": (dict(clock="num_updates"), "must be a name by which update"),
+    "no clock": (dict(clock="steps"), "must be a name by which update"),
+    "the loss": (dict(clock="value"), "must be a name by which update"),
 }
 
 
@@ -208,6 +233,10 @@ def test_updates_without_a_time_or_with_a_bad_one_are_refused():
         tx.update(params, state, params, tokens=jnp.int32(-1))
     with pytest.raises(ValueError, match="tokens must be finite"):
         tx.update(params, state, params, tokens=np.inf)
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        tx.update(params, state, params, tokens=jnp.float32(np.inf))
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        tx.update(params, state, params, tokens=10**400)
     with pytest.raises(TypeError, match="tokens must be a number or a scalar"):
         tx.update(params, state, params, tokens=jnp.ones(2))
     with pytest.raises(ValueError, match="leave one of them out"):
@@ -294,6 +323,40 @@ def test_synthesis_asks_where_clocks_differ(tmp_path):
     )
 
 
+def test_synthesis_names_what_cannot_count_time(tmp_path):
+    trained(tmp_path / "run", SIZES[:2])
+    run, out = tmp_path / "run", tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"'warmup:0.9' is a decay of steps.*clock='steps'"
+    ):
+        checkpoint.synthesize(run, out, target="warmup:0.9")
+    with pytest.raises(
+        ValueError, match=r"power:0.05, which counts tokens, needs a decay"
+    ):
+        recorded = {"power:0.05": emaopt.warmup_decay(0.9)}
+        checkpoint.synthesize(run, out, target=0.9, recorded=recorded)
+    with pytest.raises(
+        ValueError, match="clock='tokens' is for a target that is a decay"
+    ):
+        checkpoint.synthesize(run, out, target="cosine:0.2", clock="tokens")
+
+
+def test_an_adopted_average_is_told_the_time(tmp_path):
+    theirs = {"params": {"w": jnp.ones(2)}, "ema_params": {"w": jnp.zeros(2)}, "step": 99}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "theirs", theirs)
+    params = {"w": jnp.full(2, 9.0)}
+    tx = emaopt.averaged(optax.sgd(1.0), emaopt.uniform_decay(), clock="tokens")
+    with pytest.raises(ValueError, match=r"adopt: .* counts tokens.*say with elapsed="):
+        checkpoint.adopt(tmp_path / "theirs", (params, tx.init(params)))
+    params, state = checkpoint.adopt(
+        tmp_path / "theirs", (params, tx.init(params)), elapsed=9900, report=print
+    )
+    assert state.averaging.num_updates == 99
+    _, state = tx.update({"w": jnp.zeros(2)}, state, params, tokens=100)
+    np.testing.assert_allclose(emaopt.get_average(state)["w"], 0.01, rtol=1e-5)
+
+
 def test_inspect_says_what_time_it_is(tmp_path):
     trained(tmp_path / "run", SIZES[:2])
     found = checkpoint.describe(tmp_path / "run" / "20").averages[0]
@@ -343,7 +406,7 @@ def test_a_run_goes_over_to_a_clock_with_its_count(tmp_path):
         keep_missing=True,
         report=said.append,
     )
-    assert "say what time it is by emaopt.reset_average" in said[-1]
+    assert "Say what time it is by emaopt.reset_average" in said[-1]
     average = emaopt.get_average(state)
     state = emaopt.reset_average(state, average, num_updates=100, elapsed=6400)
     _, state = timed.update(jnp.full(2, 7.0), state, params, tokens=64)

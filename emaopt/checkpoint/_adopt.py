@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from emaopt._checks import check_callable, check_mapping, check_text
+from emaopt._checks import check_callable, check_mapping, check_number, check_text
+from emaopt._clock import split as split_time
 from emaopt._names import Names, is_below, joined, split
 from emaopt._nodes import average_nodes, center_nodes
 from emaopt._paths import check_readable
@@ -33,6 +34,7 @@ def adopt(
     layout: str | None = _sources.AUTO,
     rename: Mapping[str, str] | None = None,
     params: Ways = None,
+    elapsed: float | None = None,
     report: Report = _restore.log_warning,
 ) -> PyTree:
     """Fills a training state from a checkpoint in which other code kept an average.
@@ -75,6 +77,9 @@ def adopt(
         and for collections such as batch_stats as well. Both may also be names in the
         whole state: {"tower/mean": "batch_stats/mean"}, {"global_step": "step"}.
       params: Where the target's parameters are, as for `save`, if several trees fit.
+      elapsed: The time that the source's average has gone on for, if the target's has a
+        `clock`, in the clock's units. For `schedule_free`, whose clock is the sum of its
+        weights: the number of steps, if its learning rate is constant.
       report: Called with sentences on what stood where, and what was left.
 
     Returns:
@@ -82,7 +87,8 @@ def adopt(
 
     Raises:
       FileNotFoundError: If nothing is at `source`.
-      ValueError: If the source holds several averages that could be meant, or lacks some
+      ValueError: If the target's average has a clock and `elapsed` is missing; if the
+        source holds several averages that could be meant, or lacks some
         of the parameters, or has other shapes (the message lists them); if its files are
         damaged. Nothing is half-adopted.
       TypeError: If an argument is of another kind.
@@ -103,6 +109,8 @@ def adopt(
     check_text("adopt", "layout", layout, optional=True)
     check_mapping("adopt", "rename", rename, optional=True, of_text=True)
     check_choices("adopt", None, params)
+    if elapsed is not None:
+        check_number("adopt", "elapsed", elapsed, 0)
     check_callable("adopt", "report", report, 1)
     files = _sources.open_source("adopt", source, layout=layout)
     plain, _ = _trees.raw(_trees.plain(target), params)
@@ -120,6 +128,7 @@ def adopt(
         told |= _moved(files, plain, ours, theirs, there)
         said.append(_sentence(files, theirs))
         if ours.average and theirs.average:
+            files = _timed(files, plain, ours.average, theirs.average, told, elapsed)
             weight = (*ours.average, "weight")
             if weight in names_of(plain) and weight not in told:
                 # Nothing of it is forgotten, for it has no start that weighs too much.
@@ -140,6 +149,32 @@ def adopt(
     for sentence in said:
         report(f"adopt: {files.path}: {sentence}.")
     return state
+
+
+def _timed(
+    files: _files.Files,
+    plain: PyTree,
+    ours: Names,
+    theirs: Names,
+    told: dict[Names, Names],
+    elapsed: float | None,
+) -> _files.Files:
+    """The files with the time on the clock of the target's average, if it has one."""
+    clocks = [n for n in names_of(plain) if is_below(n, (*ours, "elapsed"))]
+    for clock in clocks:
+        if clock in told and elapsed is None:
+            continue  # an average of emaopt's with the same clock
+        if elapsed is None:
+            raise ValueError(
+                f"adopt: the average at {joined(ours)} counts {clock[-1]}, and nothing "
+                f"in {files.path} tells how many the adopted one has seen: say with "
+                "elapsed=. Without, it would forget all that it has."
+            )
+        place = (*theirs, "elapsed", clock[-1])
+        time = _bytes.constant(np.asarray(split_time(elapsed, np.dtype(np.float32))))
+        files = files._replace(saved={**files.saved, place: time})
+        told[clock] = place
+    return files
 
 
 def _targets(plain: PyTree, params: Ways) -> list[Place]:

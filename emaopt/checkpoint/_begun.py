@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from emaopt._names import Names, is_below
-from emaopt._nodes import as_state, average_nodes, center_nodes
+from emaopt._nodes import as_state, average_nodes, center_nodes, primal_nodes
 from emaopt._places import Ways, located_at
-from emaopt._states import AverageState, PrimalAveragingState
+from emaopt._states import AverageState
 from emaopt._types import Leaf, PyTree
 from emaopt.checkpoint._files import names_of
 
@@ -24,16 +24,19 @@ def seeds(
     averaged leaves that it lacks start from their parameters all the same.
     """
     seeds: dict[Names, Names | None] = {}
-    for average, node in average_nodes(target).items():
-        beside = _beside(target, average)
-        if beside and beside <= missing:
+    for way in primal_nodes(target):
+        average, z = (*way, "averaging"), (*way, "base")
+        inside = {names for names in names_of(target) if is_below(names, z)}
+        lacking = inside & missing
+        if lacking and (lacking == inside or in_part):
             params = _origin(function, target, average, told)
-            for names in beside:
-                param = params + names[len(average) :]
-                if names[-1] == "largest":
-                    seeds[names] = None
-                elif param in sources:
+            for names in lacking:
+                if (param := params + names[len(z) :]) in sources:
                     seeds[names] = sources[param]
+        rate = (*way[:-1], "largest")
+        if way[-1:] == ("primal",) and lacking == inside and rate in missing:
+            seeds[rate] = None
+    for average, node in average_nodes(target).items():
         ours = {names for names in missing if is_below(names, average)}
         whole = {average + names for names in names_of(as_state(node))}
         inside = {names for names in ours if names[len(average)] == "average"}
@@ -47,14 +50,6 @@ def seeds(
             elif param in sources:
                 seeds[names] = sources[param]
     return seeds
-
-
-def _beside(target: PyTree, average: Names) -> set[Names]:
-    """What a primal averaging has beside its average: z, and `largest` of some."""
-    if average[-1:] != PrimalAveragingState._fields[-1:]:
-        return set()
-    z, rate = (*average[:-1], "base"), (*average[:-2], "largest")
-    return {n for n in names_of(target) if is_below(n, z) or n == rate}
 
 
 def _origin(function: str, target: PyTree, average: Names, told: Ways) -> Names:
@@ -80,12 +75,20 @@ def is_of_dropped_average(
         counters = {(*names[:i], field) for field in AverageState._fields[:2]}
         if counters <= extra and (*names[:i], "pending") in saved:
             return names[i] in AverageState._fields
-    return _is_beside(names, saved)
+    return False
 
 
-def _is_beside(names: Names, saved: Iterable[Names]) -> bool:
-    """Whether a saved leaf is what `_beside` lists, by the names of the file."""
-    if names[-1] == "largest":
-        return (*names[:-1], "primal", "averaging", "pending") in saved
-    ways = [names[:i] for i, name in enumerate(names) if name == "base"]
-    return any((*way, "averaging", "pending") in saved for way in ways)
+def is_of_dropped_base(names: Names, saved: Iterable[Names]) -> bool:
+    """Whether a saved leaf is z of a primal averaging, or what `schedule_free` adds.
+
+    Told by names: z has those of the average beside it.
+    """
+    saved = set(saved)
+    rate = names[-1] == "largest" and (*names[:-1], "primal", "averaging", "pending")
+    if rate and rate in saved:
+        return True
+    for i, name in enumerate(names):
+        average = (*names[:i], "averaging")
+        if name == "base" and (*average, "pending") in saved:
+            return (*average, "average", *names[i + 1 :]) in saved
+    return False

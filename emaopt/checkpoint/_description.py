@@ -104,11 +104,13 @@ def describe(path: Path, *, at: str | None = None) -> Description:
         if one.names in files.found and files.found[one.names].updates is None:
             updates = None
         elif (spec := _selection.decay_said(one.names)) is not None:
-            time = updates if elapsed is None else round(elapsed)
-            summary = _summary(decay_of(spec), time, one.debias)
-            if summary and elapsed is not None:
+            if elapsed is None:
+                summary = _summary(decay_of(spec), updates, one.debias)
+            # Of time in other than whole units, as of epochs, sums have no closed form.
+            elif elapsed.is_integer():
+                summary = _summary(decay_of(spec), int(elapsed), one.debias)
                 # It depends on how long each step was, which no file says.
-                summary = summary._replace(effective_iterates=math.nan)
+                summary = summary and summary._replace(effective_iterates=math.nan)
         name, clock = "/".join(one.names), one.elapsed[-1] if one.elapsed else None
         averages.append(
             AverageDescription(name, updates, one.served, summary, clock, elapsed)

@@ -9,9 +9,10 @@ import numpy as np
 
 from emaopt._leaves import kind_of
 from emaopt._names import is_below, joined
-from emaopt._nodes import average_nodes, field_of
+from emaopt._nodes import as_state, average_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, shape_of
+from emaopt._states import WEIGHT
 from emaopt._types import Leaf, Path, PyTree
 from emaopt.checkpoint import _begun
 from emaopt.checkpoint._arrays import DiskArray
@@ -90,9 +91,11 @@ def match(
     left = wanted.keys() - sources.keys() - fresh
     seeds = _begun.seeds(function, target, left, rows.sources, params, keep_missing)
     if seeds:
+        whole = bool(_begun.counted(seeds))
+        what = "the average anew" if whole else "what the average has beside it"
         report.append(
-            f"started the average anew from the parameters: {len(seeds)} leaves, "
-            f"{listed(seeds)}, are not in the checkpoint"
+            f"started {what} from the parameters: {len(seeds)} leaves, {listed(seeds)}, "
+            "are not in the checkpoint"
         )
     kept = left - seeds.keys() if keep_missing else left & rows.kept
     # A leaf that is a shape and a dtype alone has no value that could be kept.
@@ -100,11 +103,12 @@ def match(
     kept -= abstract
     if kept:
         report.append(f"kept the target's values of {listed(kept)}")
-    for clock in sorted(names for names in kept if "elapsed" in names[-2:-1]):
+    for clock in sorted(kept & _clocks(target)):
         report.append(
-            f"the count of an average goes on, and its time, {joined(clock)}, is the "
-            "target's: say what time it is by emaopt.reset_average(opt_state, average, "
-            "num_updates=..., elapsed=...), or the average will forget too fast"
+            f"the count of an average goes on, but its time, {joined(clock)}, is the "
+            "target's: an average whose window grows with time forgets all it has at the "
+            "next step. Say what time it is by emaopt.reset_average(opt_state, average, "
+            "num_updates=..., elapsed=...)"
         )
     extra = there.keys() - sources.values() - rows.left
     dropped = {
@@ -117,6 +121,13 @@ def match(
             same = {joined(_begun.counted(dropped)[0]): joined(new[0])}
             why = f"and began another; if they are the same, say rename={same}"
         report.append(f"left out an average, {why}: {listed(dropped)}")
+    bases = {n for n in extra - dropped if _begun.is_of_dropped_base(n, there)}
+    if bases:
+        report.append(
+            f"left out the iterates z of a primal averaging: {listed(bases)}; training "
+            "goes on from y, the raw parameters"
+        )
+        dropped |= bases
     if ignore_extra and extra - dropped:
         report.append(f"left out {listed(extra - dropped)}")
         dropped = extra
@@ -128,6 +139,7 @@ def match(
         misfits=_misfits(sources, wanted, saved, rows.rows),
         advice=_advice(
             target,
+            disk,
             left - seeds.keys(),
             extra - dropped,
             changed,
@@ -244,8 +256,18 @@ def _within(scope: Names, leaves: dict[Names, T]) -> dict[Names, T]:
     return {names: x for names, x in leaves.items() if is_below(names, scope)}
 
 
+def _clocks(tree: PyTree) -> set[Names]:
+    """The names of the times of all averages."""
+    return {
+        (*way, "elapsed", clock)
+        for way, node in average_nodes(tree).items()
+        for clock in as_state(node).elapsed or {}
+    }
+
+
 def _advice(
     target: PyTree,
+    disk: PyTree,
     missing: set[Names],
     extra: set[Names],
     changed: list[Names],
@@ -263,7 +285,12 @@ def _advice(
             "The outer optimizer of new local updates begins as in the target: give "
             "arrays, as tx.init makes them, not shapes alone."
         )
-    if clocks := {names[-1] for names in missing | extra if "elapsed" in names[-2:-1]}:
+    if clocks := {n[-1] for n in (missing | extra) & (_clocks(target) | _clocks(disk))}:
+        if WEIGHT in clocks:
+            return (
+                "Of schedule_free, whose x is weighed by learning rates, and another "
+                "average, neither goes on as the other: reset_average starts anew."
+            )
         return (
             f"An average counts {', '.join(sorted(clocks))} on one side alone: restore "
             "with the clock= that it was saved with. To go over to another, give "

@@ -14,12 +14,17 @@ from emaopt._checks import (
     check_number,
     check_text,
 )
-from emaopt._clock import time_of
+from emaopt._clock import check_of_time, time_of
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._profiles import BadProfile, decay_of, is_annealing, weights_of
 from emaopt._types import DecayLike, DTypeLike, Path, Report
-from emaopt._weights import checked_weights, shares_taken, weights_of_shares
+from emaopt._weights import (
+    check_num_steps,
+    checked_weights,
+    shares_taken,
+    weights_of_shares,
+)
 from emaopt.checkpoint import (
     _files,
     _merge,
@@ -156,7 +161,7 @@ def synthesize(
         for n, (_, one) in averages.items():
             taken = _Snapshot(one, updates(name, files, one), elapsed(name, files, one))
             snapshots.setdefault(n, []).append(taken)
-    times = {n: _times(name, n, taken, start) for n, taken in snapshots.items()}
+    times = {n: _times(name, n, names[n], taken, start) for n, taken in snapshots.items()}
     options = {
         n: Recorded(
             names[n],
@@ -176,6 +181,12 @@ def synthesize(
             "step",
         )
     time = _chosen(name, times.values(), clock)
+    if clock not in (None, STEPS) and not _is_decay(target):
+        raise Unknown(
+            f"{name}: clock={clock!r} is for a target that is a decay; {target!r} weighs "
+            "steps.",
+            "clock",
+        )
     wanted = _target(name, target, newest if step is None else step, time.units)
     solution = solve_recorded(list(options.values()), wanted, rcond=rcond)
     if solution.residual > _FAR:
@@ -204,7 +215,7 @@ def synthesize(
         record={
             "target": target if isinstance(target, (str, float)) else repr(target),
             "step": len(wanted) - 1,
-            "clock": time.clock,
+            "clock": time.clock or STEPS,
             "weights": f"the averages of {', '.join(snapshots)}",
             "averages": [sources[i][1] for i in order],
             "residual": solution.residual,
@@ -228,21 +239,23 @@ class _Snapshot(NamedTuple):
 class _Times(NamedTuple):
     """The time that each step of a run took, on the clock of an average."""
 
-    clock: str  # "steps" without a clock
+    clock: str | None  # None: it counts steps
     units: np.ndarray | None  # float64 [T]; None for steps
 
 
-def _times(function: str, name: str, taken: Sequence[_Snapshot], start: int) -> _Times:
+def _times(
+    function: str, name: str, decay: DecayLike, taken: Sequence[_Snapshot], start: int
+) -> _Times:
     """The time of each step, from those of the snapshots."""
-    clocks = {one.average.elapsed[-1] if one.average.elapsed else STEPS for one in taken}
+    clocks = {one.average.elapsed[-1] if one.average.elapsed else None for one in taken}
     if len(clocks) > 1:
-        raise ValueError(
-            f"{function}: {name} counts {' and '.join(sorted(clocks))} in different "
-            "checkpoints."
-        )
+        both = " and ".join(sorted(clock or STEPS for clock in clocks))
+        raise ValueError(f"{function}: {name} counts {both} in different checkpoints.")
     (clock,) = clocks
-    if clock == STEPS:
-        return _Times(clock, None)
+    if clock is None:
+        return _Times(None, None)
+    check_of_time(function, f"{name}, which counts {clock},", decay)
+    check_num_steps(function, max(one.updates for one in taken), 0)
     steps, times = [0, start], [0.0, 0.0]
     for one in taken:
         if one.updates > steps[-1]:
@@ -253,7 +266,7 @@ def _times(function: str, name: str, taken: Sequence[_Snapshot], start: int) -> 
 
 def _chosen(function: str, times: Iterable[_Times], clock: str | None) -> _Times:
     """The time on the clock of the target."""
-    known = {one.clock: one for one in times}
+    known = {one.clock or STEPS: one for one in times}
     if clock is None and len(known) > 1:
         raise Unknown(
             f"{function}: the recorded averages count {' and '.join(sorted(known))}. Say "
@@ -267,7 +280,7 @@ def _chosen(function: str, times: Iterable[_Times], clock: str | None) -> _Times
             f"{', '.join(sorted(known))}.",
             "clock",
         )
-    return known.get(clock, _Times(STEPS, None))
+    return known.get(clock, _Times(None, None))
 
 
 def _decay(function: str, decay: DecayLike | str) -> DecayLike:
@@ -330,6 +343,13 @@ def updates(function: str, files: _files.Files, one: _selection.Average) -> int:
     return int(counter)
 
 
+def _is_decay(target: DecayLike | str | ArrayLike) -> bool:
+    """Whether a target is a decay, which may count time, and no weights of steps."""
+    if isinstance(target, str):
+        return not is_annealing(target)
+    return callable(target) or isinstance(target, (float, int))
+
+
 def elapsed(function: str, files: _files.Files, one: _selection.Average) -> float | None:
     """The time on the clock of an average; None without a clock."""
     if one.elapsed is None:
@@ -352,6 +372,12 @@ def _target(
             if units is None or is_annealing(target):
                 return weights_of(target, step)
             decay = decay_of(target)
+            if not getattr(decay, "of_time", True):
+                raise Unknown(
+                    f"{function}: {target!r} is a decay of steps, and the recorded "
+                    "averages have a clock. Say clock='steps'.",
+                    "clock",
+                )
     except BadProfile as error:
         raise named(function, error) from None
     if isinstance(target, (list, tuple)) or getattr(target, "ndim", 0):

@@ -115,7 +115,8 @@ def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
     name is that of its decay (*power:0.1*), a summary of its weights.
 
     As JSON: *path*, *parameters*, *served*, *leaves* [{*name*, *dtype*, *shape*,
-    *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*}], *record*,
+    *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*,
+    *clock*, *elapsed*}], *record*,
     *nbytes_on_disk*: the fields of emaopt.checkpoint.describe.
     """
     with failing("inspect"):

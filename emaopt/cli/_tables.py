@@ -99,7 +99,8 @@ def description(found: "Description") -> Iterator[RenderableType]:
             cells = _cells(one.summary, unit) if one.summary else [""] * len(_SUMMARY)
             updates = "?" if one.num_updates is None else f"{one.num_updates:,}"
             if one.elapsed is not None:
-                updates += f" ({one.elapsed:,.0f} {escape(str(one.clock))})"
+                time = f"{one.elapsed:,.{0 if one.elapsed.is_integer() else 3}f}"
+                updates += f" ({time} {escape(str(one.clock))})"
             averages.add_row(escape(one.name), updates, *cells)
         yield averages
         if not all(one.summary for one in found.averages):
