@@ -91,8 +91,9 @@ def match(
     left = wanted.keys() - sources.keys() - fresh
     seeds = _begun.seeds(function, target, left, rows.sources, params, keep_missing)
     if seeds:
-        whole = bool(_begun.counted(seeds))
-        what = "the average anew" if whole else "what the average has beside it"
+        ways = average_nodes(target)
+        within = any(is_below(names, way) for names in seeds for way in ways)
+        what = "the average anew" if within else "what the average has beside it"
         report.append(
             f"started {what} from the parameters: {len(seeds)} leaves, {listed(seeds)}, "
             "are not in the checkpoint"
