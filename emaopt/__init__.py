@@ -6,7 +6,7 @@ Decays:       warmup_decay, uniform_decay, polynomial_decay, power_decay,
               inverse_gamma_decay, half_life_decay, scale_decay, window_decay,
               annealing_decay
 Their weights: decay_weights, weight_summary
-Reading:      get_average, swap, average_distance
+Reading:      get_average, views, swap, average_distance
 Changing:     reset_average, change_mask, by_name
 Placement:    state_shardings
 Local updates: local_updates, agn, diloco, local_sgd, easgd, block_momentum, lookahead,
@@ -46,7 +46,13 @@ from emaopt._primal_averaging import (
     primal_averaging,
     schedule_free,
 )
-from emaopt._reading import average_distance, get_average, get_center, worker_spread
+from emaopt._reading import (
+    average_distance,
+    get_average,
+    get_center,
+    views,
+    worker_spread,
+)
 from emaopt._recursion import Averager
 from emaopt._restart import change_mask, reset_average
 from emaopt._state_shardings import state_shardings
@@ -108,6 +114,7 @@ __all__ = [
     "swap",
     "synchronize",
     "uniform_decay",
+    "views",
     "warmup_decay",
     "weight_summary",
     "window_decay",

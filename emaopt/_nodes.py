@@ -10,6 +10,19 @@ from emaopt._names import Names, Unknown, leaves_with_keys
 from emaopt._states import AVERAGE, CENTER, KINDS, PrimalAveragingState
 from emaopt._types import PyTree
 
+# The fields in which wrappers of Optax and of emaopt keep the states of others.
+WRAPPERS = {
+    "adv_state",
+    "averaging",
+    "base_optimizer_state",
+    "fast_state",
+    "inner_opt_state",
+    "inner_state",
+    "inner_states",
+    "opt_state",
+    "primal",
+}
+
 _STATES = tuple(one for kind in KINDS for one in (kind.state, kind.swapped))
 
 
@@ -55,6 +68,21 @@ def is_primal_node(node: object) -> bool:
             node["averaging"]
         )
     return isinstance(node, PrimalAveragingState)
+
+
+def views_of(nodes: Iterable[Names]) -> dict[str, Names]:
+    """A short name for each node: what the user calls it, or what kind it is.
+
+    Without the wrappers and positions on the way, which nobody chose; all of the way
+    where that leaves two alike.
+    """
+    nodes = list(nodes)
+    own = [[n for n in way if n not in WRAPPERS and not n.isdigit()] for way in nodes]
+    short = [names[-1] if names else AVERAGE.field for names in own]
+    return {
+        name if short.count(name) == 1 else "/".join(way): way
+        for name, way in zip(short, nodes, strict=True)
+    }
 
 
 def is_average_node(node: object) -> bool:

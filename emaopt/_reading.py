@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_text
+from emaopt._checks import check_arrays, check_state, check_text
 from emaopt._leaves import at_least_float32, is_averaged, is_masked
 from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import (
@@ -19,15 +19,17 @@ from emaopt._nodes import (
     is_swapped,
     only_node,
     refuse_unknown_name,
+    views_of,
 )
 from emaopt._sharding import near
-from emaopt._states import AverageState, LocalUpdatesState
+from emaopt._states import CENTER, AverageState, LocalUpdatesState
 from emaopt._types import Leaf, PyTree
 
 NO_AVERAGE = (
     "Put emaopt.average_params(decay) last in optax.chain, or wrap the optimizer in "
     "emaopt.averaged(optimizer, decay), before init."
 )
+RAW = "raw"  # the view of the parameters themselves
 _NO_CENTER = (
     "Wrap the optimizer in emaopt.diloco, emaopt.agn or another method of local updates, "
     "before init."
@@ -85,6 +87,60 @@ def get_average(
         return near(value, leaf).astype(jnp.asarray(leaf).dtype)
 
     return map_with_keys(read, params)
+
+
+def views(opt_state: PyTree, params: PyTree) -> dict[str, PyTree]:
+    """Returns the raw parameters and every average of them, by name.
+
+    A loop over them evaluates all, under jit too:
+
+        metrics = {
+            f"{view}/loss": evaluate(weights)
+            for view, weights in emaopt.views(opt_state, params).items()
+        }
+
+    These names are the ones that `checkpoint.best` looks for in the metrics of a run.
+
+    Args:
+      opt_state: An optimizer state, as for `get_average`, or one without an average.
+      params: The parameters.
+
+    Returns:
+      {"raw": the parameters, and for each average its name in `optax.named_chain`, or
+      "average": the average as `get_average` reads it}. Of several averages that nobody
+      named, and of two alike names, all keys that lead to them, joined with "/". Local
+      updates add "center".
+
+    Raises:
+      ValueError: If an average is swapped, of other parameters, or called "raw".
+      TypeError: If an argument is of another kind.
+
+    Example:
+      >>> import emaopt
+      >>> tx = emaopt.averaged(optax.sgd(1.0), 0.5)
+      >>> params = jnp.ones(2)
+      >>> print(views(tx.init(params), params))
+      {'raw': Array([1., 1.], dtype=float32), 'average': Array([1., 1.], dtype=float32)}
+    """
+    check_state("views", "opt_state", opt_state)
+    check_arrays("views", "params", params, others=True)
+    found = views_of(average_nodes(opt_state))
+    if RAW in found:
+        raise ValueError(
+            "views: an average is called 'raw', which is the view of the parameters "
+            "themselves. Give it another name in optax.named_chain."
+        )
+    averages = {
+        view: get_average(opt_state, params, name="/".join(way))
+        for view, way in found.items()
+    }
+    centers = {
+        CENTER.field if len(center_nodes(opt_state)) == 1 else "/".join(way): get_center(
+            opt_state, name="/".join(way)
+        )
+        for way in center_nodes(opt_state)
+    }
+    return {RAW: params, **averages, **centers}
 
 
 def average_distance(

@@ -43,6 +43,7 @@ from emaopt._checks import (
     check_vector,
 )
 from emaopt._combination import combine
+from emaopt._judging import Selection, select
 from emaopt._least_squares import nearest
 from emaopt._power_profiles import (
     gamma_of_sigma_rel,
@@ -56,11 +57,13 @@ from emaopt._weights import checked_weights, shares_taken
 
 __all__ = [
     "Recorded",
+    "Selection",
     "Solution",
     "annealing_weights",
     "combine",
     "gamma_to_sigma_rel",
     "power_inner_product",
+    "select",
     "sigma_rel_to_gamma",
     "snapshot_weights",
     "snapshots_needed",

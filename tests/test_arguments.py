@@ -41,6 +41,8 @@ def root(tmp_path_factory):
     """A directory with the checkpoint of a run."""
     path = tmp_path_factory.mktemp("arguments")
     checkpoint.save(path / "run" / "1", nonsense.TRAINING)
+    (path / "run" / "1" / "metrics").mkdir()
+    (path / "run" / "1" / "metrics" / "metrics").write_text('{"raw/loss": 0.5}')
     return path
 
 

@@ -35,6 +35,7 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._adopt import adopt
 from emaopt.checkpoint._average_names import average_names
+from emaopt.checkpoint._best import Best, best, metrics
 from emaopt.checkpoint._combinations import average, combine
 from emaopt.checkpoint._convert import convert
 from emaopt.checkpoint._description import Description, describe
@@ -43,11 +44,13 @@ from emaopt.checkpoint._safetensors import export_safetensors
 from emaopt.checkpoint._synthesis import Synthesis, synthesize
 
 __all__ = [
+    "Best",
     "Description",
     "Synthesis",
     "adopt",
     "average",
     "average_names",
+    "best",
     "combine",
     "convert",
     "describe",
@@ -55,6 +58,7 @@ __all__ = [
     "handler_registry",
     "load_averaged",
     "metadata",
+    "metrics",
     "restore",
     "save",
     "swap_state",

@@ -41,6 +41,7 @@ BEGUN, COMMITTED = "init_timestamp_nsecs", "commit_timestamp_nsecs"  # in STEP
 CUSTOM = "custom_metadata"  # in STEP, and in ITEM of emaopt's
 TREE = "tree_metadata"  # in ITEM: the names of all leaves
 ARRAYS = "manifest.ocdbt"  # beside ITEM, where there are arrays
+METRICS = ("metrics", "metrics")  # an item of a step, and its one file of JSON
 WHOLE = ("default", "state", "pytree")  # names that Orbax gives the only item of a step
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from emaopt._places import Ways, placed
@@ -123,25 +124,43 @@ def averages(
     ignore_extra: bool,
 ) -> PyTree:
     """The averages, with the target's containers or those on disk."""
+    function = "load_averaged"
     prefix, averaged, there = _contents.averages_at(
-        "load_averaged", files, name, at, option="name"
+        function, files, name, at, option="name"
     )
-    present = _files.all_leaves(files)
     if target is not None:
         # The target may lack a model's other variables, which have no average.
         needed = set() if ignore_extra else averaged
         names = _below_a_key(target).keys() | needed
         there = {n: place for n, place in there.items() if n in names}
+    return weights(function, files, prefix, there, target, sharding, dtype)
+
+
+def weights(
+    function: str,
+    files: _files.Files,
+    prefix: Names,
+    there: dict[Names, Names],
+    target: PyTree,
+    sharding: PyTree,
+    dtype: DTypeLike | None,
+    kinds: Mapping[Names, np.dtype] | None = None,
+) -> PyTree:
+    """The weights at some places, with the target's containers or those on disk.
+
+    `kinds` are the dtypes of those that are not to have their own.
+    """
+    present = _files.all_leaves(files)
     saved = {n: present[place] for n, place in there.items()}
     # The files were opened lazily; all arrays that are wanted are opened together here.
-    with _files.explained("load_averaged", files.path):
+    with _files.explained(function, files.path):
         _arrays.open_all(saved.values())
-    wanted = _wanted(files.path, saved, target, sharding, dtype)
+    wanted = _wanted(function, files.path, saved, target, sharding, dtype, kinds or {})
     plans = {n: (there[n], x) for n, x in wanted.items() if not _trees.is_empty(x)}
-    read = _read.read("load_averaged", files, plans)
+    read = _read.read(function, files, plans)
     values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
-        _trees.check_kinds("load_averaged", files.path, values, wanted)
+        _trees.check_kinds(function, files.path, values, wanted)
         leaves = [values[n] for n in _below_a_key(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
     return fill_as_on_disk(files, prefix, values)
@@ -154,27 +173,29 @@ def _below_a_key(tree: PyTree) -> dict[Names, Leaf]:
 
 
 def _wanted(
+    function: str,
     path: Path,
     saved: dict[Names, Leaf],
     target: PyTree,
     sharding: PyTree,
     dtype: DTypeLike | None,
+    kinds: Mapping[Names, np.dtype],
 ) -> dict[Names, Leaf]:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
     like = {} if target is None else _below_a_key(target)
     if target is not None:
-        check_fit("load_averaged", path, like, saved)
+        check_fit(function, path, like, saved)
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
         shardings = _below_a_key(sharding)
         for one in shardings.values():
             if not isinstance(one, jax.sharding.Sharding):
                 raise TypeError(
-                    "load_averaged: sharding must be a jax.sharding.Sharding or a tree "
+                    f"{function}: sharding must be a jax.sharding.Sharding or a tree "
                     f"of them like the parameters, got {one!r}."
                 )
         if odd := sorted(saved.keys() ^ shardings.keys()):
             raise ValueError(
-                "load_averaged: sharding must be a jax.sharding.Sharding or a tree of "
+                f"{function}: sharding must be a jax.sharding.Sharding or a tree of "
                 f"them like the parameters; they differ at {listed(odd)}."
             )
     else:
@@ -185,7 +206,7 @@ def _wanted(
         if not hasattr(leaf, "dtype"):
             return _trees.as_array(leaf)  # text
         here = like.get(names)
-        kind = getattr(here, "dtype", leaf.dtype)
+        kind = getattr(here, "dtype", kinds.get(names, leaf.dtype))
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
             kind = jnp.dtype(dtype)
         place = shardings[names] or getattr(here, "sharding", None) or default

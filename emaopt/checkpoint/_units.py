@@ -10,21 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from emaopt._names import is_below, num_common
-from emaopt._nodes import as_state, field_of
+from emaopt._nodes import WRAPPERS, as_state, field_of
 from emaopt.checkpoint._files import Names
 
-# The fields in which wrappers of Optax and of emaopt keep the states of others.
-WRAPPERS = {
-    "adv_state",
-    "averaging",
-    "base_optimizer_state",
-    "fast_state",
-    "inner_opt_state",
-    "inner_state",
-    "inner_states",
-    "opt_state",
-    "primal",
-}
 # The field for states of the outer optimizer, which are never those of a worker.
 _OUTER = "outer_state"
 

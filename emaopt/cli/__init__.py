@@ -108,21 +108,28 @@ def demo(
 
 @app.command()
 def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
-    """Show what a checkpoint holds, without reading its arrays.
+    """Show what a checkpoint holds, without reading its arrays; of a run, its metrics.
 
-    It shows names, dtypes, shapes and sizes; which weights a reader finds under the
-    parameters' names; and every average (EMA), with its number of updates and, if its
-    name is that of its decay (*power:0.1*), a summary of its weights.
+    Of a checkpoint it shows names, dtypes, shapes and sizes; which weights a reader finds
+    under the parameters' names; and every average (EMA), with its number of updates and,
+    if its name is that of its decay (*power:0.1*), a summary of its weights.
 
     As JSON: *path*, *parameters*, *served*, *leaves* [{*name*, *dtype*, *shape*,
     *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*,
     *clock*, *elapsed*}], *record*,
-    *nbytes_on_disk*: the fields of emaopt.checkpoint.describe.
+    *nbytes_on_disk*: the fields of emaopt.checkpoint.describe. Of a run: *path* and
+    *steps* {*step*: {*metric*: *value*}}.
     """
     with failing("inspect"):
         from emaopt import checkpoint
+        from emaopt.checkpoint import _best
         from emaopt.cli import _tables
 
+        if _best.is_run(path):
+            kept = checkpoint.metrics(path)
+            made = {"path": path, "steps": _tables.document(kept)}
+            report(as_json, made, _tables.metrics(path, kept))
+            return
         found = checkpoint.describe(path, at=at)
     report(as_json, _tables.document(found), _tables.description(found))
 

@@ -18,7 +18,7 @@ from emaopt.cli._options import (
     Rename,
     Served,
 )
-from emaopt.cli._terminal import progress_bar, report, warn
+from emaopt.cli._terminal import progress_bar, report, stop, warn
 
 
 def convert(
@@ -100,6 +100,22 @@ def export(
             callback=_options.size,
         ),
     ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            help="PATH is a run: export the step and the weights with the least "
+            "*METRIC*, by the metrics that its CheckpointManager kept for each view of "
+            "them, such as *raw/loss* and *average/loss* for *loss*.",
+            show_default=False,
+            metavar="METRIC",
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="*max*: the greatest value is the best.", callback=_options.mode
+        ),
+    ] = "min",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -109,13 +125,20 @@ def export(
     these, else the parameters, and says which. It goes array by array.
 
         emaopt export run/1000 --safetensors model.safetensors --dtype bfloat16
+        emaopt export run --best loss --safetensors model.safetensors
 
-    As JSON: *weights*, the exported weights in words, and *written*.
+    As JSON: *weights*, the exported weights in words, *best* {*step*, *view*, *value*,
+    *path*} or null, and *written*.
     """
+    if best is not None and weights != "served":
+        stop("emaopt export: --best says which weights, and so does --weights.", 2)
     with failing("export"), progress_bar("exporting") as progress:
         from emaopt import checkpoint
         from emaopt.cli import _tables
 
+        chosen = checkpoint.best(path, best, mode=mode) if best is not None else None
+        if chosen:
+            path, weights = chosen.path, chosen.view
         said = checkpoint.export_safetensors(
             path,
             safetensors,
@@ -128,8 +151,12 @@ def export(
             force=force,
             progress=progress,
         )
-    sentence = f"Exported {_tables.escape(said)}."
+    sentence = f"Exported {_tables.escape(said)}"
+    if chosen:
+        sentence += f" of step {chosen.step:,}, whose {best} is {chosen.value:.6g}"
+    sentence += "."
     # In several files, their index is what a reader opens.
     index = f"{safetensors}.index.json"
     written = index if shard_size and exists(index) else safetensors
-    report(as_json, {"weights": said}, [sentence], written)
+    made = {"weights": said, "best": _tables.document(chosen)}
+    report(as_json, made, [sentence], written)

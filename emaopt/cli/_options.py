@@ -227,6 +227,13 @@ def width(value: float | None) -> float | None:
     return value
 
 
+def mode(value: str) -> str:
+    """Refuses anything but "min" and "max"."""
+    if value not in ("min", "max"):
+        raise typer.BadParameter(f"takes min or max, got {value!r}.")
+    return value
+
+
 def steps(value: str | None) -> str | None:
     """Refuses anything but whole numbers with commas, as in "100,200"."""
     if value is not None and not all(one.strip().isdecimal() for one in value.split(",")):

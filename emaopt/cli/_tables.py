@@ -112,6 +112,24 @@ def description(found: "Description") -> Iterator[RenderableType]:
         yield from combination(found.record)
 
 
+def metrics(
+    run: str, found: Mapping[int, Mapping[str, float]]
+) -> Iterator[RenderableType]:
+    """The metrics of a run: steps down, views and their metrics across."""
+    names = sorted({name for one in found.values() for name in one})
+    table = _table(escape(run), ["step", *map(escape, names)])
+    for step, one in found.items():
+        cells = (f"{one[name]:.6g}" if name in one else "" for name in names)
+        table.add_row(f"{step:,}", *cells)
+    yield table
+    if not names:
+        yield (
+            "Its steps have no metrics: CheckpointManager keeps them only if its options "
+            "have a best_fn."
+        )
+    yield f"emaopt inspect {escape(run)}/{max(found)} shows what a step holds."
+
+
 def _cells(summary: WeightSummary, unit: str = "") -> list[str]:
     """The columns of `_SUMMARY`; the unit of ages, if it is not steps."""
     return [
