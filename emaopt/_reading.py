@@ -69,16 +69,24 @@ def get_average(
       >>> print(get_average(state)["w"])
       [-0.5 -0.5]
     """
+    if params is not None:
+        return _as_params("get_average", opt_state, params, name)
     average = find_average("get_average", opt_state, name).average
-    if params is None:
-        nodes = jax.tree.leaves(average, is_leaf=is_masked)
-        if masked := sum(map(is_masked, nodes)):
-            raise ValueError(
-                f"get_average: {masked} of {len(nodes)} leaves are not averaged: call "
-                "get_average(opt_state, params) to take them from the parameters."
-            )
-        return average
-    averages, _ = paired("get_average", average, params, bool(center_nodes(opt_state)))
+    nodes = jax.tree.leaves(average, is_leaf=is_masked)
+    if masked := sum(map(is_masked, nodes)):
+        raise ValueError(
+            f"get_average: {masked} of {len(nodes)} leaves are not averaged: call "
+            "get_average(opt_state, params) to take them from the parameters."
+        )
+    return average
+
+
+def _as_params(
+    function: str, opt_state: PyTree, params: PyTree, name: str | None
+) -> PyTree:
+    """The average in the parameters' containers, dtypes and shardings."""
+    average = find_average(function, opt_state, name).average
+    averages, _ = paired(function, average, params, bool(center_nodes(opt_state)))
 
     def read(keys: Names, leaf: Leaf) -> Leaf:
         value = averages.get(keys, leaf)
@@ -131,12 +139,12 @@ def views(opt_state: PyTree, params: PyTree) -> dict[str, PyTree]:
             "themselves. Give it another name in optax.named_chain."
         )
     averages = {
-        view: get_average(opt_state, params, name="/".join(way))
+        view: _as_params("views", opt_state, params, "/".join(way))
         for view, way in found.items()
     }
     centers = {
-        CENTER.field if len(center_nodes(opt_state)) == 1 else "/".join(way): get_center(
-            opt_state, name="/".join(way)
+        CENTER.field if len(center_nodes(opt_state)) == 1 else "/".join(way): (
+            find_center("views", opt_state, "/".join(way)).center
         )
         for way in center_nodes(opt_state)
     }

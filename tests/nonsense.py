@@ -195,6 +195,11 @@ CALLS: dict[str, dict[str, Any]] = {
     "checkpoint.restore": {"path": CHECKPOINT, "target": TRAINING},
     "checkpoint.save": {"path": NEW, "state": TRAINING},
     "checkpoint.swap_state": {"state": TRAINING},
+    "checkpoint.sweep": {
+        "directory": RUN,
+        "evaluate": lambda params: np.arange(40.0) + float(params["b"]),
+        "targets": ["ema:0.5"],
+    },
     "checkpoint.synthesize": {"directory": RUN, "out": NEW, "target": "ema:0.5"},
     "digits.apply": {"params": digits.init_params(0), "images": IMAGES},
     "digits.evaluate": {

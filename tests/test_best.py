@@ -309,3 +309,117 @@ def test_what_cannot_be_selected_from_is_refused():
     ):
         with pytest.raises(ValueError, match=f"select: .*{message}"):
             posthoc.select(**arguments)
+
+
+# A sweep over widths
+
+
+def recorded_run(directory, steps=200, every=10):
+    """A noisy run at a constant rate, with two power averages in its checkpoints."""
+    tx = optax.named_chain(
+        ("sgd", optax.sgd(0.2)),
+        *(
+            (f"power:{width}", emaopt.average_params(emaopt.power_decay(sigma_rel=width)))
+            for width in (0.05, 0.1)
+        ),
+    )
+    params = {"w": jnp.full(4, 3.0)}
+    opt_state = tx.init(params)
+    update = jax.jit(tx.update)
+    with ocp.CheckpointManager(directory) as manager:
+        for step in range(1, steps + 1):
+            noise = np.random.default_rng(step).standard_normal(4).astype(np.float32)
+            updates, opt_state = update({"w": params["w"] + noise}, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if step % every == 0:
+                state = {"params": params, "opt_state": opt_state}
+                manager.save(step, args=ocp.args.StandardSave(state))
+    return params
+
+
+EXAMPLES = np.random.default_rng(11).standard_normal((300, 4))
+
+
+def example_losses(params):
+    """Least for weights of zeros; each example sees them in another direction."""
+    return (EXAMPLES @ np.asarray(params["w"], np.float64)) ** 2
+
+
+def test_a_sweep_finds_the_average_that_is_better_than_the_last_weights(tmp_path):
+    params = recorded_run(tmp_path / "run")
+    done = []
+    found = checkpoint.sweep(
+        tmp_path / "run",
+        example_losses,
+        ["power:0.05", "power:0.1", "power:0.15"],
+        progress=lambda *at: done.append(at),
+    )
+    assert found.candidates == ["raw", "power:0.05", "power:0.1", "power:0.15"]
+    np.testing.assert_allclose(found.losses[0], example_losses(params), rtol=1e-6)
+    assert found.chosen in found.candidates[1:] and found.step == 200
+    assert found.residuals[0] is None and max(found.residuals[1:]) < 0.05
+    assert done[0] == (0, 4) and done[-1] == (4, 4)
+    made = checkpoint.synthesize(tmp_path / "run", tmp_path / "out", target=found.chosen)
+    again = example_losses(checkpoint.load_averaged(tmp_path / "out"))
+    row = found.losses[found.candidates.index(found.chosen)]
+    np.testing.assert_allclose(again, row, rtol=1e-6)
+    assert made.step == found.step
+
+
+def test_a_sweep_of_what_makes_no_difference_finds_none(tmp_path):
+    recorded_run(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    found = checkpoint.sweep(
+        tmp_path / "run", lambda params: rng.random(100), ["power:0.05", "power:0.1"]
+    )
+    assert found.chosen is None and found.selection.chosen is None
+
+
+def test_functions_that_return_no_losses_are_refused(tmp_path):
+    recorded_run(tmp_path / "run", 20)
+    for function, message in (
+        (lambda params: 0.5, "the finite loss of each example"),
+        (lambda params: [np.nan] * 40, "the finite loss of each example"),
+        (lambda params: None, "the finite loss of each example"),
+    ):
+        with pytest.raises(ValueError, match=f"sweep: evaluate must return {message}"):
+            checkpoint.sweep(tmp_path / "run", function, ["power:0.1"])
+    sizes = iter([40, 41])
+    with pytest.raises(ValueError, match="returned 41 losses, and 40 before"):
+        checkpoint.sweep(
+            tmp_path / "run", lambda params: np.ones(next(sizes)), ["power:0.1"]
+        )
+    with pytest.raises(ValueError, match="sweep: 'power:9' is no decay"):
+        checkpoint.sweep(tmp_path / "run", example_losses, ["power:9"])
+
+
+def test_the_command_sweeps_with_a_function_of_the_users(tmp_path, monkeypatch):
+    recorded_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model_of_a_sweep.py").write_text(
+        "import numpy as np\n"
+        "points = np.random.default_rng(11).standard_normal((300, 4))\n"
+        "def losses(params):\n"
+        "    return (points @ np.asarray(params['w'], np.float64)) ** 2\n"
+    )
+    how = ("sweep", "run", "--evaluate", "my_model_of_a_sweep:losses")
+    widths = ("--sigma-rel", "0.05,0.1,0.2")
+    done = command(*how, *widths, "--plot", "sweep.png", "--json")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.output)
+    assert made["chosen"].startswith("power:") and len(made["candidates"]) == 4
+    assert (
+        made["written"] == "sweep.png" and (tmp_path / "sweep.png").stat().st_size > 9999
+    )
+    shown = command(*how, *widths, "--target", "cosine:0.3")
+    assert "is better than raw" in shown.output and "cosine:0.3" in shown.output
+    for wrong in (
+        ("sweep", "run", "--evaluate", "no_module_of_mine:losses", *widths),
+        ("sweep", "run", "--evaluate", "my_model_of_a_sweep:nothing", *widths),
+        ("sweep", "run", "--evaluate", "my_model_of_a_sweep", *widths),
+        how,
+        (*how, "--sigma-rel", "0.1,wide"),
+        (*how, "--sigma-rel", "0.9"),
+        (*how, "--target", "power:0.1", "--plot", "other.png"),
+    ):
+        assert command(*wrong).exit_code == 2, wrong

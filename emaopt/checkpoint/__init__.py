@@ -41,11 +41,13 @@ from emaopt.checkpoint._convert import convert
 from emaopt.checkpoint._description import Description, describe
 from emaopt.checkpoint._manager import handler_registry
 from emaopt.checkpoint._safetensors import export_safetensors
+from emaopt.checkpoint._sweep import Sweep, sweep
 from emaopt.checkpoint._synthesis import Synthesis, synthesize
 
 __all__ = [
     "Best",
     "Description",
+    "Sweep",
     "Synthesis",
     "adopt",
     "average",
@@ -62,6 +64,7 @@ __all__ = [
     "restore",
     "save",
     "swap_state",
+    "sweep",
     "synthesize",
 ]
 

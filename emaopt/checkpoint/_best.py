@@ -214,6 +214,10 @@ Measured = dict[int, tuple[epath.Path, dict[str, float]]]
 
 def measured(function: str, directory: epath.Path) -> Measured:
     """{step: (its directory, its metrics)} of all finished steps of a run."""
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{function}: {directory} is no directory of a CheckpointManager."
+        )
     steps, _ = _selection.steps_in(function, directory)
     return {step: (path, _metrics(function, path)) for step, path in steps.items()}
 

@@ -129,15 +129,47 @@ def synthesize(
     References:
       Karras et al., 2024, §3.2, https://arxiv.org/abs/2312.02696
     """
-    name = "synthesize"
+    return synthesized(
+        "synthesize",
+        directory,
+        out,
+        target=target,
+        step=step,
+        recorded=recorded,
+        every=every,
+        start=start,
+        clock=clock,
+        rcond=rcond,
+        at=at,
+        dtype=dtype,
+        force=force,
+        progress=progress,
+        report=report,
+    )
+
+
+def synthesized(
+    name: str,
+    directory: Path,
+    out: Path,
+    *,
+    target: DecayLike | str | ArrayLike,
+    step: int | None,
+    recorded: Mapping[str, DecayLike | str] | None,
+    every: int,
+    start: int,
+    clock: str | None,
+    report: Report,
+    at: str | None = None,
+    rcond: float | None = None,
+    dtype: DTypeLike | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Synthesis:
+    """`synthesize`, for the function of that name."""
     check_merging(name, out, at, dtype, force, progress, report)
     check_readable(name, "directory", directory)
-    check_mapping(name, "recorded", recorded, optional=True)
-    check_integer(name, "every", every, 1)
-    check_integer(name, "start", start, 0)
-    if step is not None:
-        check_integer(name, "step", step, 0)
-    check_text(name, "clock", clock, optional=True)
+    check_recorded(name, recorded, every, start, step, clock)
     if rcond is not None:
         check_number(name, "rcond", rcond, 0)
     # A target that is no profile is refused before any checkpoint is opened.
@@ -226,6 +258,25 @@ def synthesize(
     )
     said = [(str(path), n, count) for path, n, count in sources]
     return Synthesis(solution, len(wanted) - 1, said)
+
+
+def check_recorded(
+    function: str,
+    recorded: Mapping[str, DecayLike | str] | None,
+    every: int,
+    start: int,
+    step: int | None,
+    clock: str | None,
+) -> None:
+    """Raises unless the arguments can say what was recorded, and where to end."""
+    check_mapping(function, "recorded", recorded, optional=True)
+    for decay in (recorded or {}).values():
+        _decay(function, decay)
+    check_integer(function, "every", every, 1)
+    check_integer(function, "start", start, 0)
+    if step is not None:
+        check_integer(function, "step", step, 0)
+    check_text(function, "clock", clock, optional=True)
 
 
 class _Snapshot(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from emaopt.cli import _conversions, _options
+from emaopt.cli import _conversions, _options, _sweeping
 from emaopt.cli._errors import failing
 from emaopt.cli._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
 from emaopt.cli._process import Commands
@@ -305,6 +305,7 @@ def synthesize(
     report(as_json, {"record": record}, _tables.combination(record), out)
 
 
+app.command()(_sweeping.sweep)
 app.command()(_conversions.convert)
 app.command()(_conversions.export)
 

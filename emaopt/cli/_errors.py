@@ -9,11 +9,17 @@ from emaopt.cli._terminal import stop, warn
 
 
 def quiet_cpu() -> None:
-    """Sets JAX to the CPU, and silences what Orbax logs of every file that it opens."""
+    """Sets JAX to the CPU, and silences Orbax."""
     import jax
-    from absl import logging as absl_logging
 
     jax.config.update("jax_platforms", "cpu")
+    quiet_logs()
+
+
+def quiet_logs() -> None:
+    """Silences what Orbax logs of every file that it opens."""
+    from absl import logging as absl_logging
+
     absl_logging.set_verbosity(absl_logging.FATAL)
 
 
@@ -36,10 +42,13 @@ def _warning() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failing(command: str) -> Iterator[None]:
-    """Turns errors that a user can mend into one line and an exit status."""
+def failing(command: str, *, devices: bool = False) -> Iterator[None]:
+    """Turns errors that a user can mend into one line and an exit status.
+
+    With `devices`, JAX keeps those that it finds, for a model that is to be run.
+    """
     # Before JAX is used: it chooses its devices once.
-    quiet_cpu()
+    quiet_logs() if devices else quiet_cpu()
     from emaopt._names import Unknown
     from emaopt._profiles import BadProfile
 

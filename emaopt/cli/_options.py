@@ -221,6 +221,11 @@ def target(value: str | None) -> str | None:
     return decays([value])[0] if value is not None else None
 
 
+def targets(value: list[str] | None) -> list[str] | None:
+    """Refuses strings that name no profiles of a whole run."""
+    return decays(value) if value else value
+
+
 def width(value: float | None) -> float | None:
     """Refuses a number that is no width of a power average."""
     target(None if value is None else f"power:{value}")

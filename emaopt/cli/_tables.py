@@ -13,7 +13,7 @@ from emaopt._weights import WeightSummary
 from emaopt.cli._terminal import in_letters, shown
 
 if TYPE_CHECKING:
-    from emaopt.checkpoint import Description
+    from emaopt.checkpoint import Description, Sweep
 
 _SUMMARY = ["mean age\n(steps)", "half-life\n(steps)", "effective\niterates"]
 _SUMMARY += ["weight\nof θ_0"]
@@ -110,6 +110,64 @@ def description(found: "Description") -> Iterator[RenderableType]:
             )
     if found.record:
         yield from combination(found.record)
+
+
+def swept(found: "Sweep", run: str) -> tuple[Json, Iterator[RenderableType]]:
+    """The candidates of a sweep, as JSON and as a table, and which of them was chosen."""
+    differences = found.losses - found.losses[0]
+    errors = differences.std(1, ddof=1) / math.sqrt(differences.shape[1])
+    rows = [
+        {
+            "name": name,
+            "loss": float(losses.mean()),
+            "difference": float(difference.mean()),
+            "standard_error": float(error),
+            "residual": residual,
+        }
+        for name, losses, difference, error, residual in zip(
+            found.candidates,
+            found.losses,
+            differences,
+            errors,
+            found.residuals,
+            strict=True,
+        )
+    ]
+    selection = document(found.selection)
+    made = {"candidates": rows, "chosen": found.chosen, "selection": selection}
+    return {**made, "step": found.step}, _swept(found, rows, run)
+
+
+def _swept(found: "Sweep", rows: list[Json], run: str) -> Iterator[RenderableType]:
+    count = found.losses.shape[1]
+    title = f"{escape(run)}: losses of {count:,} examples, step {found.step:,}"
+    table = _table(title, ["weights", "loss", "to the first", "error of\nthe profile"])
+    for row in rows:
+        gain = f"{row['difference']:+.5f} ± {row['standard_error']:.5f}"
+        residual = row["residual"]
+        table.add_row(
+            escape(row["name"]),
+            f"{row['loss']:.5f}",
+            "" if row is rows[0] else gain,
+            "" if residual is None else f"{residual:.2%}",
+        )
+    yield table
+    one = found.selection
+    best = escape(found.candidates[one.best])
+    judged = (
+        f"by {one.difference:+.5f} ± {one.standard_error:.5f} on the "
+        f"{one.num_judged:,} examples that judge (p = {one.p_value:.2g})"
+    )
+    if found.chosen is not None:
+        yield f"{best} is better than {escape(found.candidates[0])} {judged}."
+        yield f"emaopt synthesize {escape(run)} --target {best} --out DIR makes it."
+    elif one.best == 0:
+        yield f"None: {best} is the best in the examples that choose."
+    else:
+        yield (
+            f"None: {best} is the best in the examples that choose, but differs {judged}."
+            f" A gain of {one.detectable:.5f} would be found four times out of five."
+        )
 
 
 def metrics(

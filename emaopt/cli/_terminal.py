@@ -75,11 +75,14 @@ def shown(name: object) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal; it takes (bytes done, bytes in all)."""
+def progress_bar(
+    doing: str, *, of_bytes: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; it takes (done, in all), bytes or not."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
@@ -89,7 +92,7 @@ def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn() if of_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
