@@ -72,7 +72,8 @@ def test_the_page_on_elastic_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["adopting.md", "annealing.md", "clocks.md", "primal-averaging.md"]
+    "page",
+    ["adopting.md", "annealing.md", "clocks.md", "primal-averaging.md", "shipping.md"],
 )
 def test_the_pages_that_are_one_program(tmp_path, monkeypatch, page):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
