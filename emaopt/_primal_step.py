@@ -72,14 +72,14 @@ class Step:
         count = {} if num_updates is None else {"num_updates": num_updates}
         has_base = self._c > 0
         try:
-            given = params
+            given, seen_grads = params, grads
             if has_base:
-                grads = self._given(grads, state.base)
+                seen_grads = self._given(grads, state.base)
                 if self._at == "z":
                     given = _whole(params, state.base, where)
                 given = self._given(given, state.base)
             updates, inner_state = self._inner.update(
-                grads, state.inner_state, given, **count, **extra_args
+                seen_grads, state.inner_state, given, **count, **extra_args
             )
             # Rounded here: with c > 0 they go into z, and z into the state.
             updates = settled(updates, selected=has_base)
@@ -108,8 +108,6 @@ class Step:
             # the gradient: wrappers choose between it and zeros like that.
             dtype = jnp.asarray(p).dtype
             y = rounded_to(y, dtype).astype(dtype)
-            g = jnp.asarray(g)
-            g = g.astype(dtype) if self._dtype is not None else g
             return lead(p, place.whole(y), g, True)
 
         leaves = map(treedef.flatten_up_to, (params, grads))
