@@ -81,7 +81,7 @@ def span(function: str, clock: str, given: Mapping[str, object], dtype: np.dtype
         number = float(value)  # type: ignore  (it is a number now); exact up to 2^53
     except OverflowError:
         number = np.inf
-    if not number <= jnp.finfo(dtype).max:
+    if not number <= float(jnp.finfo(dtype).max):
         raise ValueError(f"{function}: {clock} must be finite in {dtype}, got {value!r}.")
     parts = split(number, dtype)
     return Span(jnp.asarray(number, dtype), (parts[0], parts[1]))

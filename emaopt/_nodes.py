@@ -62,11 +62,9 @@ def primal_nodes(tree: PyTree) -> dict[Names, PyTree]:
 
 def is_primal_node(node: object) -> bool:
     """Whether a node is the state of a primal averaging, by its type or its fields."""
-    if isinstance(node, Mapping):  # a field that is None may be missing
-        fields = set(PrimalAveragingState._fields)
-        return fields - {"base"} <= set(node) <= fields and is_average_node(
-            node["averaging"]
-        )
+    if isinstance(node, Mapping):  # fields without leaves may be missing
+        fields, there = set(PrimalAveragingState._fields), set(node)
+        return {"averaging"} < there <= fields and is_average_node(node["averaging"])
     return isinstance(node, PrimalAveragingState)
 
 

@@ -1,8 +1,5 @@
 """An average that starts anew, or goes on with other leaves."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +13,7 @@ from emaopt._checks import (
 )
 from emaopt._clock import split
 from emaopt._leaves import is_averaged, is_masked
-from emaopt._names import Names, leaves_with_keys
+from emaopt._names import Names, is_below, leaves_with_keys
 from emaopt._nodes import average_nodes, in_place_of, primal_nodes, replace
 from emaopt._reading import find_average, map_with_keys, paired
 from emaopt._recursion import Averager
@@ -78,7 +75,7 @@ def reset_average(
       [2. 2.]
     """
     state = find_average("reset_average", opt_state, name)
-    (node,) = average_nodes(opt_state, name).values()
+    ((way, node),) = average_nodes(opt_state, name).items()
     _, raw = paired("reset_average", state.average, params)
     count = checked_count("reset_average", "num_updates", num_updates)
     if state.weight is not None and not (isinstance(count, int) and count == 0):
@@ -113,28 +110,20 @@ def reset_average(
         elapsed=jax.tree.map(lambda x: x + split(time, x.dtype), counters.elapsed),
         average=map_with_keys(restart, state.average),
     )
-    opt_state = _with_base(opt_state, node, raw) if begins else opt_state
-    return replace(opt_state, node, in_place_of(node, fresh))
+    opt_state = replace(opt_state, node, in_place_of(node, fresh))
+    return _with_base(opt_state, way, raw) if begins else opt_state
 
 
-def _with_base(opt_state: PyTree, average: PyTree, raw: dict[Names, Leaf]) -> PyTree:
+def _with_base(opt_state: PyTree, average: Names, raw: dict[Names, Leaf]) -> PyTree:
     """The state in which z of a primal averaging begins with its average, at `raw`."""
+    way, base = average[:-1], (*average[:-1], "base")
+    if average[-1:] != ("averaging",) or way not in primal_nodes(opt_state):
+        return opt_state
 
-    def begun(keys: Names, z: Leaf) -> Leaf:
-        return _copy(raw[keys], z)
+    def begun(keys: Names, leaf: Leaf) -> Leaf:
+        return _copy(raw[keys[len(base) :]], leaf) if is_below(keys, base) else leaf
 
-    for node in primal_nodes(opt_state).values():
-        fields = node if isinstance(node, Mapping) else node._asdict()
-        base = fields.get("base")
-        if fields["averaging"] is average and base is not None:
-            base = map_with_keys(begun, base)
-            fresh = {**fields, "base": base}
-            new = fresh if isinstance(node, Mapping) else type(node)(**fresh)
-            if isinstance(node, Mapping):
-                container: Any = type(node)
-                new = container(fresh)
-            opt_state = replace(opt_state, node, new)
-    return opt_state
+    return map_with_keys(begun, opt_state)
 
 
 def change_mask(

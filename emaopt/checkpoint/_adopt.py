@@ -170,7 +170,7 @@ def _timed(
                 f"in {files.path} tells how many the adopted one has seen: say with "
                 "elapsed=. Without, it would forget all that it has."
             )
-        place = (*theirs, "elapsed", clock[-1])
+        place = (*theirs, "told", clock[-1])  # of no file, and of no checksum
         time = _bytes.constant(np.asarray(split_time(elapsed, np.dtype(np.float32))))
         files = files._replace(saved={**files.saved, place: time})
         told[clock] = place
