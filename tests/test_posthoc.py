@@ -313,7 +313,7 @@ def test_averages_by_name_are_near_the_average_of_a_smooth_path(spec):
         (
             lambda: posthoc.annealing_weights("exp", 9, 0.1),
             ValueError,
-            "one of linear, cosine, 1-sqrt, got 'exp'",
+            "one of linear, cosine, 1-sqrt, or a schedule, got 'exp'",
         ),
         (
             lambda: posthoc.annealing_weights("linear", 9, 0),
