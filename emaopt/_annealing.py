@@ -151,9 +151,8 @@ def annealing_decay(shape: Shape, num_steps: int, fraction: float = 1.0) -> Deca
         known = xp.log1p(-begun) - xp.log1p(-xp.where(end < 1, end, 0.0))
         return xp.where(n > 0, xp.where(end < 1, known, -math.inf), 0.0)
 
-    written = repr(shape)
     return Decay(
-        f"{name}({written}, {num_steps}, {fraction})",
+        f"{name}({shape!r}, {num_steps}, {fraction})",
         lambda xp, t: 1 - complement(xp, t),
         complement,
         None if callable(shape) else log_kept,

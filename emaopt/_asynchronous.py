@@ -11,7 +11,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from emaopt._checks import (
-    check_arrays,
     check_callable,
     check_flag,
     check_integer,
@@ -21,6 +20,7 @@ from emaopt._checks import (
 from emaopt._commits import accumulate, check_commit, make_commit, start_center
 from emaopt._jax_internals import traced
 from emaopt._rounding import applied
+from emaopt._tree_checks import check_arrays
 from emaopt._types import PyTree, Scalar
 
 Staleness: TypeAlias = Callable[[jax.Array], ArrayLike]  # τ -> factor on a commit

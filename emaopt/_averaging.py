@@ -5,19 +5,14 @@ from typing import TypedDict, Unpack
 import jax
 import optax
 
-from emaopt._checks import (
-    check_flag,
-    check_given,
-    check_integer,
-    check_optimizer,
-    refuse_unlike,
-)
+from emaopt._checks import check_flag, check_given, check_integer, check_optimizer
 from emaopt._leaves import is_averaged
 from emaopt._recursion import Averager, make_averager, make_recursion
 from emaopt._rounding import lead, settled
 from emaopt._sharding import LIKE_PARAMS
 from emaopt._signatures import takes_options_of
 from emaopt._states import AveragedState, refuse_primal_averaging
+from emaopt._tree_checks import refuse_unlike
 from emaopt._types import Count, DecayLike, DTypeLike, Mask, Placement, PyTree
 
 

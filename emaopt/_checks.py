@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from emaopt._jax_internals import traced
-from emaopt._types import Leaf, PyTree, Scalar
+from emaopt._types import DTypeLike, Leaf, Scalar
 
 MAX_COUNT = 2**31 - 1  # counters are int32
 _ROUNDING = 1e-6  # a β in float32 may pass its bounds by as much
@@ -235,15 +235,6 @@ def check_axis_name(function: str, argument: str, value: object) -> None:
             )
 
 
-def check_state(function: str, argument: str, state: PyTree) -> None:
-    """Raises if `state` is no optimizer's state, but None or a single leaf."""
-    if state is None or jax.tree_util.all_leaves([state]):
-        raise TypeError(
-            f"{function}: {argument} must be an optimizer's state, got {state!r}."
-        )
-    check_arrays(function, argument, state, others=True)
-
-
 def check_mapping(
     function: str,
     argument: str,
@@ -343,61 +334,28 @@ def check_sequence(function: str, argument: str, value: object, of: str) -> None
         )
 
 
-def check_arrays(
-    function: str, argument: str, tree: PyTree, *, others: bool = False
-) -> None:
-    """Raises unless all leaves are arrays or numbers that JAX can compute with.
-
-    With `others`, leaves that are no arrays pass: parameters may hold them, such as the
-    functions in an Equinox model.
-    """
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, int) and not _fits(leaf):
-            raise ValueError(f"{function}: {argument} holds {leaf}, too large for JAX.")
-        if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)):
-            continue
-        if isinstance(leaf, (np.ndarray, np.generic)):
-            # Objects, bytes, text and times: JAX has no arrays of these.
-            if leaf.dtype.kind not in "OSUMm":
-                continue
-        elif others or (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            continue
-        raise TypeError(f"{function}: {argument} must hold arrays, got {leaf!r}.")
-
-
-def _fits(number: int) -> bool:
-    """Whether an integer fits into JAX's widest, int32 unless jax_enable_x64 is on."""
-    bounds = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
-    return int(bounds.min) <= number <= int(bounds.max)
-
-
-def unlike(tree: PyTree, other: PyTree) -> str | None:
-    """How a tree of arrays differs from another, in words; None if it does not."""
-    have, want = jax.tree.structure(tree), jax.tree.structure(other)
-    if have != want:
-        return f"{have}, not {want}"
-    with_path = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for (path, leaf), wanted in zip(with_path, jax.tree.leaves(other), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the leaf"
-        number = isinstance(leaf, (float, int, complex, np.generic))
-        if not (number or hasattr(leaf, "dtype")) or (
-            getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSUMm"
-        ):
-            return f"{name} is {leaf!r}, no array"
-        if np.shape(leaf) != np.shape(wanted):
-            return f"{name} has shape {np.shape(leaf)}, not {np.shape(wanted)}"
-    return None
-
-
-def refuse_unlike(
-    function: str, params: PyTree, error: Exception, **trees: PyTree
-) -> None:
-    """Raises if one of the trees is not like `params`, which may have caused the error.
-
-    Called after the error only: comparing the trees takes as long as a small update.
-    """
-    for argument, tree in trees.items():
-        if (what := unlike(tree, params)) is not None:
+def checked_accumulator(
+    function: str, dtype: DTypeLike, decay: float | None, every: int, stochastic: bool
+) -> np.dtype:
+    """The accumulator's dtype, or an error if the average could not move in it."""
+    dtype = as_dtype(function, "accumulator_dtype", dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{function}: accumulator_dtype={dtype} needs jax_enable_x64, which is off."
+        )
+    if not (stochastic or decay is None):
+        step = 1 - decay**every
+        half_ulp = float(jnp.finfo(dtype).eps) / 2
+        if 0 < step < half_ulp:
             raise ValueError(
-                f"{function}: {argument} must be a tree like the parameters, got {what}."
-            ) from error
+                f"{function}: an average in {dtype} would not move: one step takes "
+                f"1 - {decay}{f'**{every}' if every > 1 else ''} = {step:.2g} of the "
+                f"difference, less than half a unit in the last place, {half_ulp:.2g} of "
+                "the value, and is rounded away. Use accumulator_dtype=jnp.float32 (the "
+                "default), stochastic_rounding=True, a smaller decay or a larger `every`."
+            )
+    return dtype

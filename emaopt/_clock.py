@@ -10,7 +10,7 @@ References:
 """
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._checks import check_number, check_text, check_vector
-from emaopt._decay_type import Decay, log_kept_of
+from emaopt._decay_type import Array, Decay, log_kept_of
 from emaopt._jax_internals import traced
 from emaopt._types import DecayLike, Leaf
 
@@ -32,8 +32,8 @@ _LOW = 12  # bits of an int32 that go into the second of two floating-point numb
 class Span(NamedTuple):
     """The time that a step takes: rounded to a float, and exactly as a sum of two."""
 
-    length: jax.Array  # () float
-    parts: tuple[jax.Array, jax.Array]
+    length: Array  # () float
+    parts: Sequence[Array] | np.ndarray  # two of () float
 
 
 def check_clock(function: str, clock: object, decay: DecayLike) -> None:
@@ -62,7 +62,7 @@ def check_of_time(function: str, what: str, decay: DecayLike) -> None:
 
 def span(function: str, clock: str, given: Mapping[str, object], dtype: np.dtype) -> Span:
     """The time of this step, from the arguments of `update`, or an error."""
-    value = given.get(clock)
+    value: Any = given.get(clock)
     if value is None:
         raise ValueError(
             f"{function}: clock={clock!r}, but update was called without the time: give "
@@ -78,19 +78,18 @@ def span(function: str, clock: str, given: Mapping[str, object], dtype: np.dtype
         value = value.item()
     check_number(function, clock, value, 0)
     try:
-        number = float(value)  # type: ignore  (it is a number now); exact up to 2^53
+        number = float(value)  # exact up to 2^53
     except OverflowError:
         number = np.inf
     if not number <= float(jnp.finfo(dtype).max):
         raise ValueError(f"{function}: {clock} must be finite in {dtype}, got {value!r}.")
-    parts = split(number, dtype)
-    return Span(jnp.asarray(number, dtype), (parts[0], parts[1]))
+    return Span(np.asarray(number, dtype), split(number, dtype))
 
 
-def split(number: float, dtype: np.dtype) -> jax.Array:
+def split(number: float, dtype: np.dtype) -> np.ndarray:
     """A number as the sum of two, [2], as a state's `elapsed` holds it."""
     high = float(dtype.type(number))
-    return jnp.asarray([high, number - high], dtype)
+    return np.asarray([high, number - high], dtype)
 
 
 def _check_scalar(function: str, clock: str, value: Leaf) -> bool:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._checks import check_arrays, check_iterable, check_vector
+from emaopt._checks import check_iterable, check_vector
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Leaf, PyTree, Vector
 
 _BLOCK = 1 << 15  # elements at a time

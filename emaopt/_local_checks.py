@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 
 from emaopt._checks import (
     as_dtype,
-    check_arrays,
     check_axis_name,
     check_callable,
     check_choice,
@@ -28,6 +27,7 @@ from emaopt._commits import check_commit
 from emaopt._jax_internals import inside_conditional, traced
 from emaopt._reductions import REDUCTIONS
 from emaopt._states import CENTER, InFlight, LocalUpdatesState, check_own_state
+from emaopt._tree_checks import check_arrays
 from emaopt._types import AxisName, DTypeLike, PyTree
 
 Period: TypeAlias = int | Callable[[jax.Array], ArrayLike]

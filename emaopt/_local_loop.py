@@ -11,13 +11,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from emaopt._checks import (
-    check_arrays,
-    check_axis_name,
-    check_callable,
-    check_integer,
-    check_optimizer,
-)
+from emaopt._checks import check_axis_name, check_callable, check_integer, check_optimizer
 from emaopt._exchange import Exchange, Fixed, Leaf, Part, Voices
 from emaopt._fragments import column_of, fragments_of
 from emaopt._in_flight import chosen, commit, flights_of, land
@@ -25,6 +19,7 @@ from emaopt._leaves import is_array, is_averaged
 from emaopt._nodes import is_center_node, replace
 from emaopt._reading import find_center, paired, refuse_one_worker
 from emaopt._states import InFlight, LocalUpdatesState
+from emaopt._tree_checks import check_arrays
 from emaopt._turn import Order, update_of
 from emaopt._types import AxisName, PyTree
 from emaopt._workers import Mapped, Stacked, resized

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import MAX_COUNT, check_arrays, refuse_unlike
+from emaopt._checks import MAX_COUNT
 from emaopt._collectives import of_all
 from emaopt._commits import accumulate, start_center
 from emaopt._exchange import Exchange, Part
@@ -38,6 +38,7 @@ from emaopt._states import (
     refuse_primal_averaging,
 )
 from emaopt._tracing import Computed, Selected, Traced, TreeDef
+from emaopt._tree_checks import check_arrays, refuse_unlike
 from emaopt._turn import Order, Turn
 from emaopt._types import PyTree, Scalar
 from emaopt._workers import Mapped, Stacked

@@ -74,8 +74,8 @@ def views_of(nodes: Iterable[Names]) -> dict[str, Names]:
     Without the wrappers and positions on the way, which nobody chose; all of the way
     where that leaves two alike.
     """
-    nodes = list(nodes)
-    own = [[n for n in way if n not in WRAPPERS and not n.isdigit()] for way in nodes]
+    nodes, passed = list(nodes), WRAPPERS | {"outer_state"}
+    own = [[n for n in way if n not in passed and not n.isdigit()] for way in nodes]
     short = [names[-1] if names else AVERAGE.field for names in own]
     return {
         name if short.count(name) == 1 else "/".join(way): way

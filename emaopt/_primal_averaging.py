@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._averaging import Options, average_params
-from emaopt._checks import (
-    check_callable,
-    check_number,
-)
+from emaopt._checks import check_callable, check_number
 from emaopt._decays import uniform_decay
 from emaopt._primal_step import Step
 from emaopt._signatures import takes_options_of
@@ -88,7 +85,11 @@ def primal_averaging(
     """
     name = "primal_averaging"
     how = interpolation, inner_params, inner_dtype
-    step = Step(name, optimizer, decay, *how, **options)
+    return _transformation(Step(name, optimizer, decay, *how, **options))
+
+
+def _transformation(step: Step) -> optax.GradientTransformationExtraArgs:
+    """The step, told the time by the arguments of `update`."""
 
     def update(
         updates: PyTree,
@@ -143,19 +144,8 @@ def gpa(
       Defazio et al., 2025, Smoothing DiLoCo with primal averaging for faster training of
       LLMs, algorithm 1 and table 4, https://arxiv.org/abs/2512.17131
     """
-    step = Step("gpa", optimizer, decay, interpolation, "z", inner_dtype, **options)
-
-    def update(
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree = None,
-        *,
-        num_updates: Count | None = None,
-        **extra_args: object,
-    ) -> tuple[PyTree, PyTree]:
-        return step.update(updates, state, params, num_updates, extra_args, extra_args)
-
-    return optax.GradientTransformationExtraArgs(step.init, update)
+    how = interpolation, "z", inner_dtype
+    return _transformation(Step("gpa", optimizer, decay, *how, **options))
 
 
 @takes_options_of(average_params, Options)

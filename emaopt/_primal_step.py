@@ -13,13 +13,13 @@ from emaopt._checks import (
     check_given,
     check_number,
     check_optimizer,
-    refuse_unlike,
 )
 from emaopt._leaves import at_least_float32, is_averaged, is_masked
-from emaopt._recursion import make_recursion, move_to
+from emaopt._recursion import Placed, make_recursion, move_to
 from emaopt._rounding import lead, rounded_to, settled
 from emaopt._sharding import Place
 from emaopt._states import PrimalAveragingState
+from emaopt._tree_checks import refuse_unlike
 from emaopt._types import Count, DecayLike, DTypeLike, Leaf, PyTree
 
 
@@ -68,7 +68,7 @@ class Step:
         extra_args: Mapping[str, object],
     ) -> tuple[PyTree, PyTree]:
         self._check(state, params)
-        where = self._recursion.places(params, state.averaging)
+        entries, where = self._recursion.check(params, state.averaging)
         count = {} if num_updates is None else {"num_updates": num_updates}
         has_base = self._c > 0
         try:
@@ -98,7 +98,9 @@ class Step:
                 treedef.flatten_up_to(state.base), steps, where, strict=True
             )
         ]
-        averaging = self._recursion.update(seen, state.averaging, num_updates, time, base)
+        averaging = self._recursion.update(
+            seen, state.averaging, num_updates, time, Placed(base, entries, where)
+        )
 
         def led(p: Leaf, g: Leaf, z: Leaf, x: Leaf, u: Leaf, place: Place) -> Leaf:
             if is_masked(z):
@@ -155,10 +157,7 @@ def _applied(params: PyTree, updates: PyTree, base: PyTree) -> PyTree:
         return optax.apply_updates(params, updates)
 
     def applied(z: Leaf, p: Leaf, u: Leaf) -> Leaf:
-        if not is_masked(z):
-            return p
-        (moved,) = jax.tree.leaves(optax.apply_updates([p], [u]))
-        return moved
+        return optax.apply_updates(p, u) if is_masked(z) else p
 
     return jax.tree.map(applied, base, params, updates, is_leaf=is_masked)
 

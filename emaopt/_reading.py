@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import check_arrays, check_state, check_text
+from emaopt._checks import check_text
 from emaopt._leaves import at_least_float32, is_averaged, is_masked
 from emaopt._names import Names, leaves_with_keys
 from emaopt._nodes import (
@@ -23,6 +23,7 @@ from emaopt._nodes import (
 )
 from emaopt._sharding import near
 from emaopt._states import CENTER, AverageState, LocalUpdatesState
+from emaopt._tree_checks import check_arrays, check_state
 from emaopt._types import Leaf, PyTree
 
 NO_AVERAGE = (
@@ -120,7 +121,8 @@ def views(opt_state: PyTree, params: PyTree) -> dict[str, PyTree]:
       updates add "center".
 
     Raises:
-      ValueError: If an average is swapped, of other parameters, or called "raw".
+      ValueError: If an average is swapped, of other parameters, or called "raw", or
+        "center" beside one.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -132,23 +134,25 @@ def views(opt_state: PyTree, params: PyTree) -> dict[str, PyTree]:
     """
     check_state("views", "opt_state", opt_state)
     check_arrays("views", "params", params, others=True)
+    centers = [*center_nodes(opt_state)]
+    named = [CENTER.field] if len(centers) == 1 else map("/".join, centers)
+    others = dict(zip(named, centers, strict=True))
     found = views_of(average_nodes(opt_state))
-    if RAW in found:
+    for taken in {RAW, *others} & set(found):
         raise ValueError(
-            "views: an average is called 'raw', which is the view of the parameters "
-            "themselves. Give it another name in optax.named_chain."
+            f"views: an average is called {taken!r}, which is the view of "
+            f"{'the parameters themselves' if taken == RAW else 'a center'}. Give it "
+            "another name in optax.named_chain."
         )
     averages = {
         view: _as_params("views", opt_state, params, "/".join(way))
         for view, way in found.items()
     }
-    centers = {
-        CENTER.field if len(center_nodes(opt_state)) == 1 else "/".join(way): (
-            find_center("views", opt_state, "/".join(way)).center
-        )
-        for way in center_nodes(opt_state)
+    served = {
+        view: find_center("views", opt_state, "/".join(way)).center
+        for view, way in others.items()
     }
-    return {RAW: params, **averages, **centers}
+    return {RAW: params, **averages, **served}
 
 
 def average_distance(

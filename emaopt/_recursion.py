@@ -11,12 +11,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from emaopt._checks import (
-    as_dtype,
-    check_arrays,
     check_beta,
     check_decay,
     check_flag,
     check_integer,
+    checked_accumulator,
     checked_count,
 )
 from emaopt._clock import check_clock, check_same_clock, newest_by_time, span
@@ -35,6 +34,7 @@ from emaopt._masks import check_mask, chosen_by
 from emaopt._rounding import rounded_product, rounded_stochastically, rounded_to
 from emaopt._sharding import Place, check_placement, places
 from emaopt._states import AVERAGE, AverageState, check_own_state
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Count, DecayLike, DTypeLike, Leaf, Mask, Placement, PyTree
 from emaopt._xla import unknown_one
 
@@ -46,8 +46,16 @@ class Averager(NamedTuple):
     update: Callable[..., AverageState]
 
 
+class Placed(NamedTuple):
+    """Values that are where the average is, beside what `Recursion.check` found."""
+
+    values: Sequence[Leaf]
+    entries: list[Leaf]
+    where: list[Place]
+
+
 class Update(Protocol):
-    """An average's update. `placed`: values that are where the average is, by leaf."""
+    """An average's update, by the leaves of a tree or by values that are in place."""
 
     def __call__(
         self,
@@ -55,7 +63,7 @@ class Update(Protocol):
         state: PyTree,
         num_updates: Count | None,
         time: Mapping[str, object],
-        placed: Sequence[Leaf] | None = None,
+        placed: Placed | None = None,
     ) -> AverageState: ...
 
 
@@ -64,7 +72,9 @@ class Recursion(NamedTuple):
 
     init: Callable[[PyTree], AverageState]
     update: Update
-    places: Callable[..., list[Place]]  # of a tree, checked against a state if given one
+    places: Callable[[PyTree], list[Place]]
+    # (a tree, a state) -> the average's leaves in the order of the tree's, their places
+    check: Callable[[PyTree, AverageState], tuple[list[Leaf], list[Place]]]
 
 
 def make_averager(function: str, decay: DecayLike, **options: Any) -> Averager:
@@ -119,7 +129,7 @@ def make_recursion(
             if not isinstance(flag, (bool, np.bool_, jax.Array)):
                 raise TypeError(f"{function}: mask must hold booleans, got {flag!r}.")
     if accumulator_dtype is not None:
-        accumulator_dtype = _checked_accumulator(
+        accumulator_dtype = checked_accumulator(
             function,
             accumulator_dtype,
             None if clock else _constant(decay),
@@ -162,8 +172,7 @@ def make_recursion(
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    def checked(tree: PyTree, state: AverageState) -> tuple[list, list[Place]]:
-        """The average's leaves in the order of the tree's, and where each is."""
+    def check(tree: PyTree, state: AverageState) -> tuple[list[Leaf], list[Place]]:
         check_own_state(function, state, AVERAGE)
         check_same_clock(function, clock, state.elapsed)
         if debias != (state.weight is not None):
@@ -177,14 +186,15 @@ def make_recursion(
         return _entries(function, leaves, treedef, state.average, where), where
 
     def update(tree, state, num_updates, time, placed=None):
-        entries, where = checked(tree, state)
+        entries, where = check(tree, state) if placed is None else placed[1:]
         leaves, treedef = jax.tree.flatten(tree)
         kept = [not is_masked(entry) for entry in entries]
         check_mask(function, mask, tree, kept, [*map(is_averaged, leaves)])
         moving = [i for i, entry in enumerate(entries) if is_averaged(entry)]
         where = [where[i] for i in moving]
         old = [entries[i] for i in moving]
-        new = [jnp.asarray(leaves[i] if placed is None else placed[i]) for i in moving]
+        values = leaves if placed is None else placed.values
+        new = [jnp.asarray(values[i]) for i in moving]
 
         # All of this is scalar: how far the average moves, and whether it moves now. The
         # counter stays at the largest int32 and does not wrap to negative numbers.
@@ -205,12 +215,12 @@ def make_recursion(
         else:
             newest = jnp.asarray(one_minus(decay, t), state.pending.dtype)
             elapsed = None
-        if clock is None and constant is None and not isinstance(decay, Decay):
-            # A function of the user's, or a hyperparameter that changes in mid-run. A
-            # known value out of [0, 1] is refused, a traced one clipped; a NaN shows.
-            if not traced(newest) and not jnp.isnan(newest):
-                check_beta(function, decay, 1 - newest, f" at t = {t}")
-            newest = jnp.clip(newest, 0, 1)
+            if constant is None and not isinstance(decay, Decay):
+                # A function of the user's, or a hyperparameter that changes in mid-run. A
+                # known value out of [0, 1] is refused, a traced one clipped; a NaN shows.
+                if not traced(newest) and not jnp.isnan(newest):
+                    check_beta(function, decay, 1 - newest, f" at t = {t}")
+                newest = jnp.clip(newest, 0, 1)
         # p = 1 - Πβ and W are averages of ones that start from 0, by the same recursion:
         # p + (1 - β)(1 - p) = 1 - β(1 - p), and W with p in place of 1 - β.
         pending = move_to(state.pending, 1.0, newest, copying)
@@ -286,12 +296,10 @@ def make_recursion(
             average=jax.tree.unflatten(treedef, entries),
         )
 
-    def places_of(tree: PyTree, state: AverageState | None = None) -> list[Place]:
-        if state is not None:
-            return checked(tree, state)[1]
+    def places_of(tree: PyTree) -> list[Place]:
         return places(function, sharding, memory_kind, tree, jax.tree.leaves(tree))
 
-    return Recursion(init, update, places_of)
+    return Recursion(init, update, places_of, check)
 
 
 def move_to(
@@ -314,33 +322,6 @@ def move_to(
 def _constant(decay: DecayLike) -> float | None:
     """The decay if it is a number whose value is known now, else None."""
     return None if callable(decay) or isinstance(decay, jax.Array) else float(decay)
-
-
-def _checked_accumulator(
-    function: str, dtype: DTypeLike, decay: float | None, every: int, stochastic: bool
-) -> np.dtype:
-    """The accumulator's dtype, or an error if the average could not move in it."""
-    dtype = as_dtype(function, "accumulator_dtype", dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: accumulator_dtype must be a real floating dtype, got {dtype}."
-        )
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(
-            f"{function}: accumulator_dtype={dtype} needs jax_enable_x64, which is off."
-        )
-    if not (stochastic or decay is None):
-        step = 1 - decay**every
-        half_ulp = float(jnp.finfo(dtype).eps) / 2
-        if 0 < step < half_ulp:
-            raise ValueError(
-                f"{function}: an average in {dtype} would not move: one step takes "
-                f"1 - {decay}{f'**{every}' if every > 1 else ''} = {step:.2g} of the "
-                f"difference, less than half a unit in the last place, {half_ulp:.2g} of "
-                "the value, and is rounded away. Use accumulator_dtype=jnp.float32 (the "
-                "default), stochastic_rounding=True, a smaller decay or a larger `every`."
-            )
-    return dtype
 
 
 def _start(leaf: Leaf, accumulator_dtype: DTypeLike | None, zero_init: bool) -> Leaf:

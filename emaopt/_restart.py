@@ -5,12 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emaopt._checks import (
-    check_arrays,
-    check_number,
-    check_optimizer,
-    checked_count,
-)
+from emaopt._checks import check_number, check_optimizer, checked_count
 from emaopt._clock import split
 from emaopt._leaves import is_averaged, is_masked
 from emaopt._names import Names, is_below, leaves_with_keys
@@ -19,6 +14,7 @@ from emaopt._reading import find_average, map_with_keys, paired
 from emaopt._recursion import Averager
 from emaopt._sharding import near
 from emaopt._states import AverageState
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Count, Leaf, PyTree
 
 _LEFT_OUT = object()  # a leaf, for MaskedNode, which is none and so has no name

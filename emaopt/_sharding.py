@@ -1,7 +1,7 @@
 """Where an average is: sharded further than its parameters, in host memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
@@ -66,16 +66,8 @@ class Place(NamedTuple):
             return jax.sharding.reshard(
                 value, sharding.update(spec=self._extended(sharding.spec))
             )
-        split = jax.shard_map(
-            self._own,
-            mesh=self.mesh,
-            in_specs=PartitionSpec(),
-            out_specs=self._extended(PartitionSpec()),
-            axis_names=axes,
-            check_vma=False,
-        )
-        # Outside of jit, JAX refuses a shard_map over some of the axes of a mesh.
-        return split(value) if traced(value) else jax.jit(split)(value)
+        specs = PartitionSpec(), self._extended(PartitionSpec())
+        return self._mapped(self._own, value, axes, *specs)
 
     def whole(self, value: jax.Array) -> jax.Array:
         """A value that is split along the axes, whole again on all of their devices."""
@@ -91,15 +83,8 @@ class Place(NamedTuple):
                 for part in sharding.spec
             ]
             return jax.sharding.reshard(value, sharding.update(spec=PartitionSpec(*left)))
-        gathered = jax.shard_map(
-            self._gathered,
-            mesh=self.mesh,
-            in_specs=self._extended(PartitionSpec()),
-            out_specs=PartitionSpec(),
-            axis_names=axes,
-            check_vma=False,
-        )
-        return gathered(value) if traced(value) else jax.jit(gathered)(value)
+        specs = self._extended(PartitionSpec()), PartitionSpec()
+        return self._mapped(self._gathered, value, axes, *specs)
 
     def fetched(self, average: jax.Array) -> jax.Array:
         """The average in the device's memory, where it can be updated."""
@@ -116,6 +101,26 @@ class Place(NamedTuple):
             if set(axes) <= _manual(self.mesh):
                 sizes[dim] //= _size(self.mesh, axes)
         return tuple(sizes)
+
+    def _mapped(
+        self,
+        function: Callable[[jax.Array], jax.Array],
+        value: jax.Array,
+        axes: set[str],
+        in_specs: PartitionSpec,
+        out_specs: PartitionSpec,
+    ) -> jax.Array:
+        """What a function of a device's part makes of a value, over these axes alone."""
+        mapped = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=axes,
+            check_vma=False,
+        )
+        # Outside of jit, JAX refuses a shard_map over some of the axes of a mesh.
+        return mapped(value) if traced(value) else jax.jit(mapped)(value)
 
     def _own(self, value: jax.Array) -> jax.Array:
         """The device's own part of a value, inside of shard_map over the axes."""

@@ -1,10 +1,15 @@
 """The states of averages and of local updates, and what `swap` turns them into."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from emaopt._types import PyTree, Scalar
+
+T = TypeVar("T")
+
+
+WEIGHT = "weight"  # the clock of `schedule_free`
 
 
 class AverageState(NamedTuple):
@@ -60,9 +65,6 @@ class ScheduleFreeState(NamedTuple):
 
     primal: PyTree  # a PrimalAveragingState
     largest: Scalar | None  # () float, the largest learning rate; None if constant
-
-
-WEIGHT = "weight"  # the clock of `schedule_free`
 
 
 class InFlight(NamedTuple):
@@ -150,14 +152,16 @@ CENTER = Kind(
 KINDS = (AVERAGE, CENTER)
 
 
+def _states_in(tree: PyTree, kind: type[T]) -> list[T]:
+    def is_one(node: object) -> bool:
+        return isinstance(node, kind)
+
+    return [*filter(is_one, jax.tree.leaves(tree, is_leaf=is_one))]
+
+
 def refuse_primal_averaging(function: str, state: PyTree) -> None:
     """Raises if an optimizer whose parameters others set is one that makes them anew."""
-
-    def is_primal(node: object) -> bool:
-        return isinstance(node, PrimalAveragingState)
-
-    found = filter(is_primal, jax.tree.leaves(state, is_leaf=is_primal))
-    if any(node.base is not None for node in found):
+    if any(one.base is not None for one in _states_in(state, PrimalAveragingState)):
         raise ValueError(
             f"{function}: an optimizer in here is primal_averaging, gpa or "
             "schedule_free, which makes the parameters anew from its own state at each "
@@ -168,15 +172,11 @@ def refuse_primal_averaging(function: str, state: PyTree) -> None:
 
 def refuse_clocks(function: str, state: PyTree) -> None:
     """Raises if an average in the state of an outer optimizer has a clock."""
-
-    def is_average(node: object) -> bool:
-        return isinstance(node, AverageState)
-
-    for node in filter(is_average, jax.tree.leaves(state, is_leaf=is_average)):
-        if node.elapsed:
+    for one in _states_in(state, AverageState):
+        if one.elapsed:
             raise ValueError(
                 f"{function}: an average of the outer optimizer has clock="
-                f"{next(iter(node.elapsed))!r}, but an exchange takes no time that it "
+                f"{next(iter(one.elapsed))!r}, but an exchange takes no time that it "
                 "could be told. Leave the clock out: it then counts exchanges."
             )
 

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._averaging import average_tree
-from emaopt._checks import check_arrays, check_callable, check_iterable
+from emaopt._checks import check_callable, check_iterable
 from emaopt._decays import uniform_decay
 from emaopt._names import leaves_with_keys
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Leaf, PyTree
 
 __all__ = ["recalibrate"]

@@ -106,14 +106,14 @@ def test_profiles_of_a_million_steps_are_exact_in_float32_in_their_sums():
 
 @pytest.mark.parametrize("shape", NAMED)
 def test_shares_of_a_very_long_run_are_not_rounded_away_under_jit(shape):
-    last = 40_000_000
+    """Of the last million of 40 million steps; each alone is less than float32 tells."""
+    last, some = 40_000_000, 1 << 20
     decay = emaopt.annealing_decay(shape, last, 0.5)
-    steps = jnp.arange(last - 8, last, dtype=jnp.int32)
-    found = jax.jit(jax.vmap(decay.one_minus))(steps)
-    wanted = decay.one_minus(np.arange(last - 8, last))
-    assert np.all(wanted > 0)
-    np.testing.assert_allclose(np.sum(found), np.sum(wanted), rtol=0.5, atol=6e-7)
-    assert np.any(found > 0) or np.sum(wanted) < 6e-7
+    steps = np.arange(last - some, last)
+    found = jax.jit(jax.vmap(decay.one_minus))(jnp.asarray(steps, jnp.int32))
+    wanted = decay.one_minus(steps).sum()
+    assert wanted > 1e-3
+    np.testing.assert_allclose(np.asarray(found, np.float64).sum(), wanted, rtol=1e-3)
 
 
 def test_window_is_the_mean_of_the_last_iterates_on_its_multiples():

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from emaopt._checks import check_arrays, check_callable, check_text
+from emaopt._checks import check_callable, check_text
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Mask, PyTree
 from emaopt.checkpoint import _files
 

@@ -5,10 +5,11 @@ import functools
 import jax
 import optax
 
-from emaopt._checks import check_arrays, check_optimizer
+from emaopt._checks import check_optimizer
 from emaopt._local_updates import Engine
 from emaopt._reading import find_center, paired
 from emaopt._states import LocalUpdatesState
+from emaopt._tree_checks import check_arrays
 from emaopt._turn import Order, refuse_dropped, update_of
 from emaopt._types import PyTree
 from emaopt.elastic._programs import Programs, programs_of

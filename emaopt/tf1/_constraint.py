@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from emaopt._checks import check_callable, check_given, refuse_unlike
+from emaopt._checks import check_callable, check_given
 from emaopt._leaves import is_averaged
 from emaopt._rounding import applied, lead
+from emaopt._tree_checks import refuse_unlike
 from emaopt._types import Leaf, PyTree
 
 

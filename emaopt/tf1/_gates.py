@@ -5,7 +5,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from emaopt._checks import check_arrays
+from emaopt._tree_checks import check_arrays
 from emaopt._types import PyTree
 
 GATE_NONE, GATE_OP, GATE_GRAPH = 0, 1, 2

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from emaopt._checks import check_arrays, check_callable, check_flag
+from emaopt._checks import check_callable, check_flag
 from emaopt._jax_internals import depends_on_operands
 from emaopt._leaves import for_each_leaf, is_array, is_averaged
 from emaopt._masks import is_function
 from emaopt._names import named_leaves
+from emaopt._tree_checks import check_arrays
 from emaopt._types import Leaf, PyTree
 from emaopt.tf1._gates import GATE_OP, check_gate, gated
 

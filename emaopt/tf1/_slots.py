@@ -8,10 +8,11 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from emaopt._checks import check_state, check_text
+from emaopt._checks import check_text
 from emaopt._leaves import is_masked
 from emaopt._names import Names, key_name, leaves_with_keys, named_leaves
-from emaopt._nodes import center_nodes, fits
+from emaopt._nodes import as_state, average_nodes, center_nodes, fits
+from emaopt._tree_checks import check_state
 from emaopt._types import Leaf, PyTree
 
 T = TypeVar("T")
@@ -201,8 +202,13 @@ def _slot_test(opt_state: PyTree, params: PyTree) -> Callable[[PyTree], bool]:
     bare = isinstance(by_position, int)
     # In local updates each worker has its own slots: [W, ...] for a parameter [...].
     stacked = bool(center_nodes(opt_state))
+    # The time of an average is no slot, though a parameter may have its name.
+    times = [as_state(node).elapsed for node in average_nodes(opt_state).values()]
+    times += jax.tree.leaves(times)
 
     def is_slot(node: PyTree) -> bool:
+        if node is not None and any(node is time for time in times):
+            return False
         arrays: list[tuple[Leaf, Leaf]] = []
 
         def collect(part: Leaf, at: Leaf) -> None:
