@@ -287,6 +287,7 @@ LAYERS = {
         "checkpoint",
         "checkpoint._merge",
     },
+    "checkpoint._timelines": {"_clock", "_names", "_types", "_weights", "checkpoint"},
     "checkpoint._description": {
         "_checks",
         "_paths",
@@ -318,7 +319,6 @@ LAYERS = {
     "checkpoint._synthesis": {
         "_advice",
         "_checks",
-        "_clock",
         "_names",
         "_paths",
         "_profiles",
@@ -327,6 +327,7 @@ LAYERS = {
         "checkpoint",
         "checkpoint._combinations",
         "checkpoint._merge",
+        "checkpoint._timelines",
         "posthoc",
     },
     "checkpoint._sweep": {

@@ -335,3 +335,11 @@ def test_a_primal_averaging_without_z_is_one_in_nnx():
         )
     )
     assert list(primal_nodes(s)) == [("opt_state",)]
+
+
+def test_a_largest_rate_is_not_left_out_where_z_stays(tmp_path):
+    made = emaopt.schedule_free(optax.sgd(0.1), optax.constant_schedule(0.1))
+    checkpoint.save(tmp_path / "c", {"params": P, "opt_state": made.init(P)})
+    other = emaopt.schedule_free(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="it also holds opt_state/largest"):
+        checkpoint.restore(tmp_path / "c", {"params": P, "opt_state": other.init(P)})

@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import emaopt
-from emaopt import _annealing, checkpoint, posthoc
+from emaopt import _annealing, checkpoint, posthoc, tf1
+from emaopt.tf1 import _slots
 
 P = {"w": jnp.ones(3)}
 
@@ -155,14 +156,6 @@ def test_a_first_step_of_several_units():
     np.testing.assert_allclose(state.average, 1 - 0.5**3)
 
 
-def _saved(path, tx, n, **time):
-    params = {"w": jnp.zeros(2)}
-    state = tx.init(params)
-    for _ in range(n):
-        _, state = tx.update(params, state, params, **time)
-    checkpoint.save(path, {"params": params, "opt_state": state}, optional=True)
-
-
 def _tx(start=0, clock="tokens"):
     return optax.named_chain(
         ("sgd", optax.sgd(1.0)),
@@ -171,18 +164,22 @@ def _tx(start=0, clock="tokens"):
     )
 
 
+def run_of(directory, tx, steps, clock="tokens", restart=None):
+    """Saves a run after some numbers of steps of 5 units each."""
+    params, done = {"w": jnp.zeros(2)}, 0
+    state = tx.init(params)
+    for step in steps:
+        for _ in range(step - done):
+            _, state = tx.update(params, state, params, **{clock: 5})
+        done = step
+        if restart:
+            state = restart(state, params)
+        whole = {"params": params, "opt_state": state}
+        checkpoint.save(directory / str(step), whole, name="ema:0.9")
+
+
 def test_a_synthesis_knows_that_steps_before_start_take_no_time(tmp_path):
-    for n in (6, 10):
-        params = {"w": jnp.zeros(2)}
-        tx = _tx(start=4)
-        state = tx.init(params)
-        for _ in range(n):
-            _, state = tx.update(params, state, params, tokens=5)
-        checkpoint.save(
-            tmp_path / "run" / str(n),
-            {"params": params, "opt_state": state},
-            name="ema:0.9",
-        )
+    run_of(tmp_path / "run", _tx(start=4), [6, 10])
     made = checkpoint.synthesize(
         tmp_path / "run", tmp_path / "out", target="ema:0.95", start=4
     )
@@ -196,17 +193,8 @@ def test_a_synthesis_knows_that_steps_before_start_take_no_time(tmp_path):
 
 
 def test_clocks_that_change_in_mid_run_are_refused(tmp_path):
-    for n, clock in ((6, "tokens"), (10, "examples")):
-        params = {"w": jnp.zeros(2)}
-        tx = _tx(clock=clock)
-        state = tx.init(params)
-        for _ in range(n):
-            _, state = tx.update(params, state, params, **{clock: 5})
-        checkpoint.save(
-            tmp_path / "run" / str(n),
-            {"params": params, "opt_state": state},
-            name="ema:0.9",
-        )
+    run_of(tmp_path / "run", _tx(), [6])
+    run_of(tmp_path / "run", _tx(clock="examples"), [10], clock="examples")
     with pytest.raises(
         ValueError,
         match=r"ema:0\.9.* counts examples and tokens in different",
@@ -279,17 +267,7 @@ def test_a_summary_of_an_annealing_that_is_not_over(shape):
 
 
 def test_a_target_in_the_middle_of_a_run(tmp_path):
-    for n in (6, 10):
-        params = {"w": jnp.zeros(2)}
-        tx = _tx()
-        state = tx.init(params)
-        for _ in range(n):
-            _, state = tx.update(params, state, params, tokens=5)
-        checkpoint.save(
-            tmp_path / "run" / str(n),
-            {"params": params, "opt_state": state},
-            name="ema:0.9",
-        )
+    run_of(tmp_path / "run", _tx(), [6, 10])
     made = checkpoint.synthesize(
         tmp_path / "run",
         tmp_path / "out",
@@ -320,3 +298,44 @@ def test_a_ramp_is_a_constant_half_life_late_in_a_run():
     state = averager.update(jnp.zeros(1), averager.init(jnp.zeros(1)), tokens=10**12)
     late = averager.update(jnp.ones(1), state, tokens=100)
     np.testing.assert_allclose(late.average, 1 - 0.5**0.1, rtol=1e-5)
+
+
+def test_the_time_of_an_average_is_no_slot():
+    for params, clock in (({"tokens": jnp.ones(3)}, "tokens"), (jnp.ones(2), "examples")):
+        tx = optax.chain(optax.adam(0.1), emaopt.average_params(0.9, clock=clock))
+        state = tx.init(params)
+        assert tf1.get_slot_names(state, params) == ["average", "mu", "nu"]
+        marks = _slots.marked(state, params, ["mine"], "other")
+        assert marks[1].elapsed == {clock: "other"}
+
+
+def test_averages_that_tell_different_times_are_not_mixed(tmp_path):
+    def restart(state, params):
+        return emaopt.reset_average(
+            state, params, name="ema:0.99", num_updates=6, elapsed=11
+        )
+
+    run_of(tmp_path / "run", _tx(), [6], restart=restart)
+    with pytest.raises(ValueError, match=r"ema:0\.9\b.*ema:0\.99 count tokens, and say"):
+        checkpoint.synthesize(tmp_path / "run", tmp_path / "out", target="ema:0.95")
+    checkpoint.synthesize(
+        tmp_path / "run",
+        tmp_path / "out",
+        target=0.9,
+        recorded={"ema:0.99": 0.99},
+        report=lambda said: None,
+    )
+
+
+def test_elapsed_of_an_adoption_needs_one_clock(tmp_path):
+    _theirs(tmp_path / "c")
+    params = {"w": jnp.ones(2)}
+    plain = emaopt.averaged(optax.sgd(1.0), 0.5)
+    with pytest.raises(ValueError, match=r"averages count steps\. Leave it out"):
+        checkpoint.adopt(tmp_path / "c", (params, plain.init(params)), elapsed=3.0)
+    two = optax.chain(
+        emaopt.average_params(0.5, clock="tokens"),
+        emaopt.average_params(0.9, clock="examples"),
+    )
+    with pytest.raises(ValueError, match=r"examples and tokens\. Adopt each"):
+        checkpoint.adopt(tmp_path / "c", (params, two.init(params)), elapsed=3.0)

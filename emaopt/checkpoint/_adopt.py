@@ -87,10 +87,10 @@ def adopt(
 
     Raises:
       FileNotFoundError: If nothing is at `source`.
-      ValueError: If the target's average has a clock and `elapsed` is missing; if the
-        source holds several averages that could be meant, or lacks some
-        of the parameters, or has other shapes (the message lists them); if its files are
-        damaged. Nothing is half-adopted.
+      ValueError: If the target's average has a clock and `elapsed` is missing, or none
+        and it is given, or several have different clocks; if the source holds several
+        averages that could be meant, or lacks some of the parameters, or has other shapes
+        (the message lists them); if its files are damaged. Nothing is half-adopted.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -120,6 +120,8 @@ def adopt(
             "optimizer, save it, and restore it into local updates."
         )
     here, there = _targets(plain, params), _of_source(files)
+    if elapsed is not None:
+        _check_one_clock(plain, here, elapsed)
     if rename:
         files = _names.renamed(files, there, here, names_of(plain), rename)
     told: dict[Names, Names] = {}
@@ -128,7 +130,7 @@ def adopt(
         told |= _moved(files, plain, ours, theirs, there)
         said.append(_sentence(files, theirs))
         if ours.average and theirs.average:
-            files = _timed(files, plain, ours.average, theirs.average, told, elapsed)
+            files = _timed(files, plain, ours, theirs.average, told, elapsed)
             weight = (*ours.average, "weight")
             if weight in names_of(plain) and weight not in told:
                 # Nothing of it is forgotten, for it has no start that weighs too much.
@@ -151,27 +153,43 @@ def adopt(
     return state
 
 
+def _clocks(plain: PyTree, ours: Place) -> list[Names]:
+    """The names of the times on the clock of an average in the target."""
+    way = (*(ours.average or ()), "elapsed")
+    return [n for n in names_of(plain) if ours.average and is_below(n, way)]
+
+
+def _check_one_clock(plain: PyTree, here: list[Place], elapsed: float) -> None:
+    """Raises unless all clocks in the target are one, of which `elapsed` can be."""
+    clocks = {clock[-1] for ours in here for clock in _clocks(plain, ours)}
+    if len(clocks) != 1:
+        raise ValueError(
+            f"adopt: elapsed={elapsed}, but the target's averages count "
+            f"{' and '.join(sorted(clocks)) or 'steps'}. "
+            + ("Adopt each into a state of its own." if clocks else "Leave it out.")
+        )
+
+
 def _timed(
     files: _files.Files,
     plain: PyTree,
-    ours: Names,
+    ours: Place,
     theirs: Names,
     told: dict[Names, Names],
     elapsed: float | None,
 ) -> _files.Files:
     """The files with the time on the clock of the target's average, if it has one."""
-    clocks = [n for n in names_of(plain) if is_below(n, (*ours, "elapsed"))]
-    for clock in clocks:
+    for clock in _clocks(plain, ours):
         if clock in told and elapsed is None:
             continue  # an average of emaopt's with the same clock
         if elapsed is None:
             raise ValueError(
-                f"adopt: the average at {joined(ours)} counts {clock[-1]}, and nothing "
-                f"in {files.path} tells how many the adopted one has seen: say with "
-                "elapsed=. Without, it would forget all that it has."
+                f"adopt: the average at {joined(clock[:-2])} counts {clock[-1]}, and "
+                f"nothing in {files.path} tells how many the adopted one has seen: say "
+                "with elapsed=. Without, it would forget all that it has."
             )
         place = (*theirs, "told", clock[-1])  # of no file, and of no checksum
-        time = _bytes.constant(np.asarray(split_time(elapsed, np.dtype(np.float32))))
+        time = _bytes.constant(split_time(elapsed, np.dtype(np.float32)))
         files = files._replace(saved={**files.saved, place: time})
         told[clock] = place
     return files

@@ -24,15 +24,21 @@ def seeds(
     averaged leaves that it lacks start from their parameters all the same.
     """
     seeds: dict[Names, Names | None] = {}
+    leaves = names_of(target)
+
+    def begin(average: Names, tree: Names, lacking: set[Names]) -> None:
+        """Leaves of a tree like an average's parameters begin with these."""
+        params = _origin(function, target, average, told)
+        for names in lacking:
+            if (param := params + names[len(tree) :]) in sources:
+                seeds[names] = sources[param]
+
     for way in primal_nodes(target):
         average, z = (*way, "averaging"), (*way, "base")
-        inside = {names for names in names_of(target) if is_below(names, z)}
+        inside = {names for names in leaves if is_below(names, z)}
         lacking = inside & missing
         if lacking and (lacking == inside or in_part):
-            params = _origin(function, target, average, told)
-            for names in lacking:
-                if (param := params + names[len(z) :]) in sources:
-                    seeds[names] = sources[param]
+            begin(average, z, lacking)
         rate = (*way[:-1], "largest")
         if way[-1:] == ("primal",) and lacking == inside and rate in missing:
             seeds[rate] = None
@@ -42,13 +48,8 @@ def seeds(
         inside = {names for names in ours if names[len(average)] == "average"}
         if not ours or not (ours == whole or (in_part and ours == inside)):
             continue
-        params = _origin(function, target, average, told)
-        for names in ours:
-            param = params + names[len(average) + 1 :]
-            if names not in inside:
-                seeds[names] = None
-            elif param in sources:
-                seeds[names] = sources[param]
+        begin(average, (*average, "average"), inside)
+        seeds |= dict.fromkeys(ours - inside)
     return seeds
 
 
@@ -78,15 +79,14 @@ def is_of_dropped_average(
     return False
 
 
-def is_of_dropped_base(names: Names, saved: Iterable[Names]) -> bool:
-    """Whether a saved leaf is z of a primal averaging, or what `schedule_free` adds.
+def is_of_dropped_base(names: Names, saved: dict[Names, Leaf], extra: set[Names]) -> bool:
+    """Whether a saved leaf is z of a primal averaging, or `schedule_free`'s beside it.
 
     Told by names: z has those of the average beside it.
     """
-    saved = set(saved)
-    rate = names[-1] == "largest" and (*names[:-1], "primal", "averaging", "pending")
-    if rate and rate in saved:
-        return True
+    way = (*names[:-1], "primal")
+    if names[-1] == "largest" and (*way, "averaging", "pending") in saved:
+        return any(is_below(one, (*way, "base")) for one in extra)  # it goes with z
     for i, name in enumerate(names):
         average = (*names[:i], "averaging")
         if name == "base" and (*average, "pending") in saved:

@@ -11,7 +11,7 @@ from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._types import DecayLike, Json, Path
 from emaopt._weights import MOST, WeightSummary, weight_summary
-from emaopt.checkpoint import _files, _replacement, _selection, _sources, _synthesis
+from emaopt.checkpoint import _files, _replacement, _selection, _sources, _timelines
 
 
 class Leaf(NamedTuple):
@@ -42,8 +42,8 @@ class Description(NamedTuple):
     averages: (name, num_updates, served, summary, clock, elapsed) of each average; the
     summary is a `WeightSummary` if its name tells its decay, else None. With a clock,
     its ages are in units of that, effective_iterates is NaN, for it depends on the length
-    of each step, and the time is `elapsed`. record: how `combine`
-    and its kin made the checkpoint, else empty.
+    of each step, and the time is `elapsed`. record: how `combine` and its kin made the
+    checkpoint, else empty.
     """
 
     path: str
@@ -98,8 +98,8 @@ def describe(path: Path, *, at: str | None = None) -> Description:
         leaves.append(Leaf(name, kind, shape, size))
     averages = []
     for one in _selection.averages_in(files):
-        updates = _synthesis.updates("describe", files, one)
-        summary, elapsed = None, _synthesis.elapsed("describe", files, one)
+        _, updates, elapsed = _timelines.snapshot("describe", files, one)
+        summary = None
         # Nothing on disk tells a decay but a name that somebody chose, as "power:0.1".
         if one.names in files.found and files.found[one.names].updates is None:
             updates = None

@@ -122,7 +122,7 @@ def match(
             same = {joined(_begun.counted(dropped)[0]): joined(new[0])}
             why = f"and began another; if they are the same, say rename={same}"
         report.append(f"left out an average, {why}: {listed(dropped)}")
-    bases = {n for n in extra - dropped if _begun.is_of_dropped_base(n, there)}
+    bases = {n for n in extra - dropped if _begun.is_of_dropped_base(n, there, extra)}
     if bases:
         report.append(
             f"left out the iterates z of a primal averaging: {listed(bases)}; training "

@@ -1,6 +1,6 @@
 """Averages made after training, from the checkpoints of a run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,17 +14,11 @@ from emaopt._checks import (
     check_number,
     check_text,
 )
-from emaopt._clock import check_of_time, time_of
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._profiles import BadProfile, decay_of, is_annealing, weights_of
 from emaopt._types import DecayLike, DTypeLike, Path, Report
-from emaopt._weights import (
-    check_num_steps,
-    checked_weights,
-    shares_taken,
-    weights_of_shares,
-)
+from emaopt._weights import checked_weights, shares_taken, weights_of_shares
 from emaopt.checkpoint import (
     _files,
     _merge,
@@ -32,13 +26,18 @@ from emaopt.checkpoint import (
     _restore,
     _selection,
     _sources,
-    _stream,
 )
 from emaopt.checkpoint._combinations import check_merging
 from emaopt.checkpoint._merge import Progress
+from emaopt.checkpoint._timelines import (
+    STEPS,
+    Snapshot,
+    chosen_timeline,
+    snapshot,
+    timeline,
+)
 from emaopt.posthoc import Recorded, Solution, solve_recorded
 
-STEPS = "steps"  # what an average without a clock counts
 _FAR = 0.1  # the residual from which on there is a warning
 
 
@@ -177,7 +176,7 @@ def synthesized(
     found, _ = _selection.in_order(name, [directory], None, report)
     decays = {n: _decay(name, d) for n, d in (recorded or {}).items()}
     names: dict[str, DecayLike] = {}
-    snapshots: dict[str, list[_Snapshot]] = {}
+    snapshots: dict[str, list[Snapshot]] = {}
     first = None
     # One snapshot of each average in each checkpoint: all must hold the same averages.
     for path in found:
@@ -191,9 +190,10 @@ def synthesized(
                 f"{', '.join(names)} in the one and {', '.join(averages)} in the other."
             )
         for n, (_, one) in averages.items():
-            taken = _Snapshot(one, updates(name, files, one), elapsed(name, files, one))
-            snapshots.setdefault(n, []).append(taken)
-    times = {n: _times(name, n, names[n], taken, start) for n, taken in snapshots.items()}
+            snapshots.setdefault(n, []).append(snapshot(name, files, one))
+    times = {
+        n: timeline(name, n, names[n], taken, start) for n, taken in snapshots.items()
+    }
     options = {
         n: Recorded(
             names[n],
@@ -212,7 +212,7 @@ def synthesized(
             f"{step}.",
             "step",
         )
-    time = _chosen(name, times.values(), clock)
+    time = chosen_timeline(name, times, clock)
     if clock not in (None, STEPS) and not _is_decay(target):
         raise Unknown(
             f"{name}: clock={clock!r} is for a target that is a decay; {target!r} weighs "
@@ -279,61 +279,6 @@ def check_recorded(
     check_text(function, "clock", clock, optional=True)
 
 
-class _Snapshot(NamedTuple):
-    """An average in one of the checkpoints."""
-
-    average: _selection.Average
-    updates: int
-    elapsed: float | None  # the time on its clock
-
-
-class _Times(NamedTuple):
-    """The time that each step of a run took, on the clock of an average."""
-
-    clock: str | None  # None: it counts steps
-    units: np.ndarray | None  # float64 [T]; None for steps
-
-
-def _times(
-    function: str, name: str, decay: DecayLike, taken: Sequence[_Snapshot], start: int
-) -> _Times:
-    """The time of each step, from those of the snapshots."""
-    clocks = {one.average.elapsed[-1] if one.average.elapsed else None for one in taken}
-    if len(clocks) > 1:
-        both = " and ".join(sorted(clock or STEPS for clock in clocks))
-        raise ValueError(f"{function}: {name} counts {both} in different checkpoints.")
-    (clock,) = clocks
-    if clock is None:
-        return _Times(None, None)
-    check_of_time(function, f"{name}, which counts {clock},", decay)
-    check_num_steps(function, max(one.updates for one in taken), 0)
-    steps, times = [0, start], [0.0, 0.0]
-    for one in taken:
-        if one.updates > steps[-1]:
-            steps.append(one.updates)
-            times.append(float(one.elapsed or 0))
-    return _Times(clock, np.diff(np.interp(np.arange(steps[-1] + 1), steps, times)))
-
-
-def _chosen(function: str, times: Iterable[_Times], clock: str | None) -> _Times:
-    """The time on the clock of the target."""
-    known = {one.clock or STEPS: one for one in times}
-    if clock is None and len(known) > 1:
-        raise Unknown(
-            f"{function}: the recorded averages count {' and '.join(sorted(known))}. Say "
-            "with clock= which of these the target does.",
-            "clock",
-        )
-    clock = next(iter(known)) if clock is None else clock
-    if clock != STEPS and clock not in known:
-        raise Unknown(
-            f"{function}: no recorded average counts {clock!r}; they count "
-            f"{', '.join(sorted(known))}.",
-            "clock",
-        )
-    return known.get(clock, _Times(None, None))
-
-
 def _decay(function: str, decay: DecayLike | str) -> DecayLike:
     """The decay that an argument is or names, or an error of the function."""
     try:
@@ -387,27 +332,11 @@ def _listed(averages: Sequence[_selection.Average]) -> str:
     return ", ".join(repr("/".join(a.names)) for a in averages)
 
 
-def updates(function: str, files: _files.Files, one: _selection.Average) -> int:
-    """How many updates an average has had."""
-    leaves = _stream.stored(function, files, [one.counter])
-    (counter,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
-    return int(counter)
-
-
 def _is_decay(target: DecayLike | str | ArrayLike) -> bool:
     """Whether a target is a decay, which may count time, and no weights of steps."""
     if isinstance(target, str):
         return not is_annealing(target)
     return callable(target) or isinstance(target, (float, int))
-
-
-def elapsed(function: str, files: _files.Files, one: _selection.Average) -> float | None:
-    """The time on the clock of an average; None without a clock."""
-    if one.elapsed is None:
-        return None
-    leaves = _stream.stored(function, files, [one.elapsed])
-    (time,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
-    return time_of(time)
 
 
 def _target(
