@@ -178,6 +178,29 @@ def test_metrics_without_a_view_are_of_the_recorded_weights(tmp_path):
             checkpoint.best(run, "loss")
 
 
+def test_views_of_an_average_of_the_center_are_named_by_what_they_are():
+    outer = emaopt.averaged(optax.sgd(0.7), 0.9)
+    tx = emaopt.diloco(optax.sgd(0.1), outer, period=2)
+    found = emaopt.views(tx.init(PARAMS), PARAMS)
+    assert list(found) == ["raw", "average", "center"]
+    named = optax.named_chain(("center", emaopt.average_params(0.5)))
+    tx = emaopt.local_sgd(optax.chain(optax.sgd(0.1), named), period=2)
+    with pytest.raises(
+        ValueError, match="called 'center', which is the view of a center"
+    ):
+        emaopt.views(tx.init(PARAMS), PARAMS)
+
+
+def test_a_name_that_only_ends_like_a_metric_is_of_no_weights(tmp_path):
+    args = ocp.args.StandardSave({"params": PARAMS, "opt_state": TX.init(PARAMS)})
+    plain = ocp.CheckpointManagerOptions(best_fn=lambda found: found["raw/val/loss"])
+    with ocp.CheckpointManager(tmp_path, options=plain) as manager:
+        manager.save(1, args=args, metrics={"raw/val/loss": 2.0, "raw/train/loss": 1.0})
+    with pytest.raises(ValueError, match=r"is of no weights in .*say metric='.*/loss'"):
+        checkpoint.best(tmp_path, "loss")
+    assert checkpoint.best(tmp_path, "val/loss").view == "raw"
+
+
 def test_values_that_are_no_numbers_never_win(tmp_path):
     with ocp.CheckpointManager(tmp_path, options=options()) as manager:
         args = ocp.args.StandardSave({"params": PARAMS, "opt_state": TX.init(PARAMS)})

@@ -67,7 +67,8 @@ class Best(NamedTuple):
         found = _selection.select("Best.load", self.path, self.view, at)
         raw = found
         if self.view != RAW:
-            raw = _selection.select("Best.load", self.path, RAW, "/".join(found.prefix))
+            way = "/".join(found.prefix) or None
+            raw = _selection.select("Best.load", self.path, RAW, way)
         present = _files.all_leaves(raw.files)
         kinds = {
             names: np.dtype(present[place].dtype)
@@ -162,6 +163,8 @@ def best(directory: Path, metric: str, *, mode: str = "min") -> Best:
     ]
     if not rows:
         raise _without(directory, steps, metric)
+    for view, path in {view: path for *_, view, path in rows}.items():
+        _check_view(view, path, metric)
     value, step, view, path = min(rows, key=lambda row: row[:2])
     return Best(step, view, sign * value, str(path))
 
@@ -249,6 +252,19 @@ def _views_of(
     if not found and metric in metrics and (view := _recorded_view(path)):
         found = [(view, metrics[metric])]
     return found
+
+
+def _check_view(view: str, path: epath.Path, metric: str) -> None:
+    """Raises unless a checkpoint has the weights that a metric is said to be of."""
+    try:
+        _selection.select("best", str(path), view)
+    except Unknown as error:
+        raise Unknown(
+            f"best: the metric {view + '/' + metric!r} ends in {metric!r}, but is of no "
+            f"weights in {path}: {error} If {view!r} is a part of the metric's name, say "
+            f"metric={view.rpartition('/')[2] + '/' + metric!r}.",
+            "metric",
+        ) from None
 
 
 def _recorded_view(path: epath.Path) -> str | None:

@@ -52,7 +52,6 @@ def sweep(
     targets: Sequence[str],
     *,
     baseline: str = "raw",
-    step: int | None = None,
     recorded: Mapping[str, DecayLike | str] | None = None,
     every: int = 1,
     start: int = 0,
@@ -78,7 +77,7 @@ def sweep(
       targets: The averages to make, by name: "power:0.1", "half-life:500", "cosine:0.2".
       baseline: Which weights of the newest checkpoint: "raw", "average", or an average's
         name.
-      step, recorded, every, start, clock, at: As for `synthesize`.
+      recorded, every, start, clock, at: As for `synthesize`.
       target: Parameters whose containers `evaluate` takes, as for `load_averaged`. None:
         nested dicts, as on disk.
       level, seed: As for `posthoc.select`.
@@ -109,7 +108,7 @@ def sweep(
         except BadProfile as error:
             raise ValueError(f"{name}: {error}") from None
     check_text(name, "baseline", baseline)
-    check_recorded(name, recorded, every, start, step, clock)
+    check_recorded(name, recorded, every, start, None, clock)
     check_text(name, "at", at, optional=True)
     check_number(name, "level", level, 0, 0.5, above=True)
     check_integer(name, "seed", seed, 0)
@@ -129,7 +128,7 @@ def sweep(
                 directory,
                 f"{own}/average",
                 target=one,
-                step=step,
+                step=None,
                 recorded=recorded,
                 every=every,
                 start=start,

@@ -8,7 +8,20 @@ from rich.console import Console
 
 from emaopt.cli import _conversions, _options, _sweeping
 from emaopt.cli._errors import failing
-from emaopt.cli._options import At, Checkpoint, Dtype, Force, Json, Out, Run, Which
+from emaopt.cli._options import (
+    At,
+    Checkpoint,
+    Clock,
+    Dtype,
+    Every,
+    Force,
+    Json,
+    Out,
+    Recorded,
+    Run,
+    Start,
+    Which,
+)
 from emaopt.cli._process import Commands
 from emaopt.cli._terminal import progress_bar, report, stop, warn
 
@@ -229,29 +242,10 @@ def synthesize(
             show_default=False,
         ),
     ] = None,
-    recorded: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=DECAY of a recorded average whose name does not say its decay, as "
-            "in *short=power:0.05*. Repeat it for each; no others are used then.",
-            show_default=False,
-            callback=_options.recorded,
-        ),
-    ] = None,
-    every: Annotated[
-        int, typer.Option(min=1, help="`every` of the recorded averages.")
-    ] = 1,
-    start: Annotated[
-        int, typer.Option(min=0, help="`start` of the recorded averages.")
-    ] = 0,
-    clock: Annotated[
-        str | None,
-        typer.Option(
-            help="What the decay of the target counts: *tokens*, as a recorded average "
-            "does, or *steps*.",
-            show_default=False,
-        ),
-    ] = None,
+    recorded: Recorded = None,
+    every: Every = 1,
+    start: Start = 0,
+    clock: Clock = None,
     at: At = None,
     dtype: Dtype = None,
     force: Force = False,
@@ -281,7 +275,6 @@ def synthesize(
     """
     if (sigma_rel is None) == (target is None):
         stop("emaopt synthesize: give one of --sigma-rel and --target.", 2)
-    pairs = [one.rpartition("=") for one in recorded or []]
     with failing("synthesize"), progress_bar("synthesizing") as progress:
         from emaopt import checkpoint
         from emaopt.cli import _tables
@@ -291,7 +284,7 @@ def synthesize(
             out,
             target=target or f"power:{sigma_rel}",
             step=step,
-            recorded={name: decay for name, _, decay in pairs},
+            recorded=_options.decays_of(recorded),
             every=every,
             start=start,
             clock=clock,

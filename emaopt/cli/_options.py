@@ -271,6 +271,32 @@ def recorded(values: list[str] | None) -> list[str] | None:
     return values
 
 
+Recorded = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=DECAY of a recorded average whose name does not say its decay, as "
+        "in *short=power:0.05*. Repeat it for each; no others are used then.",
+        show_default=False,
+        callback=recorded,
+    ),
+]
+Every = Annotated[int, typer.Option(min=1, help="`every` of the recorded averages.")]
+Start = Annotated[int, typer.Option(min=0, help="`start` of the recorded averages.")]
+Clock = Annotated[
+    str | None,
+    typer.Option(
+        help="What the decay of the target counts: *tokens*, as a recorded average does, "
+        "or *steps*.",
+        show_default=False,
+    ),
+]
+
+
+def decays_of(values: list[str] | None) -> dict[str, str]:
+    """The decays that `Recorded` gives, by the averages' names."""
+    return {name: decay for name, _, decay in (v.rpartition("=") for v in values or [])}
+
+
 def version(value: bool) -> None:
     """Prints the versions, and exits."""
     if not value:

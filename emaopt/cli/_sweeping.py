@@ -9,7 +9,16 @@ import typer
 
 from emaopt.cli import _options
 from emaopt.cli._errors import failing
-from emaopt.cli._options import At, Force, Json, Run
+from emaopt.cli._options import (
+    At,
+    Clock,
+    Every,
+    Force,
+    Json,
+    Recorded,
+    Run,
+    Start,
+)
 from emaopt.cli._terminal import progress_bar, report, stop, warn
 
 
@@ -60,6 +69,10 @@ def sweep(
             callback=_options.file,
         ),
     ] = None,
+    recorded: Recorded = None,
+    every: Every = 1,
+    start: Start = 0,
+    clock: Clock = None,
     at: At = None,
     force: Force = False,
     as_json: Json = False,
@@ -98,6 +111,10 @@ def sweep(
             _function(evaluate),
             targets,
             baseline=baseline,
+            recorded=_options.decays_of(recorded),
+            every=every,
+            start=start,
+            clock=clock,
             level=level,
             seed=seed,
             at=at,
@@ -117,6 +134,7 @@ def sweep(
 
 
 def _widths(text: str | None) -> list[float]:
+    """The widths in text such as "0.05,0.1"."""
     try:
         widths = [float(one) for one in text.split(",")] if text else []
     except ValueError:
@@ -131,7 +149,8 @@ def _function(text: str) -> Callable[[Any], Any]:
     module, _, name = text.partition(":")
     if not module or not name:
         stop(f"emaopt sweep: --evaluate takes MODULE:FUNCTION, got {text!r}.", 2)
-    sys.path.insert(0, "")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
