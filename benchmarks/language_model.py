@@ -37,7 +37,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from timing import table
+from timing import error, table
+from transformer import init_params, load, loss
 
 import emaopt
 
@@ -73,83 +73,6 @@ class Size(NamedTuple):
 
 
 QUICK = Size(20, 5, layers=1, width=16, context=16, batch=4, measured=8)
-
-
-# The text
-
-
-class Text(NamedTuple):
-    """int32, numbers of the bytes that occur."""
-
-    training: np.ndarray  # [bytes]
-    validation: np.ndarray  # [windows, context + 1]
-    vocabulary: int
-
-
-@functools.cache
-def load(context: int) -> Text:
-    paragraphs = "\n\n".join(topics.values()).split("\n\n")
-    encoded = "\n\n".join(dict.fromkeys(paragraphs)).encode()
-    kinds, text = np.unique(np.frombuffer(encoded, np.uint8), return_inverse=True)
-    text = text.astype(np.int32)
-    cut = len(text) * 9 // 10
-    starts = np.arange(cut, len(text) - context, context)
-    windows = text[starts[:, None] + np.arange(context + 1)]
-    return Text(text[:cut], windows, len(kinds))
-
-
-# The model
-
-
-def init_params(random: np.random.Generator, size: Size, vocabulary: int) -> Any:
-    def normal(rows: int, columns: int, deviation: float) -> np.ndarray:
-        return random.normal(0, deviation, (rows, columns)).astype(np.float32)
-
-    width = size.width
-    inner, outer = width**-0.5, (2 * size.layers * width) ** -0.5
-    return {
-        "embedding": normal(vocabulary, width, 1.0),
-        "position": normal(size.context, width, 0.3),
-        "head": normal(width, vocabulary, inner),
-        "layers": [
-            {
-                "query, key, value": normal(width, 3 * width, inner),
-                "attended": normal(width, width, outer),
-                "hidden": normal(width, 4 * width, inner),
-                "out": normal(4 * width, width, outer / 2),
-            }
-            for _ in range(size.layers)
-        ],
-    }
-
-
-def normalized(x: Any) -> Any:
-    return x * lax.rsqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
-
-
-def attention(layer: Any, x: Any, heads: int) -> Any:
-    batch, length, width = x.shape
-    split = (x @ layer["query, key, value"]).reshape(batch, length, 3, heads, -1)
-    q, k, v = jnp.moveaxis(split, (2, 3), (0, 2))
-    scores = q @ jnp.swapaxes(k, -1, -2) / math.sqrt(width // heads)
-    past = jnp.tril(jnp.ones((length, length), bool))
-    found = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)) @ v
-    return jnp.swapaxes(found, 1, 2).reshape(x.shape) @ layer["attended"]
-
-
-def apply(params: Any, inputs: Any, heads: int) -> Any:
-    """The logits of the byte after each."""
-    x = params["embedding"][inputs] + params["position"]
-    for layer in params["layers"]:
-        x += attention(layer, normalized(x), heads)
-        x += jax.nn.relu(normalized(x) @ layer["hidden"]) @ layer["out"]
-    return normalized(x) @ params["head"]
-
-
-def loss(params: Any, windows: Any, heads: int) -> Any:
-    """The mean over all bytes of the windows but the first."""
-    logits, labels = apply(params, windows[:, :-1], heads), windows[:, 1:]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 # The ways to train
@@ -226,7 +149,13 @@ class Start(NamedTuple):
 
 def start(seed: int, size: Size) -> Start:
     text, random = load(size.context), np.random.default_rng(seed)
-    params = init_params(random, size, text.vocabulary)
+    params = init_params(
+        random,
+        text.vocabulary,
+        layers=size.layers,
+        width=size.width,
+        context=size.context,
+    )
     shape, last = (size.steps, size.batch), len(text.training) - size.context
     return Start(params, random.integers(0, last, shape, np.int32))
 
@@ -318,13 +247,6 @@ def find(name: str, method: Method, size: Size, seeds: int) -> Found:
 
 
 # What is found
-
-
-def error(values: Any, form: str) -> str:
-    """The mean over seeds ± its standard error."""
-    values = np.asarray(values, np.float64)
-    deviation = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{values.mean():{form}} ± {deviation:{form.lstrip('+')}}"
 
 
 def reached(curve: np.ndarray, target: float, anytime: bool) -> float:

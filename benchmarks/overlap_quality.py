@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from agn_thesis import apply, init_params, load, loss
 from jax import lax
-from timing import table
+from timing import error, table
 
 import emaopt
 
@@ -119,13 +119,6 @@ def validation(start: Start, inner: float, outer: float, case: Case) -> float:
     _, together = train(start, inner, outer, case=case)
     value = float(np.mean(together.validation))
     return value if math.isfinite(value) else math.inf
-
-
-def error(values: Any, form: str) -> str:
-    """The mean over seeds ± its standard error."""
-    values = np.asarray(values, np.float64)
-    deviation = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{values.mean():{form}} ± {deviation:{form.lstrip('+')}}"
 
 
 def quality(inner: float, period: int, rounds: int, seeds: int) -> Iterator[str]:

@@ -1,8 +1,11 @@
-"""Times that are compared only within one run, as medians with their ends; tables."""
+"""Times that are compared only within one run; figures with their spread; tables."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 
 def in_turn(rivals: list[Callable[[], Any]], rounds: int) -> list[list[Any]]:
@@ -20,6 +23,13 @@ def in_turn(rivals: list[Callable[[], Any]], rounds: int) -> list[list[Any]]:
 def spread(values: list[float], form: str) -> str:
     middle = statistics.median(values)
     return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def error(values: Any, form: str) -> str:
+    """The mean over seeds ± its standard error."""
+    values = np.asarray(values, np.float64)
+    deviation = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{values.mean():{form}} ± {deviation:{form.lstrip('+')}}"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
