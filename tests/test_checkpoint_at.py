@@ -12,12 +12,11 @@ import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import v1
 from safetensors.numpy import load_file
+from shell import emaopt_command
 from test_places import same
-from typer.testing import CliRunner
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.cli import app
 
 TX = emaopt.averaged(optax.adam(1.0), 0.5, zero_init=True)  # averages 0, raw others
 AVERAGE = "opt_state/averaging"
@@ -117,7 +116,7 @@ NOWHERE = {
 
 
 def command(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160"})
+    result = emaopt_command(*arguments)
     return " ".join((result.stdout + result.stderr).split())
 
 

@@ -18,17 +18,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
+from shell import emaopt_command
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.cli import app
 
 STEPS = (100, 200, 300, 400)
-
-
-def emaopt_command(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
 def succeed(*arguments):
@@ -588,7 +583,7 @@ ERRORS = {
         r"needs the steps .* do not all end in numbers\. Give them with --steps\.",
     ),
     "a run instead of one of its steps": (
-        ("inspect", "cut"),
+        ("export", "cut", "--safetensors", "out"),
         1,
         r"cut is not .* It holds steps: 100, 200, 300, 400\. Give the directory of one, "
         r"such as \S*cut/400\.",

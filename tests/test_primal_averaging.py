@@ -8,47 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-from meshes import HAS_HOST, make_mesh
+from primal_runs import ADAM, OPTIONS, PARAMS, SGD, gradients, run, same
 
 import emaopt
-from emaopt import checkpoint
-
-SGD = optax.sgd(0.1)
-ADAM = optax.adam(0.05)
-PARAMS = {"w": jnp.linspace(-1, 1, 16).reshape(8, 2), "b": jnp.ones(8)}
-OPTIONS = {
-    "plain": {},
-    "every": {"every": 3},
-    "start and debias": {"start": 2, "debias": True},
-    "skip_nonfinite": {"skip_nonfinite": True},
-    "bfloat16": {"accumulator_dtype": jnp.bfloat16, "stochastic_rounding": True},
-    "clock": {"clock": "tokens"},
-}
-
-
-def gradients(params):
-    return jax.tree.map(lambda p: (0.5 * p + 0.1).astype(p.dtype), params)
-
-
-def run(tx, params=PARAMS, steps=9, state=None, compiled=True, **extra):
-    state = tx.init(params) if state is None else state
-
-    def step(params, state):
-        updates, state = tx.update(gradients(params), state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(step) if compiled else step
-    for _ in range(steps):
-        params, state = step(params, state)
-    return params, state
-
-
-def same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def replayed(params, weights_of, c, steps, lr=0.1, wd=0.0, at="z"):
@@ -254,81 +216,6 @@ def test_slots_of_narrow_parameters_follow_in_float32():
     np.testing.assert_allclose(state.base["w"], state.base["n"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_training_resumes_bit_for_bit_and_the_file_serves_x(options, tmp_path):
-    extra = {"tokens": 7} if options == "clock" else {}
-    tx = emaopt.primal_averaging(ADAM, 0.9, **OPTIONS[options])
-    params, state = run(tx, steps=4, **extra)
-    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state})
-    served = checkpoint.load_averaged(tmp_path / "c", target=params)
-    same(served, emaopt.get_average(state, params))
-    assert not np.array_equal(served["w"], params["w"])
-    target = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
-    again = checkpoint.restore(tmp_path / "c", target)
-    same(again, {"params": params, "opt_state": state})
-    same(
-        run(tx, again["params"], 5, again["opt_state"], **extra),
-        run(tx, PARAMS, 9, **extra),
-    )
-
-
-def test_a_train_state_with_schedule_free_is_served_and_resumed(tmp_path):
-    schedule = optax.warmup_constant_schedule(0.0, 0.05, 3)
-    tx = emaopt.schedule_free(optax.adamw(schedule, b1=0.0), schedule)
-    state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
-    for _ in range(5):
-        state = state.apply_gradients(grads=gradients(state.params))
-    checkpoint.save(tmp_path / "c", state)
-    same(
-        checkpoint.load_averaged(tmp_path / "c", target=PARAMS),
-        emaopt.get_average(state.opt_state, PARAMS),
-    )
-    fresh = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
-    same(checkpoint.restore(tmp_path / "c", fresh), state)
-
-
-WRAPPED = {
-    "GPA": lambda inner: emaopt.gpa(inner, 0.9),
-    "schedule-free": lambda inner: emaopt.schedule_free(
-        inner, optax.constant_schedule(0.05)
-    ),
-}
-
-
-@pytest.mark.parametrize("wrapped", WRAPPED)
-def test_a_run_without_it_goes_on_with_it_and_back(wrapped, tmp_path):
-    tx = WRAPPED[wrapped](ADAM)
-    params, state = run(ADAM, steps=4)
-    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state}, optional=True)
-    said = []
-    target = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
-    found = checkpoint.restore(tmp_path / "c", target, report=said.append)
-    primal = getattr(found["opt_state"], "primal", found["opt_state"])
-    same(primal.inner_state, state)
-    same(primal.base, params)
-    same(emaopt.get_average(found["opt_state"]), params)
-    assert "started the average anew" in " ".join(said)
-    params, state = run(tx, found["params"], 3, found["opt_state"])
-    checkpoint.save(tmp_path / "d", {"params": params, "opt_state": state})
-    target = {"params": PARAMS, "opt_state": ADAM.init(PARAMS)}
-    back = checkpoint.restore(tmp_path / "d", target, report=said.append)
-    same(back["params"], params)
-    same(back["opt_state"], getattr(state, "primal", state).inner_state)
-    assert any("left out an average" in one for one in said)
-
-
-def test_an_average_beside_the_optimizer_becomes_x(tmp_path):
-    plain = emaopt.averaged(ADAM, 0.9)
-    params, state = run(plain, steps=4)
-    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state})
-    tx = emaopt.gpa(ADAM, 0.9)
-    target = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
-    found = checkpoint.restore(tmp_path / "c", target)
-    same(found["opt_state"].averaging, state.averaging)
-    same(found["opt_state"].base, params)
-    same(found["opt_state"].inner_state, state.inner_state)
-
-
 def test_swap_is_an_involution_and_a_swapped_state_does_not_train():
     tx = emaopt.gpa(ADAM, 0.9)
     params, state = run(tx)
@@ -360,54 +247,6 @@ def test_integers_empty_trees_and_arrays_of_size_0_pass():
         assert moved.get("n", 4) == 4 and emaopt.get_average(state).get("n", 4) == 4
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("at", ["z", "y"])
-def test_split_sequences_have_the_bits_of_whole_ones(kind, at):
-    mesh = make_mesh((8,), kind)
-    inner = optax.chain(optax.add_decayed_weights(0.1), ADAM)
-    options = {"inner_params": at}
-    with jax.set_mesh(mesh):
-        params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
-        tx = emaopt.primal_averaging(inner, 0.9, sharding="data", **options)
-        params, state = run(tx, params)
-    same((params, state), run(emaopt.primal_averaging(inner, 0.9, **options)))
-    assert params["w"].sharding.is_fully_replicated
-    for tree in (state.base, state.averaging.average):
-        assert tree["w"].sharding.spec[0] == "data"
-
-
-def test_inside_of_shard_map_each_device_keeps_its_part_of_z():
-    mesh = make_mesh((8,), AxisType.Auto)
-    tx = emaopt.primal_averaging(ADAM, 0.9, sharding="data")
-    with jax.set_mesh(mesh):
-        params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
-        shardings = emaopt.state_shardings(tx, params)
-        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-
-        def step(params, state):
-            updates, state = tx.update(gradients(params), state, params)
-            return optax.apply_updates(params, updates), state
-
-        step = jax.jit(
-            jax.shard_map(
-                step, in_specs=(P(), specs), out_specs=(P(), specs), check_vma=False
-            )
-        )
-        state = tx.init(params)
-        for _ in range(9):
-            params, state = step(params, state)
-    same((params, state), run(emaopt.primal_averaging(ADAM, 0.9)))
-
-
-@pytest.mark.skipif(not HAS_HOST, reason="needs jax 0.10")
-def test_z_and_x_in_host_memory_have_the_bits_of_those_on_the_device():
-    tx = emaopt.primal_averaging(ADAM, 0.9, memory_kind="pinned_host")
-    params, state = run(tx)
-    same((params, state), run(emaopt.primal_averaging(ADAM, 0.9)))
-    for tree in (state.base, state.averaging.average):
-        assert tree["w"].sharding.memory_kind == "pinned_host"
-
-
 def test_whole_steps_may_be_collected_or_rejected_around_it():
     tx = emaopt.gpa(SGD, 0.9)
     collected = optax.MultiSteps(tx, 3)
@@ -421,47 +260,6 @@ def test_whole_steps_may_be_collected_or_rejected_around_it():
     updates, state = checked.update(bad, checked.init(PARAMS), PARAMS)
     same(optax.apply_updates(PARAMS, updates), PARAMS)
     same(state.inner_state.base, PARAMS)
-
-
-def test_scan_donation_and_vmap_give_the_bits_of_the_loop():
-    tx = emaopt.schedule_free(ADAM)
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(gradients(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = jax.tree.map(jnp.copy, PARAMS)
-    looped = run(tx)
-    scanned, _ = jax.jit(lambda c: jax.lax.scan(step, c, length=9), donate_argnums=0)(
-        (start, tx.init(start))
-    )
-    same(scanned, looped)
-    rows = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), PARAMS)
-    mapped = jax.vmap(lambda p: run(tx, p))(rows)
-    for i in range(2):
-        one = run(tx, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
-        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(one), strict=True):
-            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
-
-
-def test_compiled_step_passes_over_z_and_x_alone_and_copies_none():
-    """Bytes beside those of the optimizer, which reads y and g and writes y."""
-    params = {"w": jnp.ones((256, 256))}
-
-    def bytes_of(tx):
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        start = tx.init(params)
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, start, params)
-        return compiled.compile().cost_analysis()["bytes accessed"]
-
-    # On CPUs, where a kernel has one result: z from z and g, x from x and z, y from y, x
-    # and z: 10 passes, of which the optimizer had 3. One kernel would have 4 more, not 7.
-    more = bytes_of(emaopt.gpa(SGD, 0.9)) - bytes_of(SGD)
-    assert more / params["w"].nbytes < 7.01
 
 
 def test_states_that_do_not_fit_are_refused():
@@ -481,31 +279,6 @@ def test_states_that_do_not_fit_are_refused():
         scheduled.update(PARAMS, free.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("inner_dtype", [None, jnp.float32])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-def test_narrow_parameters_have_the_same_bits_in_every_program(dtype, inner_dtype):
-    params = {"w": jnp.linspace(-2, 2, 64).astype(dtype)}
-
-    def trained(tx, transform):
-        def step(params, state):
-            grads = {"w": (0.37 * params["w"].astype(jnp.float32) + 0.1).astype(dtype)}
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        step, state, at = transform(step), tx.init(params), params
-        for _ in range(10):
-            at, state = step(at, state)
-        return at["w"].astype(jnp.float32), getattr(state, "inner_state", state)
-
-    tx = emaopt.gpa(optax.sgd(0.1), 0.9, inner_dtype=inner_dtype)
-    compiled = trained(tx, jax.jit)
-    eager = trained(tx, lambda step: step)
-    same(compiled[0], eager[0])
-    if dtype == jnp.bfloat16:  # Optax's choice of updates has no float8
-        wrapped, _ = trained(optax.apply_if_finite(tx, 3), jax.jit)
-        same(compiled[0], wrapped)
-
-
 def test_reset_begins_with_z_too():
     tx = emaopt.gpa(SGD, 0.9)
     params, state = run(tx)
@@ -515,51 +288,6 @@ def test_reset_begins_with_z_too():
     updates, _ = tx.update(zeros, state, params)
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_allclose(leaf, 0, atol=1e-7)
-
-
-def test_a_parameter_of_any_name_goes_over_with_its_values(tmp_path):
-    """Names that the states themselves use, for parameters and for keys above them."""
-    params = {"primal": {"largest": jnp.ones(3), "base": jnp.full(2, 5.0)}}
-    checkpoint.save(
-        tmp_path / "c", {"params": params, "opt_state": SGD.init(params)}, optional=True
-    )
-    for tx in (emaopt.gpa(SGD), emaopt.schedule_free(SGD, optax.constant_schedule(0.1))):
-        target = {"params": params, "opt_state": tx.init(params)}
-        found = checkpoint.restore(tmp_path / "c", target, report=lambda said: None)
-        primal = getattr(found["opt_state"], "primal", found["opt_state"])
-        same(primal.base, params)
-        checkpoint.save(tmp_path / "d", found, force=True)
-        same(checkpoint.restore(tmp_path / "d", target), found)
-
-
-def test_a_wider_mask_begins_x_and_z_from_the_parameters(tmp_path):
-    masked = emaopt.gpa(SGD, 0.9, mask={"w": True, "b": False})
-    params, state = run(masked, steps=3)
-    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state})
-    tx = emaopt.gpa(SGD, 0.9)
-    target = {
-        "params": PARAMS,
-        "opt_state": tx.init(jax.tree.map(lambda p: p * 0 + 7, PARAMS)),
-    }
-    found = checkpoint.restore(
-        tmp_path / "c", target, keep_missing=True, report=lambda said: None
-    )["opt_state"]
-    same(found.base["b"], params["b"])
-    same(found.averaging.average["b"], params["b"])
-
-
-def test_z_is_left_out_beside_another_average_that_stays(tmp_path):
-    chain = optax.named_chain(("a", emaopt.gpa(SGD, 0.9)))
-    params, state = run(chain, steps=3)
-    checkpoint.save(tmp_path / "c", {"params": params, "opt_state": state})
-    other = optax.named_chain(
-        ("a", emaopt.averaged(SGD, 0.9)), ("b", emaopt.average_params(0.5))
-    )
-    said = []
-    target = {"params": PARAMS, "opt_state": other.init(PARAMS)}
-    found = checkpoint.restore(tmp_path / "c", target, report=said.append)
-    same(found["opt_state"]["a"].averaging, state["a"].averaging)
-    assert any("left out the iterates z" in one for one in said)
 
 
 def test_parameters_of_another_kind_are_refused_by_name():

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from primal_runs import run, same
 
 import emaopt
 from emaopt import checkpoint
@@ -138,24 +139,6 @@ def _mesh(shape, names, kind):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def _run(tx, params, compiled=True):
-    state = tx.init(params)
-
-    def step(params, state):
-        u, state = tx.update(jax.tree.map(lambda p: 0.5 * p + 0.1, params), state, params)
-        return optax.apply_updates(params, u), state
-
-    step = jax.jit(step) if compiled else step
-    for _ in range(3):
-        params, state = step(params, state)
-    return params, state
-
-
-def _same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_z_is_split_and_gathered_beside_another_axis(kind, compiled):
@@ -169,15 +152,14 @@ def test_z_is_split_and_gathered_beside_another_axis(kind, compiled):
         tx = emaopt.primal_averaging(
             inner, 0.9, sharding={"w": PartitionSpec(None, "data")}
         )
-        params, state = _run(tx, params, compiled)
+        params, state = run(tx, params, compiled=compiled)
         if kind == AxisType.Explicit:
-            assert params["w"].sharding.spec == PartitionSpec("model", None), params[
-                "w"
-            ].sharding
+            assert params["w"].sharding.spec == PartitionSpec("model", None)
         else:
             assert params["w"].sharding.is_fully_replicated
         assert state.base["w"].sharding.spec[1] == "data"
-    _same((params, state), _run(emaopt.primal_averaging(inner, 0.9), tree, compiled))
+    whole = emaopt.primal_averaging(inner, 0.9)
+    same((params, state), run(whole, tree, compiled=compiled))
 
 
 def test_z_is_split_in_its_second_dimension():
@@ -185,11 +167,11 @@ def test_z_is_split_in_its_second_dimension():
     mesh = _mesh((8,), ("data",), AxisType.Auto)
     tx = emaopt.primal_averaging(optax.adam(0.05), 0.9, sharding="data")
     with jax.set_mesh(mesh):
-        params, state = _run(
+        params, state = run(
             tx, jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
         )
         assert state.base["w"].sharding.spec[1] == "data"
-    _same((params, state), _run(emaopt.primal_averaging(optax.adam(0.05), 0.9), tree))
+    same((params, state), run(emaopt.primal_averaging(optax.adam(0.05), 0.9), tree))
 
 
 def test_a_part_of_z_is_not_begun_unasked(tmp_path):
@@ -285,7 +267,7 @@ def test_the_optimizer_sees_values_rounded_to_their_dtype(dtype, at, inner_dtype
         for _ in range(10):
             p, s = f(p, s)
         out.append((jax.tree.map(lambda x: x.astype(jnp.float32), p), s.base))
-    _same(*out)
+    same(*out)
 
 
 def test_a_reset_of_an_nnx_state_keeps_its_container_and_reaches_z():
