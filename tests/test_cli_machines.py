@@ -310,7 +310,7 @@ def test_json_is_one_document_and_nothing_else(run, writer, tmp_path):
     keys = {
         "average": {"record", "written"},
         "synthesize": {"record", "written"},
-        "export": {"weights", "written"},
+        "export": {"weights", "best", "written"},
         "profile": {"steps", "averages", "written"},
         "inspect": set(checkpoint.Description._fields),
     }[writer.split()[0]]
