@@ -61,6 +61,19 @@ def save_center(path: Path) -> None:
     checkpoint.save(path, local_state(0))
 
 
+def statistics_state(number: int) -> dict[str, Any]:
+    """A state with a tree beside the parameters, as BatchNorm's statistics."""
+    other = state_of(number + 1)["params"]
+    return state_of(number) | {
+        "batch_stats": {"mean": other["dense"], "none": other["empty"]}
+    }
+
+
+def save_served(path: Path) -> None:
+    served = statistics_state(7)["batch_stats"]
+    checkpoint.save(path, statistics_state(0), served={"batch_stats": served})
+
+
 def save_combined(path: Path) -> None:
     checkpoint.save(path.parent / "source", state_of(0))
     checkpoint.combine([path.parent / "source"], [1.0], path)
@@ -76,6 +89,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], Any]] = {  # and what restore is 
     "manager": (save_managed, lambda: state_of(0)),
     "items": (save_items, lambda: items_of(state_of(0))),
     "center": (save_center, lambda: local_state(0)),
+    "served": (save_served, lambda: statistics_state(0)),
     "combination": (save_combined, None),
 }
 READERS: dict[str, Callable[[Path, Any], Any]] = {

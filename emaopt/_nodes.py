@@ -123,14 +123,34 @@ def counter_of(field: str, swapped: bool) -> str:
     return (kind.swapped if swapped else kind.state)._fields[0]
 
 
+def beside_of(node: PyTree) -> PyTree:
+    """The raw values of what is served beside an average, by name; None if nothing is."""
+    state = as_state(node)
+    return state.beside if is_swapped(state) else None
+
+
 def exchanged(node: PyTree, content: PyTree) -> PyTree:
     """The node with another content: marked as swapped if it was not, else unmarked."""
     state = as_state(node)
     for kind in KINDS:
         if isinstance(state, (kind.state, kind.swapped)):
             other = kind.swapped if isinstance(state, kind.state) else kind.state
-            return in_place_of(node, other(*state[:-1], content))
+            fields = dict.fromkeys(other._fields) | state._asdict()
+            fields |= {other._fields[0]: state[0], kind.field: content}
+            made = other(**{field: fields[field] for field in other._fields})
+            return in_place_of(node, made)
     raise AssertionError(node)
+
+
+def changed(
+    tree: PyTree, names: Names, field: str, change: Callable[[PyTree], PyTree]
+) -> PyTree:
+    """The tree with the node of an average or a center at these names changed."""
+    is_node = is_center_node if field == CENTER.field else is_average_node
+    nodes = leaves_with_keys(tree, is_leaf=is_node)
+    treedef = jax.tree.structure(tree, is_leaf=is_node)
+    made = [change(node) if way == names else node for way, node in nodes]
+    return jax.tree.unflatten(treedef, made)
 
 
 def in_place_of(node: PyTree, state: PyTree) -> PyTree:

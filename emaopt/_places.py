@@ -25,6 +25,7 @@ from emaopt._optimizer_states import (
     is_sequence,
     optimizer_root,
 )
+from emaopt._states import BESIDE
 from emaopt._types import Leaf, PyTree
 
 Choice = str | Sequence[str] | None
@@ -226,9 +227,12 @@ def _place(
     node = tree.averages[average]
     swapped, field = is_swapped(node), field_of(node)
     averaged = tree.within((*average, field))
+    # What is served beside the average goes back with it.
+    raw = tree.within((*average, BESIDE)) if swapped else {}
+    beside = [(tree.position[n], j) for n, j in raw.items() if n in tree.position]
     # An average whose leaves are all masked fits every tree, and exchanges nothing.
     if not averaged:
-        return Place(given or (), average, field, swapped, [])
+        return Place(given or (), average, field, swapped, beside)
     if given is None:
         params = _only_tree(function, tree, average, averaged, several, option)
     elif not given:
@@ -244,7 +248,7 @@ def _place(
     else:
         params = given
     pairs = [(tree.position[params + rest], j) for rest, j in averaged.items()]
-    return Place(params, average, field, swapped, pairs)
+    return Place(params, average, field, swapped, pairs + beside)
 
 
 def _only_tree(

@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 
 WEIGHT = "weight"  # the clock of `schedule_free`
+BESIDE = "beside"  # the field of swapped states for what else is served
 
 
 class AverageState(NamedTuple):
@@ -33,8 +34,8 @@ class AverageState(NamedTuple):
 class SwappedState(NamedTuple):
     """What `swap` leaves in an `AverageState`'s place while the average is in use.
 
-    Only the name of the first field differs, so that neither an update nor a restore can
-    take one state for the other.
+    The first field has another name, so that neither an update nor a restore can take one
+    state for the other.
     """
 
     swapped_at: Scalar  # () int32, num_updates
@@ -42,6 +43,7 @@ class SwappedState(NamedTuple):
     weight: Scalar | None  # () float; None without debias
     pending: Scalar  # () float
     elapsed: dict[str, jax.Array] | None  # {clock: [2] float}; None without a clock
+    beside: PyTree  # raw values of what else is served (`served=`), by name; else None
     average: PyTree  # the raw parameters, while the average is in their place
 
 
@@ -108,8 +110,8 @@ class LocalUpdatesState(NamedTuple):
 class SwappedLocalUpdatesState(NamedTuple):
     """What `swap` leaves in a `LocalUpdatesState`'s place while the center is in use.
 
-    Only the name of the first field differs, so that neither an update nor a restore can
-    take one state for the other.
+    The first field has another name, so that neither an update nor a restore can take one
+    state for the other.
     """
 
     swapped_at: Scalar  # () int32, num_steps
@@ -123,6 +125,7 @@ class SwappedLocalUpdatesState(NamedTuple):
     pulled: PyTree
     residual: PyTree
     in_flight: PyTree
+    beside: PyTree  # as in `SwappedState`
     center: PyTree  # the workers' parameters, while the center is in their place
 
 

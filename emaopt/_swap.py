@@ -2,15 +2,16 @@
 
 import jax
 
+from emaopt._beside import Served, check_served, put, served_values
 from emaopt._checks import check_flag, check_text
-from emaopt._names import is_below, leaves_with_keys
+from emaopt._names import is_below, joined, leaves_with_keys
 from emaopt._nodes import (
     as_state,
+    beside_of,
     center_nodes,
+    changed,
     exchanged,
     field_of,
-    is_average_node,
-    is_center_node,
     is_swapped,
     only_node,
     refuse_crossed_swap,
@@ -59,6 +60,11 @@ def swap(
     names, node = only_node("swap", nodes, "average", NO_AVERAGE)
     refuse_crossed_swap("swap", opt_state, [node])
     content = as_state(node)[-1]
+    if jax.tree.leaves(beside_of(node)):
+        raise ValueError(
+            f"swap: the average at {joined(names)} has raw values beside it of what else "
+            "is served, which go back in the whole state: use checkpoint.swap_state."
+        )
     paired("swap", content, params, bool(center_nodes(opt_state)))
     # Positions in (params, opt_state), by the names that the leaves have in each part: in
     # the pair, names of a lone "value" would be others.
@@ -73,7 +79,12 @@ def swap(
 
 
 def swap_state(
-    state: PyTree, *, name: Choice = None, params: Ways = None, optional: bool = False
+    state: PyTree,
+    *,
+    name: Choice = None,
+    params: Ways = None,
+    optional: bool = False,
+    served: Served = None,
 ) -> PyTree:
     """Exchanges the parameters and their average inside of a training state.
 
@@ -99,10 +110,11 @@ def swap_state(
       state: A training state, as for `save`.
       name, params: Which averages, and where their parameters are, as for `save`.
       optional: Return a state that holds no average as it is, in place of an error.
+      served: What else is served, as for `save`, of a state that is not swapped.
 
     Returns:
       The state with the averages under the parameters' names and the raw parameters in a
-      `SwappedState`; from a swapped state, the original.
+      `SwappedState`; from a swapped state, the original, without what else was served.
 
     Raises:
       ValueError: As for `save`.
@@ -117,9 +129,17 @@ def swap_state(
     """
     check_flag("swap_state", "optional", optional)
     check_choices("swap_state", name, params)
+    check_served("swap_state", served)
     if optional and not served_nodes(state):
         return state
-    return exchange(state, located("swap_state", state, name, params))
+    places = located("swap_state", state, name, params)
+    values = served_values("swap_state", state, places, served)
+    if values and places[0].swapped:
+        raise ValueError(
+            "swap_state: this state is swapped, and goes back to its own values; served= "
+            "is for the way there."
+        )
+    return put(exchange(state, places), places[0], values)
 
 
 def exchange(state: PyTree, places: list[Place]) -> PyTree:
@@ -131,11 +151,10 @@ def exchange(state: PyTree, places: list[Place]) -> PyTree:
             leaves[i], leaves[j] = leaves[j], leaves[i]
     state = jax.tree.unflatten(treedef, leaves)
     for place in places:
-        is_node = is_center_node if place.field == "center" else is_average_node
-        marked = [
-            exchanged(node, as_state(node)[-1]) if names == place.average else node
-            for names, node in leaves_with_keys(state, is_leaf=is_node)
-        ]
-        treedef = jax.tree.structure(state, is_leaf=is_node)
-        state = jax.tree.unflatten(treedef, marked)
+        state = changed(
+            state,
+            place.average,
+            place.field,
+            lambda node: exchanged(node, as_state(node)[-1]),
+        )
     return state

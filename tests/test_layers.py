@@ -216,7 +216,15 @@ LAYERS = {
         "_workers",
     },
     "_optimizer_states": {"_names", "_nodes", "_types"},
-    "_places": {"_advice", "_leaves", "_names", "_nodes", "_optimizer_states", "_types"},
+    "_places": {
+        "_advice",
+        "_leaves",
+        "_names",
+        "_nodes",
+        "_optimizer_states",
+        "_states",
+        "_types",
+    },
     "batch_stats": {
         "_averaging",
         "_checks",
@@ -225,7 +233,7 @@ LAYERS = {
         "_tree_checks",
         "_types",
     },
-    "_swap": {"_checks", "_names", "_nodes", "_places", "_reading", "_types"},
+    "_swap": {"_beside", "_checks", "_names", "_nodes", "_places", "_reading", "_types"},
     "checkpoint._average_names": {
         "_checks",
         "_masks",
@@ -234,12 +242,19 @@ LAYERS = {
         "_types",
         "checkpoint",
     },
-    "checkpoint._record": {"_nodes", "_places", "_types"},
-    "checkpoint._agreement": {"_names", "_nodes", "_types", "checkpoint._record"},
+    "checkpoint._record": {"_names", "_nodes", "_places", "_states", "_types"},
+    "checkpoint._agreement": {
+        "_beside",
+        "_names",
+        "_nodes",
+        "_types",
+        "checkpoint._record",
+    },
     "checkpoint._orbax": {"_names", "_types", "orbax"},
     "checkpoint._completion": {"_types", "checkpoint._orbax", "checkpoint._record"},
     "checkpoint._files": {
         "_advice",
+        "_beside",
         "_names",
         "_nodes",
         "_output",
@@ -290,6 +305,7 @@ LAYERS = {
     "checkpoint._timelines": {"_clock", "_names", "_types", "_weights", "checkpoint"},
     "checkpoint._description": {
         "_checks",
+        "_names",
         "_paths",
         "_profiles",
         "_types",
@@ -308,6 +324,7 @@ LAYERS = {
         "checkpoint._selection",
     },
     "checkpoint._manager": {
+        "_beside",
         "_checks",
         "_places",
         "_swap",
@@ -341,6 +358,7 @@ LAYERS = {
         "checkpoint._synthesis",
     },
     "checkpoint.__init__": {
+        "_beside",
         "_checks",
         "_output",
         "_paths",
@@ -429,6 +447,7 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._trees": {
+        "_beside",
         "_names",
         "_nodes",
         "_places",
@@ -689,6 +708,16 @@ LAYERS = {
         "checkpoint._files",
         "checkpoint._formats",
         "checkpoint._renaming",
+    },
+    "_beside": {
+        "_checks",
+        "_leaves",
+        "_names",
+        "_nodes",
+        "_optimizer_states",
+        "_places",
+        "_states",
+        "_types",
     },
 }
 

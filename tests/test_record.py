@@ -234,8 +234,8 @@ def test_a_newer_format_and_unknown_fields_are_named(copy):
     edit(file_of(copy), lambda record: record.update(extra=1))
     with pytest.raises(ValueError, match=r"does not write, \['extra'\]"):
         checkpoint.load_averaged(copy)
-    edit(file_of(copy), lambda record: record.update(version=4))
-    with pytest.raises(ValueError, match=r"format 4, .* newer emaopt; .* up to 3"):
+    edit(file_of(copy), lambda record: record.update(version=5))
+    with pytest.raises(ValueError, match=r"format 5, .* newer emaopt; .* up to 4"):
         checkpoint.load_averaged(copy)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import orbax.checkpoint as ocp
 
+from emaopt._beside import check_served
 from emaopt._checks import (
     check_callable,
     check_dtype,
@@ -76,6 +77,7 @@ def save(
     name: Choice = None,
     params: Ways = None,
     optional: bool = False,
+    served: Mapping[str, PyTree] | None = None,
     force: bool = False,
     custom_metadata: Json | None = None,
     checksums: bool = True,
@@ -103,6 +105,11 @@ def save(
         called "params" beside the optimizer state, else an error that lists them.
       optional: Save a state without an average as it is, in place of an error: for
         programs whose configuration may switch averaging off.
+      served: What else belongs to the averaged weights, as {keys joined with "/": tree},
+        such as {"batch_stats": statistics} of `batch_stats.recalibrate`. It stands under
+        these names, in all that is there or in a part, and the state's own values go into
+        the average's state, from where `restore` brings them back. Shapes and kinds of
+        numbers must be those of the state. Left out where the state has no average.
       force: Replace whatever is at `path`: of a link, its target; of a directory of
         CheckpointManager, all its steps. The old content is removed once the new
         checkpoint is complete beside it, as `path`.replacement. After a kill one
@@ -144,7 +151,8 @@ def save(
             f"save: custom_metadata[{_record.KEY!r}] is where emaopt keeps its own "
             "record; take another key."
         )
-    state, places = _trees.served("save", state, name, params, optional)
+    check_served("save", served)
+    state, places = _trees.served("save", state, name, params, optional, lambda: served)
     place = _replacement.followed(_files.absolute(path))
     taking_place = _replacement.taking_place(
         "save", place, force=force, report=_restore.log_warning
@@ -322,7 +330,7 @@ def metadata(
         state = swap_state(v1.load(path, swap_state(state)))  # or restore(path, state)
 
     `restore` and `load_averaged` then read the checkpoint as if `save` had written it,
-    without checksums.
+    without checksums. If swap_state was told what else is served, give the swapped state.
 
     Args:
       state: The training state, swapped or not.

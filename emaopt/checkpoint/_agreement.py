@@ -5,6 +5,7 @@ from collections.abc import Collection
 import jax
 from etils import epath
 
+from emaopt._beside import names_beside
 from emaopt._names import Names, is_below, leaves_with_keys
 from emaopt._nodes import average_nodes, center_nodes, field_of, is_swapped
 from emaopt._types import PyTree
@@ -69,6 +70,19 @@ def agreed(
         raise ValueError(
             f"{says} the averages of {', '.join(map(_joined, ours))} under the "
             f"parameters' names, but swapped are {', '.join(others)}, too; {_OTHER_TREE}"
+        )
+    first, raw = marker.served[0], marker.raw_beside
+    beside = {n for n in marker.beside if (*raw, *n) not in marker.empty}
+    if first.average in nodes and {*names_beside(tree, first.average)} != beside:
+        raise ValueError(
+            f"{says} other values than {_joined(first.average)} of what is served beside "
+            f"the averages; {_OTHER_TREE}"
+        )
+    lost = [n for n in marker.beside if is_here(n) and n not in {*saved, *marker.empty}]
+    if lost:
+        raise ValueError(
+            f"{says} {_joined(min(lost))} served beside the averages, but there is none; "
+            f"{_OTHER_TREE}"
         )
     empty = {names: leaf for names, leaf in marker.empty.items() if is_here(names)}
     free = holes(tree) if empty else set()

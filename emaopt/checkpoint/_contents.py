@@ -83,6 +83,12 @@ def averages_at(
         prefix = way or tuple(files.combination["params"])
         places = {n[len(prefix) :]: n for n in present if is_below(n, prefix)}
         return Averaged(prefix, set(places), places)
+    beside = files.marker.beside if files.marker else frozenset()
+    # Of a tree that goes with the averages, and has none of its own.
+    if name is None and way and any(is_below(n, way) for n in beside):
+        if not any(_related(way, one) for one in _served(files)):
+            places = {n[len(way) :]: n for n in present if is_below(n, way)}
+            return Averaged(way, set(places), places)
     chosen = _chosen(function, files, name, at, way, option)
     if own := [one for one in chosen if way and is_below(way, one.inside)]:
         (one,) = own  # the average into whose state `at` leads
@@ -100,7 +106,8 @@ def averages_at(
         if not is_below(names, prefix) or any(is_below(names, state) for state in states):
             continue
         rest = names[len(prefix) :]
-        places[rest] = raw
+        with_them = names in beside and any(one.served for one in chosen)
+        places[rest] = names if with_them else raw
         for one in chosen:
             below = names[len(one.params) :]
             if not is_below(names, one.params):
@@ -147,12 +154,17 @@ def said_of(
     """
     everything, present = _everything(files), _files.all_leaves(files)
     averages: dict[Average, None] = {}
-    of_others, left = False, []  # raw ones in a served average's state; all the others
+    # Raw ones in a served average's state; what is served beside it; all the others.
+    of_others, with_them, left = False, False, []
     for n in places:
         if holds := [one for one in everything if _holds(one, n, present)]:
             averages |= dict.fromkeys(holds)
         elif any(one.served and is_below(n, one.inside) for one in everything):
             of_others = True
+        elif files.marker and is_below(n, files.marker.raw_beside):
+            of_others = True
+        elif files.marker and n in files.marker.beside:
+            with_them = True
         elif not any(one.params and is_below(n, one.params) for one in everything):
             left.append(n)
     others = bool(left) and not (raw and not averages)
@@ -165,6 +177,8 @@ def said_of(
             if record.get("converted"):
                 return record["weights"], ()
             return f"a combination of {record['weights']}", ()
+        if with_them and not others and not of_others:
+            return "what is served beside the averages", ()
         if not others:
             return "the raw parameters", ()
         return f"the arrays at {'/'.join(prefix)}" if prefix else "all arrays", ()

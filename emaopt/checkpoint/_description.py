@@ -2,11 +2,13 @@
 
 import glob
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from etils import epath
 
 from emaopt._checks import check_text
+from emaopt._names import Names
 from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._types import DecayLike, Json, Path
@@ -38,17 +40,19 @@ class Description(NamedTuple):
     """What `describe` returns.
 
     parameters: the keys that lead to the parameters, joined with "/". served: which
-    weights stand there, in words. leaves: (name, dtype, shape, nbytes) of each array.
-    averages: (name, num_updates, served, summary, clock, elapsed) of each average; the
-    summary is a `WeightSummary` if its name tells its decay, else None. With a clock,
-    its ages are in units of that, effective_iterates is NaN, for it depends on the length
-    of each step, and the time is `elapsed`. record: how `combine` and its kin made the
-    checkpoint, else empty.
+    weights stand there, in words. beside: the keys that lead to what else is served, such
+    as "batch_stats", all of it or single arrays. leaves: (name, dtype, shape, nbytes) of
+    each array. averages: (name, num_updates, served, summary, clock, elapsed) of each
+    average; the summary is a `WeightSummary` if its name tells its decay, else None. With
+    a clock, its ages are in units of that, effective_iterates is NaN, for it depends on
+    the length of each step, and the time is `elapsed`. record: how `combine` and its kin
+    made the checkpoint, else empty.
     """
 
     path: str
     parameters: str  # the names that lead to them, joined with "/"; several with ", "
     served: str  # which weights stand under these names, in words
+    beside: list[str]  # names of what else is served, with raw values of its own
     leaves: list[Leaf]
     averages: list[AverageDescription]
     record: Json  # how a combination was made; of other checkpoints, empty
@@ -119,11 +123,30 @@ def describe(path: Path, *, at: str | None = None) -> Description:
         str(files.path),
         ", ".join(map("/".join, ways)),
         served,
+        _beside(files),
         leaves,
         averages,
         files.combination or {},
         _size(files.path),
     )
+
+
+def _beside(files: _files.Files) -> list[str]:
+    """The names of what is served beside averages: of trees, where it is all of them."""
+    if files.marker is None:
+        return []
+
+    def ways(names: Names) -> list[Names]:
+        return [names[:i] for i in range(1, len(names) + 1)]
+
+    present = _files.all_leaves(files).keys()
+    beside = files.marker.beside & present  # an item may be missing
+    there = Counter(way for names in present for way in ways(names))
+    ours = Counter(way for names in beside for way in ways(names))
+    whole = {
+        next(way for way in ways(names) if ours[way] == there[way]) for names in beside
+    }
+    return sorted(map("/".join, whole))
 
 
 def _summary(decay: DecayLike, updates: int, debias: bool) -> WeightSummary | None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from emaopt._advice import advised
+from emaopt._beside import names_beside
 from emaopt._names import is_below, leaves_with_keys, own_values, split
 from emaopt._nodes import swapped_nodes
 from emaopt._output import is_url, url
@@ -76,6 +77,15 @@ class Files(NamedTuple):
                     "raw ones is missing. Take another step; load_averaged reads the "
                     "averages."
                 )
+            if self.marker is None or one != self.marker.served[0]:
+                continue
+            for names in sorted(self.marker.beside):
+                if is_below(names, below) or is_below(below, names):
+                    raise ValueError(
+                        f"{function}: {self.path} has no raw values of "
+                        f"{'/'.join(names)}: what stands there is served with the "
+                        "averages. Take another step."
+                    )
 
 
 def absolute(path: Path) -> epath.Path:
@@ -249,6 +259,8 @@ def _lost_marker(
         located_in(function, tree, names, at=split(at), option=option)
         for names in swapped_nodes(tree)
     ]
+    # What else is served is looked for in the state of the first.
+    places.sort(key=lambda place: not names_beside(tree, place.average))
     served = tuple(_record.Served(p.params, p.average, p.field) for p in places)
     # Orbax writes this entry in every step's metadata. If it is missing, so may be the
     # record, and with it the shapes of arrays of size 0: None may stand for one.
@@ -264,7 +276,9 @@ def _lost_marker(
             f"or say with {option}= {where}",
             f"or say with --{option} {where}",
         )
-    return _record.Marker(served, {}) if served else None
+    if not served:
+        return None
+    return _record.Marker(served, {}, frozenset(names_beside(tree, served[0].average)))
 
 
 def located_in(
@@ -326,9 +340,10 @@ def logical_names(files: Files) -> dict[Names, Names]:
     present = all_leaves(files)
     if files.marker is None:
         return {names: names for names in present}
-    return {
+    named = {
         _record.name_in_state(names, files.marker, present): names for names in present
     }
+    return {names: place for names, place in named.items() if names is not None}
 
 
 def all_leaves(files: Files) -> dict[Names, Leaf]:

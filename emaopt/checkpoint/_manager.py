@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from emaopt._beside import Served, check_served, names_beside, put
 from emaopt._checks import (
     check_callable,
     check_choice,
@@ -44,6 +45,7 @@ def handler_registry(
     rename: Mapping[str, str] | None = None,
     items: Iterable[str] = (),
     metrics_of: Measured = None,
+    served: Callable[[PyTree], Mapping[str, PyTree]] | None = None,
     report: Report | None = None,
     checksums: bool = True,
 ) -> ocp.handlers.CheckpointHandlerRegistry:
@@ -83,6 +85,8 @@ def handler_registry(
       metrics_of: "raw" or "averaged": the weights that the metrics given to
         `manager.save` were measured on. It is recorded in
         custom_metadata["emaopt"]["metrics_of"] of each item.
+      served: A function of the state that is saved, of a Composite as {item: tree}, which
+        returns what else is served, as for `save`. It runs in each `manager.save`.
       report: As for `restore`; by default the warning function of the logger "emaopt".
       checksums: As for `save`, computed before `manager.save` returns. Arrays that
         save_args cast have none.
@@ -119,6 +123,7 @@ def handler_registry(
     for item in items:
         check_text("handler_registry", "each of items", item)
     check_choice("handler_registry", "metrics_of", metrics_of, ("raw", "averaged", None))
+    check_callable("handler_registry", "served", served, 1, optional=True)
     check_callable("handler_registry", "report", report, 1, optional=True)
     check_flag("handler_registry", "checksums", checksums)
     swapping = _Swapping(
@@ -129,6 +134,7 @@ def handler_registry(
         report or _restore.log_warning,
         checksums,
         rename,
+        served,
     )
     # One handler for all kinds of arguments: Orbax records one handler for each item.
     handler = ocp.StandardCheckpointHandler()
@@ -152,6 +158,7 @@ class _Step(NamedTuple):
 
     items: dict[str, Any]  # name of the item -> its `Save`
     save: str  # an id: on disk it tells its items from those of another save
+    served: list[Served]  # what else is served, once it was made
 
 
 class _Swapping:
@@ -166,9 +173,10 @@ class _Swapping:
         report: Report,
         checksums: bool,
         rename: Mapping[str, str] | None,
+        served: Callable[[PyTree], Mapping[str, PyTree]] | None,
     ):
         self._name, self._params, self._optional = name, params, optional
-        self._rename = rename
+        self._rename, self._served = rename, served
         self._metrics_of, self._report = metrics_of, report
         self._checksums = checksums
         self.saves: dict[type, Callable[..., Awaitable[Any]]] = {}  # by their args
@@ -187,7 +195,7 @@ class _Swapping:
         Each coroutine therefore knows the whole step.
         """
         args = args or ocp.args.StandardSave(item, save_args)
-        new = _Step({}, secrets.token_hex(8))
+        new = _Step({}, secrets.token_hex(8), [])
         step = self._steps.setdefault(str(directory.parent), new)
         key = directory.name.partition(_orbax.UNFINISHED)[0]
         step.items[key] = args
@@ -213,10 +221,16 @@ class _Swapping:
         state, prefix = _as_one(items)
         function = "CheckpointManager.save"
         state, places = _trees.served(
-            function, state, self._name, self._params, self._optional
+            function,
+            state,
+            self._name,
+            self._params,
+            self._optional,
+            lambda: self._beside(step),
         )
         if not places:
             return args  # no average: as it is
+        beside = names_beside(state, places[0].average)
         item = _trees.without_empty(state[key] if prefix else state)
         more: Json = {"save": step.save} if prefix else {}
         if in_place:
@@ -226,7 +240,9 @@ class _Swapping:
         each = args.save_args
         # save_args are like the user's tree, whose leaves have changed places since.
         if each is not None and not places[0].swapped:
-            each = _exchanged_args(each, key if prefix else None, step.items, places)
+            each = _exchanged_args(
+                each, key if prefix else None, step.items, places, beside
+            )
         if self._checksums:
             told = _files.names_of(each).items()
             cast = {names for names, one in told if getattr(one, "dtype", None)}
@@ -240,6 +256,17 @@ class _Swapping:
             save_args=each,
             custom_metadata={**(args.custom_metadata or {}), **marker},
         )
+
+    def _beside(self, step: _Step) -> Served:
+        """What else is served, of the user's own trees; made once for all items."""
+        if self._served is None:
+            return None
+        if not step.served:
+            state, _ = _as_one({k: args.item for k, args in step.items.items()})
+            made = self._served(state)
+            check_served("CheckpointManager.save", made)
+            step.served.append(made)
+        return step.served[0]
 
     @_replacement.whole
     def restore(
@@ -292,14 +319,20 @@ class _Swapping:
 
 
 def _exchanged_args(
-    each: PyTree, key: str | None, step: dict[str, Any], places: list[Place]
+    each: PyTree,
+    key: str | None,
+    step: dict[str, Any],
+    places: list[Place],
+    beside: Iterable[Names],
 ) -> PyTree:
     """The save_args of each leaf, where the leaf stands after the exchange."""
-    if key is None:
-        return exchange(each, places)
-    items = {k: _trees.plain(args.item) for k, args in step.items()}
-    trees = jax.tree.map(lambda _: ocp.SaveArgs(), items)
-    return exchange(trees | {key: each}, places)[key]
+    if key is not None:
+        items = {k: _trees.plain(args.item) for k, args in step.items()}
+        each = jax.tree.map(lambda _: ocp.SaveArgs(), items) | {key: each}
+    own = _files.names_of(each)
+    each = exchange(each, places)
+    each = put(each, places[0], {names: own[names] for names in beside})
+    return each if key is None else each[key]
 
 
 class _Failed:

@@ -13,15 +13,17 @@ from typing import NamedTuple, TypeAlias
 import jax
 from etils import epath
 
-from emaopt._nodes import (
-    counter_of,
-)
-from emaopt._places import Names, Place
+from emaopt._names import Names, is_below
+from emaopt._nodes import counter_of
+from emaopt._places import Place
+from emaopt._states import BESIDE
 from emaopt._types import Json
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # the key of the record that `combine` writes there
-VERSION = 3  # 2: several averages, in "more"; 3: a checksum over the record, in "sum"
+# 2: several averages, in "more"; 3: a checksum over the record, in "sum"; 4: "beside".
+# A record without it is of format 3, which older releases read.
+VERSION = 4
 IN_PLACE = "in_place"  # of a save whose directory never had another name
 
 Check: TypeAlias = Callable[[object], bool]  # whether a value can be that of a field
@@ -45,16 +47,27 @@ class Marker(NamedTuple):
 
     served: tuple[Served, ...]  # at least one
     empty: dict[Names, jax.ShapeDtypeStruct]  # arrays of size 0, which Orbax won't store
+    # What else is served; its raw values are in the state of the first average.
+    beside: frozenset[Names] = frozenset()
+
+    @property
+    def raw_beside(self) -> Names:
+        """The names that lead to the raw values of what is served beside the averages."""
+        return (*self.served[0].average, BESIDE)
 
 
 def marker(
     function: str,
     places: Sequence[Place],
     empty: list[list[list[str] | list[int] | str]],
+    beside: Collection[Names],
     values: Mapping[str, object],
     more: Mapping[str, object],
 ) -> Json:
-    """The record as custom_metadata; `values` as `_trees.values` makes it."""
+    """The record as custom_metadata; `values` as `_trees.values` makes it.
+
+    `beside` has the names of what else is served; the raw values are in the first place.
+    """
     first, *others = (
         {
             "params": list(place.params),
@@ -64,6 +77,8 @@ def marker(
         for place in places
     )
     record = {**first, "empty": empty, **values, **more}
+    if beside:
+        record["beside"] = sorted(map(list, beside))
     record = sealed(record | {"more": others} if others else record)
     # By the readers' own checks, so that nothing is saved that they would refuse.
     if fault := _fault(record, _FIELDS):
@@ -77,7 +92,8 @@ def marker(
 def sealed(record: Mapping[str, object]) -> Json:
     """A record with its version and the checksum over it."""
     # As JSON gives it back: the checksum is of what is read, with lists for tuples.
-    read = json.loads(json.dumps({"version": VERSION, **record}))
+    version = VERSION if "beside" in record else 3
+    read = json.loads(json.dumps({"version": version, **record}))
     return {**read, "sum": _sum(read)}
 
 
@@ -145,6 +161,8 @@ def _fault(record: Json, fields: Mapping[str, tuple[Check, bool]]) -> str | None
     # A flipped bit in the version must not do away with the checksum.
     if record["version"] < 3 and "sum" in record:
         return f"of format {record['version']}, it has a checksum"
+    if record["version"] < 4 and "beside" in record:
+        return f"of format {record['version']}, it has a field of format 4"
     for name, (is_right, needed) in fields.items():
         if name in record and not is_right(record[name]):
             return f"its {name} is {_short(record[name])}"
@@ -230,6 +248,7 @@ _FIELDS: dict[str, tuple[Check, bool]] = {  # its check, and whether it is neede
     "field": (_is_field, False),
     "more": (_all(_is_place), False),
     "empty": (_all(_is_empty), True),
+    "beside": (_all(_is_names), False),
     "values": (_is_values, False),
     "checksums": (_all(_is_checksum), False),
     "save": (_is_text, False),  # the same in all items of one save
@@ -267,11 +286,21 @@ def as_marker(record: Json) -> Marker:
             tuple(names): jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
             for names, shape, dtype in record["empty"]
         },
+        beside=frozenset(map(tuple, record.get("beside", ()))),
     )
 
 
-def name_in_state(names: Names, marker: Marker, present: Collection[Names]) -> Names:
-    """The name in the state of the leaf at `names` on disk: the swap, undone by name."""
+def name_in_state(
+    names: Names, marker: Marker, present: Collection[Names]
+) -> Names | None:
+    """The name in the state of the leaf at `names` on disk: the swap, undone by name.
+
+    None for what is served beside the averages, and is nothing of the state's.
+    """
+    if names in marker.beside:
+        return None
+    if is_below(names, marker.raw_beside):
+        return names[len(marker.raw_beside) :]
     # A masked parameter has no twin in the average's state, and keeps its name.
     for one in marker.served:
         if names == (*one.average, counter_of(one.field, swapped=True)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from emaopt._places import Ways, placed
+from emaopt._places import Ways, placed, shape_of
 from emaopt._swap import exchange
 from emaopt._types import DTypeLike, Leaf, Path, PyTree, Report
 from emaopt.checkpoint import _arrays, _contents, _files, _read, _trees
@@ -210,7 +210,9 @@ def _wanted(
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
             kind = jnp.dtype(dtype)
         place = shardings[names] or getattr(here, "sharding", None) or default
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
+        # A typed key has another shape than its integers on disk.
+        shape = leaf.shape if here is None else shape_of(here)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
     return {names: want(names, leaf) for names, leaf in saved.items()}
 

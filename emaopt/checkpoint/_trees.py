@@ -1,13 +1,14 @@
 """Trees on their way to disk and back: containers, empty arrays, the swap."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from emaopt._beside import Served, names_beside, put, served_values
 from emaopt._names import joined, key_name, own_values, path_leaves
 from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
@@ -18,17 +19,26 @@ from emaopt.checkpoint._files import Names, names_of
 
 
 def served(
-    function: str, state: PyTree, name: Choice, params: Ways, optional: bool = False
+    function: str,
+    state: PyTree,
+    name: Choice,
+    params: Ways,
+    optional: bool = False,
+    beside: Callable[[], Served] = lambda: None,
 ) -> tuple[PyTree, list[Place]]:
     """The state as it goes to disk, and where the averages stand in it.
 
-    With `optional`, a state without an average comes back as it is.
+    With `optional`, a state without an average comes back as it is. `beside` makes what
+    else is served, once it is clear that an average is.
     """
     state = plain(state)
     _refuse_mixed_keys(function, state)
     if optional and not served_nodes(state):
         return state, []
     places = located(function, state, name, params)
+    values = served_values(function, state, places, plain(beside()))
+    state = state if places[0].swapped else exchange(state, places)
+    state = put(state, places[0], values)
     taken: dict[str, Names] = {}
     for names, _ in path_leaves(state):
         if (other := taken.setdefault(".".join(names), names)) != names:
@@ -36,7 +46,7 @@ def served(
                 f"{function}: Orbax would write {'/'.join(other)} and {'/'.join(names)} "
                 "to one file, because it joins names with dots. Rename one of them."
             )
-    return (state if places[0].swapped else exchange(state, places)), places
+    return state, places
 
 
 def _refuse_mixed_keys(function: str, state: PyTree) -> None:
@@ -83,7 +93,8 @@ def marker(function: str, state: PyTree, places: list[Place], **more: object) ->
     # record says which leaves called "value" are the user's own.
     own = own_values(state)
     lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
-    return _record.marker(function, places, empty, values(own, lost), more)
+    beside = names_beside(state, places[0].average)
+    return _record.marker(function, places, empty, beside, values(own, lost), more)
 
 
 def values(own: Collection[Names], lost: Collection[Names]) -> Json:

@@ -127,11 +127,10 @@ def inspect(path: Checkpoint, at: At = None, as_json: Json = False) -> None:
     under the parameters' names; and every average (EMA), with its number of updates and,
     if its name is that of its decay (*power:0.1*), a summary of its weights.
 
-    As JSON: *path*, *parameters*, *served*, *leaves* [{*name*, *dtype*, *shape*,
-    *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*,
-    *clock*, *elapsed*}], *record*,
-    *nbytes_on_disk*: the fields of emaopt.checkpoint.describe. Of a run: *path* and
-    *steps* {*step*: {*metric*: *value*}}.
+    As JSON: *path*, *parameters*, *served*, *beside*, *leaves* [{*name*, *dtype*,
+    *shape*, *nbytes*}], *averages* [{*name*, *num_updates*, *served*, *summary*, *clock*,
+    *elapsed*}], *record*, *nbytes_on_disk*: the fields of emaopt.checkpoint.describe. Of
+    a run: *path* and *steps* {*step*: {*metric*: *value*}}.
     """
     with failing("inspect"):
         from emaopt import checkpoint

@@ -90,6 +90,11 @@ def description(found: "Description") -> Iterator[RenderableType]:
         f"Parameters: {escape(found.parameters) or 'the whole checkpoint'}. There stand: "
         f"{escape(found.served)}."
     )
+    if found.beside:
+        yield (
+            f"With them go {escape(', '.join(found.beside))}; training resumes from the "
+            "values that it had."
+        )
     if found.averages:
         clocked = any(one.clock for one in found.averages)
         columns = [c.replace("\n(steps)", "") for c in _SUMMARY] if clocked else _SUMMARY

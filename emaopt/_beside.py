@@ -1,0 +1,136 @@
+"""What is served with an average though it is none, such as BatchNorm's statistics.
+
+It stands in its own place, as the average does in that of the parameters. The raw values
+are in the field `beside` of the average's state, under the names that they have in the
+training state: <average>/beside/batch_stats/mean. So the tree itself says where they go.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from emaopt._checks import check_mapping
+from emaopt._leaves import kind_of
+from emaopt._names import Names, is_below, joined, leaves_with_keys, num_common, split
+from emaopt._nodes import (
+    as_state,
+    average_nodes,
+    beside_of,
+    center_nodes,
+    changed,
+    fits,
+    in_place_of,
+)
+from emaopt._optimizer_states import Tree, optimizer_root
+from emaopt._places import Place, shape_of
+from emaopt._states import BESIDE
+from emaopt._types import Leaf, PyTree
+
+Served = Mapping[str, PyTree] | None
+
+
+def check_served(function: str, served: object) -> None:
+    """Raises unless an argument can say what else is served."""
+    check_mapping(function, "served", served, optional=True)
+
+
+def served_values(
+    function: str, state: PyTree, places: Sequence[Place], served: Served
+) -> dict[Names, Leaf]:
+    """The values of `served` by their names in the state, or an error.
+
+    Args:
+      state: The training state, swapped or not.
+      places: Where its averages are.
+      served: {keys joined with "/": a tree}; names below a key are those of the state, of
+        all its leaves there or some.
+    """
+    values: dict[Names, Leaf] = {}
+    if not served:
+        return values
+    tree = Tree(state)
+    for place in places:
+        if beside_of(tree.averages[place.average]):
+            raise ValueError(
+                f"{function}: the state is swapped, and serves other values beside the "
+                f"average at {joined(place.average)} already. Swap it back first."
+            )
+    taken = {i for place in places for i, _ in place.pairs}
+    roots = {names: optimizer_root(tree, names) for names in tree.averages}
+    for key, given in served.items():
+        way = split(key) if isinstance(key, str) else ()
+        if not way:
+            raise ValueError(
+                f"{function}: served has the key {key!r}; its keys say where in the "
+                "state the values are served, as in {'batch_stats': statistics}."
+            )
+        # A leaf that is alone under "value" has that name at the top only.
+        for rest, value in leaves_with_keys({"": given}):
+            names = way + rest[1:]
+            where = f"{function}: served[{key!r}]: {joined(names)}"
+            if names not in tree.position:
+                raise ValueError(f"{where} is not in the state{_there(tree, way)}.")
+            if names in values:
+                raise ValueError(f"{where} is given under another key, too.")
+            if any(num_common(names, n) >= root for n, root in roots.items()):
+                raise ValueError(
+                    f"{where} belongs to the optimizer's state, which no reader is "
+                    "served."
+                )
+            if tree.position[names] in taken:
+                raise ValueError(f"{where} is averaged: its average is served there.")
+            own = tree.leaves[tree.position[names]][1]
+            # A center's statistics may do without the axis of workers.
+            here, there = shape_of(value), shape_of(own)
+            alike = fits(here, there) if tree.stacked and here else here == there
+            if not alike or kind_of(value) != kind_of(own):
+                raise ValueError(
+                    f"{where} is {kind_of(value)} of shape {here}, in the state "
+                    f"{kind_of(own)} of shape {there}."
+                )
+            values[names] = value
+    return values
+
+
+def put(state: PyTree, place: Place, values: Mapping[Names, Leaf]) -> PyTree:
+    """A swapped state that serves the values; its own stand beside the average."""
+    if not values:
+        return state
+    leaves, treedef = leaves_with_keys(state), jax.tree.structure(state)
+    raw = {names: leaf for names, leaf in leaves if names in values}
+    state = jax.tree.unflatten(treedef, [values.get(n, leaf) for n, leaf in leaves])
+
+    def with_raw(node: PyTree) -> PyTree:
+        return in_place_of(node, as_state(node)._replace(**{BESIDE: _nested(raw)}))
+
+    return changed(state, place.average, place.field, with_raw)
+
+
+def names_beside(state: PyTree, average: Names) -> list[Names]:
+    """The names of the leaves that are served beside an average."""
+    node = (average_nodes(state) | center_nodes(state)).get(average)
+    inside = leaves_with_keys({"": None if node is None else beside_of(node)})
+    return [names[1:] for names, _ in inside]
+
+
+def _nested(leaves: Mapping[Names, Leaf]) -> dict[str, Any]:
+    """Nested dicts in which the leaves have these names."""
+    made: dict[str, Any] = {}
+    for names, leaf in leaves.items():
+        node = made
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+        node[names[-1]] = leaf
+        if names[-1] == "value":
+            # Had it no sibling, it would pass for a Flax variable, whose name goes
+            # without "value".
+            node.setdefault("", None)
+    return made
+
+
+def _there(tree: Tree, way: Names) -> str:
+    """What stands near a place, in words."""
+    depth = max((num_common(n, way) for n in tree.position), default=0)
+    near = {"/".join(n[: depth + 1]) for n in tree.position if is_below(n, way[:depth])}
+    return f"; there are {', '.join(sorted(near))}" if near else ""
