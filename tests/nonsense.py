@@ -192,6 +192,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "checkpoint.handler_registry": {},
     "checkpoint.load_averaged": {"path": CHECKPOINT},
     "checkpoint.metadata": {"state": TRAINING},
+    "checkpoint.publish": {"directory": NEW, "state": TRAINING},
     "checkpoint.restore": {"path": CHECKPOINT, "target": TRAINING},
     "checkpoint.save": {"path": NEW, "state": TRAINING},
     "checkpoint.swap_state": {"state": TRAINING},
@@ -201,6 +202,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "targets": ["ema:0.5"],
     },
     "checkpoint.synthesize": {"directory": RUN, "out": NEW, "target": "ema:0.5"},
+    "checkpoint.watch": {"directory": NEW, "like": PARAMS},
     "digits.apply": {"params": digits.init_params(0), "images": IMAGES},
     "digits.evaluate": {
         "params": digits.init_params(0),

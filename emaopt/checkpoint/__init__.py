@@ -41,15 +41,19 @@ from emaopt.checkpoint._combinations import average, combine
 from emaopt.checkpoint._convert import convert
 from emaopt.checkpoint._description import Description, describe
 from emaopt.checkpoint._manager import handler_registry
+from emaopt.checkpoint._publish import publish
 from emaopt.checkpoint._safetensors import export_safetensors
 from emaopt.checkpoint._sweep import Sweep, sweep
 from emaopt.checkpoint._synthesis import Synthesis, synthesize
+from emaopt.checkpoint._watch import Published, Watch, watch
 
 __all__ = [
     "Best",
     "Description",
+    "Published",
     "Sweep",
     "Synthesis",
+    "Watch",
     "adopt",
     "average",
     "average_names",
@@ -62,11 +66,13 @@ __all__ = [
     "load_averaged",
     "metadata",
     "metrics",
+    "publish",
     "restore",
     "save",
     "swap_state",
     "sweep",
     "synthesize",
+    "watch",
 ]
 
 

@@ -82,7 +82,7 @@ def taking_place(
             return
         settle(path, report)
         written = _replacement(path)
-        _by_the_first(lambda: written.rmtree(missing_ok=True), path)  # a kill left it
+        by_the_first(lambda: written.rmtree(missing_ok=True), path)  # a kill left it
         yield written
         _take_place(function, path, written, force)
         return
@@ -99,7 +99,7 @@ def taking_place(
                 held.enter_context(_locked(own))
             return own.name
 
-        own = path.with_name(_by_the_first(make, path))
+        own = path.with_name(by_the_first(make, path))
         try:
             if force:
                 settle(path, report)
@@ -302,7 +302,7 @@ def settle(path: epath.Path, report: Report) -> None:
             f"not restored by this run; it is kept as {kept}."
         )
 
-    _by_the_first(lambda: _in_turn(path, act), path)
+    by_the_first(lambda: _in_turn(path, act), path)
 
 
 def _in_turn(path: epath.Path, act: Callable[[], T]) -> T:
@@ -350,12 +350,12 @@ def _take_place(
 
     # The exception of a signal between two renames would leave nothing at the path.
     with undisturbed():
-        _by_the_first(lambda: _in_turn(path, act), path)
+        by_the_first(lambda: _in_turn(path, act), path)
     # What another process leaves beside the path from now on has not been read.
     _taken_up.discard(os.fspath(path))
 
 
-def _by_the_first(act: Callable[[], object], path: epath.Path) -> str:
+def by_the_first(act: Callable[[], object], path: epath.Path) -> str:
     """Lets the first process act; all return what it says, or raise its error."""
     # The text of a success begins with "=", that of an error with its type.
     failed, text = None, ""
@@ -373,5 +373,5 @@ def _by_the_first(act: Callable[[], object], path: epath.Path) -> str:
     if failed is not None:
         raise failed
     if not text.startswith("="):
-        raise OSError(f"save: the first process could not replace {path}: {text}")
+        raise OSError(f"save: the first process failed at {path}: {text}")
     return text[1:]

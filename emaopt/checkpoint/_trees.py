@@ -89,12 +89,16 @@ def marker(function: str, state: PyTree, places: list[Place], **more: object) ->
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
+    beside = names_beside(state, places[0].average)
+    return _record.marker(function, places, empty, beside, values_in(state), more)
+
+
+def values_in(tree: PyTree) -> Json:
+    """The entry of a record for leaves of a tree that users call "value"."""
     # In memory Flax's variables have a type; on disk they are dicts as any other. So the
     # record says which leaves called "value" are the user's own.
-    own = own_values(state)
-    lost = names_of(state).keys() - {names for names, _ in path_leaves(state)}
-    beside = names_beside(state, places[0].average)
-    return _record.marker(function, places, empty, beside, values(own, lost), more)
+    own = own_values(tree)
+    return values(own, names_of(tree).keys() - {names for names, _ in path_leaves(tree)})
 
 
 def values(own: Collection[Names], lost: Collection[Names]) -> Json:

@@ -1,0 +1,288 @@
+"""A reader of published versions: the newest one, whole, on the reader's own devices."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Sharding
+
+from emaopt._beside import check_served
+from emaopt._checks import check_callable, check_number
+from emaopt._names import is_below, joined, leaves_with_keys, split
+from emaopt._paths import check_readable
+from emaopt._types import Json, Leaf, Path, PyTree, Report
+from emaopt.checkpoint import (
+    _arrays,
+    _completion,
+    _files,
+    _match,
+    _read,
+    _record,
+    _replacement,
+    _trees,
+)
+from emaopt.checkpoint._files import Names
+from emaopt.checkpoint._orbax import CUSTOM, STEP
+from emaopt.checkpoint._publish import is_complete, numbered
+
+_log_warning = logging.getLogger("emaopt").warning
+_ATTEMPTS = 5  # to read the newest version while publishers remove them
+
+
+class Published(NamedTuple):
+    """A version that `watch` has read."""
+
+    version: int
+    params: PyTree  # in the containers, dtypes and places of `like`
+    served: dict[str, PyTree]  # what was asked for beside them, by its keys
+    custom_metadata: Json  # what its publisher gave to readers
+    path: str  # the checkpoint that it was read from
+
+
+class Watch:
+    """What `watch` returns: an iterator over the versions in a directory."""
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        like: PyTree,
+        served: Mapping[str, PyTree],
+        poll_seconds: float,
+        report: Report,
+    ):
+        self._directory, self._poll_seconds = directory, poll_seconds
+        self._report = report
+        # What the arrays are like, without the arrays: the reader's first weights would
+        # stay in memory beside the two versions.
+        self._like = jax.tree.map(_likeness, like)
+        self._served = {k: jax.tree.map(_likeness, x) for k, x in served.items()}
+        self._last: _replacement.Identity = None  # of the version that was read last
+        self._reported: tuple[_replacement.Identity, str] | None = None
+        self._closed = threading.Event()
+
+    def __iter__(self) -> "Watch":
+        return self
+
+    def __next__(self) -> Published:
+        """Waits for a version that was not read yet, and reads it."""
+        while not self._closed.is_set():
+            if (published := self.poll()) is not None:
+                return published
+            self._closed.wait(self._poll_seconds)
+        raise StopIteration
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the iteration, also from another thread that waits in it."""
+        self._closed.set()
+
+    def poll(self) -> Published | None:
+        """Reads the newest version, or returns None if it was the last one that was read.
+
+        Raises:
+          ValueError: If the version has other names, shapes or kinds of numbers than
+            `like`, or not what is `served`. Call it again for the next version.
+        """
+        for left in reversed(range(_ATTEMPTS)):
+            if (newest := _newest(self._directory)) is None:
+                return None
+            found = _replacement.identity(newest)
+            if found == self._last:
+                return None
+            try:
+                published = self._read(newest)
+            except _Misfit as error:
+                self._last = found
+                raise ValueError(str(error)) from None
+            except (OSError, ValueError) as error:
+                # Its publisher may have removed it meanwhile; there is a newer one then.
+                if left and _newest(self._directory) != newest:
+                    continue
+                self._say(found, f"{error} It waits for another version.")
+                return None
+            self._last = found
+            return published
+        return None
+
+    def _say(self, found: _replacement.Identity, sentence: str) -> None:
+        """Reports an error once for each version: reading is tried again at each poll."""
+        if self._reported != (found, sentence):
+            self._reported = found, sentence
+            self._report(sentence)
+
+    def _read(self, path: epath.Path) -> Published:
+        files = _files.open_files("watch", path, lazy=True)
+        if files.combination is None:
+            raise _Misfit(f"watch: {path} was not published by checkpoint.publish.")
+        params = tuple(files.combination["params"])
+        wanted = {params: self._like}
+        wanted |= {split(key): like for key, like in self._served.items()}
+        plans: dict[Names, tuple[Names, Leaf]] = {}
+        likes: dict[Names, _Like] = {}
+        # Here, so that a damaged file does not pass for another shape.
+        with _files.explained("watch", path):
+            _arrays.open_all(
+                leaf
+                for names, leaf in files.saved.items()
+                if any(is_below(names, way) for way in wanted)
+            )
+        beside = [tuple(one) for one in files.combination["beside"]]
+        for way, tree in wanted.items():
+            there = {n for n in files.saved if is_below(n, way)}
+            if way == params:
+                there = {n for n in there if not any(is_below(n, w) for w in beside)}
+            own = {way + n: leaf for n, leaf in _below_a_key(tree).items()}
+            full = {n: leaf for n, leaf in own.items() if not _trees.is_empty(leaf.plan)}
+            try:
+                _match.check_fit(
+                    "watch",
+                    path,
+                    {n: leaf.plan for n, leaf in full.items()},
+                    {n: files.saved[n] for n in there},
+                )
+            except ValueError as error:
+                raise _Misfit(str(error)) from None
+            likes |= own
+            plans |= {n: (n, leaf.plan) for n, leaf in full.items()}
+        values = _read.read("watch", files, plans)
+        # One after the other, so that an array of NumPy's goes when its copy is there.
+        made = {
+            n: like.made(values.pop(n) if n in values else _trees.zeros(like.plan))
+            for n, like in likes.items()
+        }
+
+        def filled(way: Names, tree: PyTree) -> PyTree:
+            leaves = [made[way + n] for n in _below_a_key(tree)]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+        custom = _completion.json_of(path / STEP).get(CUSTOM) or {}
+        return Published(
+            int(path.name),
+            filled(params, self._like),
+            {key: filled(split(key), like) for key, like in self._served.items()},
+            {k: value for k, value in custom.items() if k != _record.RECORD},
+            str(path),
+        )
+
+
+def watch(
+    directory: Path,
+    like: PyTree,
+    *,
+    served: Mapping[str, PyTree] | None = None,
+    poll_seconds: float = 1.0,
+    report: Report = _log_warning,
+) -> Watch:
+    """Reads the versions that `publish` writes to a directory, as they come.
+
+        with watch(directory, params) as watching:
+            for published in watching:  # in a thread, beside a server
+                weights = published.params
+
+    Each is checked by its checksums and delivered whole: read to the end, in the dtypes
+    and on the devices of `like`, so that a compiled function takes the next version as it
+    took the one before. What was published in between is left out. Memory holds the
+    version in use and the one that is being read; drop the old one then.
+
+    The newest version that stands in the directory counts: after it was removed, as to
+    take it back, the one before it is delivered again. One that cannot be read is
+    reported, tried again at each poll, and passed over for the next.
+
+    Args:
+      directory: Where `publish` writes; it may not exist yet.
+      like: Parameters whose containers, shapes, dtypes and shardings the result takes:
+        arrays, or `jax.ShapeDtypeStruct`. A structure without a sharding goes to the
+        default device. Arrays that no device was chosen for (`committed` is False) are
+        like that again. It is not kept.
+      served: What else to read, such as {"batch_stats": like}, by the keys that `publish`
+        got it with.
+      poll_seconds: Seconds between two looks at the directory.
+      report: Called with a sentence on a version that cannot be read, once for each; by
+        default the warning function of the logger "emaopt".
+
+    Returns:
+      A `Watch`: an iterator over (version, params, served, custom_metadata, path), which
+      waits for the next one; `poll()` does not wait, and `close()`, or the end of a
+      `with`, ends the iteration, from any thread. From `next` and `poll`: a ValueError if
+      a version is not like `like`.
+
+    Raises:
+      ValueError: If arrays in `like` span several processes: each reads for itself.
+      TypeError: If an argument is of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> print(watch(tempfile.mkdtemp(), {"w": jnp.ones(2)}).poll())
+      None
+    """
+    check_readable("watch", "directory", directory)
+    check_served("watch", served)
+    check_number("watch", "poll_seconds", poll_seconds, 0, above=True)
+    check_callable("watch", "report", report, 1)
+    for names, leaf in leaves_with_keys({"like": like, **(served or {})}):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, Sharding) and not sharding.is_fully_addressable:
+            raise ValueError(
+                f"watch: {joined(names)} spans several processes, which would have to "
+                "take the same version. Give each process arrays of its own devices."
+            )
+    return Watch(_files.absolute(directory), like, served or {}, poll_seconds, report)
+
+
+class _Misfit(ValueError):
+    """A version that is not what its reader asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Like:
+    """What an array is to be like."""
+
+    plan: Leaf  # what to read it as
+    placed: bool  # False: as an array for which no device was chosen
+    weak: bool  # whether its dtype gives way to others, as that of Python's numbers
+
+    def made(self, value: Leaf) -> Leaf:
+        """The value that was read, as it is wanted."""
+        if self.placed:
+            return value
+        # To jit, an array for which a device was chosen is another kind of argument.
+        array = jax.device_put(value)
+        if self.weak and array.ndim == 0:
+            number = jnp.asarray(array.item())
+            return number if number.dtype == array.dtype else array
+        return array
+
+
+def _likeness(leaf: Leaf) -> _Like:
+    free = isinstance(leaf, jax.Array) and not leaf.committed
+    # Arrays for the reading that nobody writes to take no memory.
+    if free and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return _Like(np.empty(leaf.shape, leaf.dtype), False, leaf.weak_type)
+    if isinstance(leaf, np.ndarray):
+        return _Like(np.empty(leaf.shape, leaf.dtype), True, False)
+    return _Like(_trees.as_plan(leaf), True, False)
+
+
+def _below_a_key(tree: PyTree) -> dict[Names, Any]:
+    return {names[1:]: leaf for names, leaf in leaves_with_keys({"": tree})}
+
+
+def _newest(directory: epath.Path) -> epath.Path | None:
+    return next(filter(is_complete, reversed(numbered(directory).values())), None)

@@ -1,0 +1,402 @@
+"""Published versions reach readers whole, in order, and as the reader's arrays are."""
+
+import gc
+import logging
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
+from test_checkpoint import assert_same, trained_nnx
+
+import emaopt
+from emaopt import checkpoint
+from emaopt.checkpoint import _read
+
+TX = emaopt.averaged(optax.adam(0.1), 0.5, zero_init=True)
+PARAMS = {
+    "w": jnp.arange(16.0).reshape(8, 2),
+    "half": jnp.ones(3, jnp.bfloat16),
+    "layers": [{"b": jnp.ones(2)}, {"b": jnp.zeros(2)}],
+    "empty": jnp.zeros((0, 3)),
+}
+
+
+def state_of(number=1.0, params=PARAMS, tx=TX):
+    """A state whose averages are `number` in every element."""
+    params = jax.tree.map(lambda x: jnp.full_like(x, number), params)
+    opt_state = emaopt.reset_average(tx.init(params), params)
+    params = jax.tree.map(lambda x: x - 9, params)
+    return {"params": params, "opt_state": opt_state}
+
+
+def numbers(tree):
+    leaves = [
+        np.unique(np.asarray(x, np.float32)) for x in jax.tree.leaves(tree) if x.size
+    ]
+    return set(np.concatenate(leaves).tolist())
+
+
+def versions(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+def test_versions_follow_each_other_and_a_few_stay(tmp_path):
+    directory = tmp_path / "made" / "here"
+    with checkpoint.watch(directory, PARAMS) as watching:
+        assert watching.poll() is None
+        for number in range(1, 6):
+            metadata = {"step": number * 10}
+            made = checkpoint.publish(
+                directory, state_of(number), custom_metadata=metadata, max_to_keep=2
+            )
+            published = next(watching)
+            assert made == published.version == number
+            assert numbers(published.params) == {number}
+            assert published.custom_metadata == metadata and published.served == {}
+            assert published.path == str(directory / str(number))
+            assert watching.poll() is None
+    assert versions(directory) == ["4", "5"]
+    with checkpoint.watch(directory, PARAMS) as late:
+        assert next(late).version == 5
+
+
+class Params(NamedTuple):
+    w: jax.Array
+    none: None
+    rest: list
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_comes_in_the_containers_and_dtypes_of_the_reader(masked, tmp_path):
+    params = Params(jnp.ones(2, jnp.bfloat16), None, [jnp.ones((2, 3)), jnp.int32(4)])
+    mask = (
+        Params(True, None, [False, False]) if masked else Params(True, None, [True] * 2)
+    )
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5, mask=mask)
+    state = (params, tx.init(params))
+    checkpoint.publish(tmp_path, state, params="0")
+    average = emaopt.get_average(state[1], params)
+    got = checkpoint.watch(tmp_path, average).poll()
+    assert_same(got.params, average)
+    wide = jax.tree.map(
+        lambda x: np.zeros(x.shape, jnp.result_type(x, jnp.float32)), params
+    )
+    wide.rest[1] = np.int32(0)
+    got = checkpoint.watch(tmp_path, wide).poll()
+    assert isinstance(got.params, Params) and isinstance(got.params.w, np.ndarray)
+    assert got.params.w.dtype == np.float32 and got.params.rest[1] == 4
+
+
+def test_what_is_published_is_served_by_all_readers_and_nothing_else_is_there(tmp_path):
+    state = state_of(3) | {"extra": jnp.ones(2)}
+    checkpoint.publish(tmp_path, state, dtype=jnp.bfloat16)
+    with ocp.StandardCheckpointer() as orbax:
+        there = orbax.restore(tmp_path / "1")
+    assert there.keys() == {"params"} and numbers(there) == {3}
+    assert {leaf.dtype for leaf in jax.tree.leaves(there)} == {jnp.dtype(jnp.bfloat16)}
+    assert numbers(checkpoint.load_averaged(tmp_path / "1")) == {3}
+    described = checkpoint.describe(tmp_path / "1")
+    assert described.served == "the averages of opt_state/averaging"
+    out = tmp_path / "out.safetensors"
+    assert checkpoint.export_safetensors(tmp_path / "1", out) == described.served
+
+
+def test_statistics_are_published_beside_the_parameters(tmp_path):
+    state = state_of(3) | {"batch_stats": {"mean": jnp.zeros(2)}, "other": jnp.ones(3)}
+    new = {"mean": jnp.full(2, 7.0)}
+    checkpoint.publish(tmp_path, state, served={"batch_stats": new})
+    both = checkpoint.watch(tmp_path, PARAMS, served={"batch_stats": new}).poll()
+    assert_same(both.served, {"batch_stats": new})
+    assert numbers(both.params) == {3}
+    assert checkpoint.watch(tmp_path, PARAMS).poll().served == {}
+    with pytest.raises(ValueError, match="it lacks batch_stats/var"):
+        checkpoint.watch(
+            tmp_path, PARAMS, served={"batch_stats": new | {"var": new["mean"]}}
+        ).poll()
+
+
+def test_an_nnx_model_with_its_statistics(tmp_path):
+    model, optimizer = trained_nnx()
+    stats = jax.tree.map(lambda x: x + 7, nnx.state(model, nnx.BatchStat))
+    state = {"model": model, "optimizer": optimizer}
+    checkpoint.publish(tmp_path, state, served={"model": stats})
+    got = checkpoint.watch(tmp_path, nnx.state(model)).poll().params
+    assert_same(got["norm"]["mean"], stats["norm"]["mean"])
+    average = emaopt.get_average(nnx.state(optimizer)["opt_state"])
+    np.testing.assert_array_equal(
+        got["norm"]["scale"].get_value(), average["norm"]["scale"].get_value()
+    )
+
+
+def test_several_averages_are_one_version(tmp_path):
+    params = {"actor": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(3)}}
+    state = {"nets": {n: {"params": x, "lr": jnp.ones(1)} for n, x in params.items()}}
+    state["opt_states"] = {n: TX.init(x) for n, x in params.items()}
+    ways = {f"opt_states/{n}": f"nets/{n}/params" for n in params}
+    checkpoint.publish(tmp_path, state, name=("actor", "critic"), params=ways)
+    like = {n: {"params": x} for n, x in params.items()}
+    got = checkpoint.watch(tmp_path, like).poll()
+    assert jax.tree.structure(got.params) == jax.tree.structure(like)
+    assert numbers(got.params) == {0}
+
+
+def test_the_center_of_local_updates(tmp_path):
+    tx = emaopt.diloco(optax.sgd(0.1), period=2, num_workers=4)
+    params = {"w": jnp.ones((4, 3))}
+    checkpoint.publish(tmp_path, {"params": params, "opt_state": tx.init(params)})
+    got = checkpoint.watch(tmp_path, {"w": jnp.zeros(3)}).poll()
+    assert_same(got.params, {"w": jnp.ones(3)})
+
+
+# On the reader's devices
+
+
+def mesh_of(spec):
+    return NamedSharding(make_mesh((8,)), spec)
+
+
+LIKES = {
+    "fresh": lambda: jax.tree.map(jnp.copy, PARAMS),
+    "on a device": lambda: jax.device_put(PARAMS, jax.devices()[3]),
+    "replicated": lambda: jax.device_put(PARAMS, mesh_of(P())),
+    "split": lambda: (
+        jax.device_put(PARAMS, mesh_of(P()))
+        | {"w": jax.device_put(PARAMS["w"], mesh_of(P("data")))}
+    ),
+    "scalars": lambda: {
+        "weak": jnp.array(1.0),
+        "number": jnp.float32(2),
+        "n": jnp.array(3),
+    },
+    "numpy": lambda: jax.tree.map(np.asarray, PARAMS),
+}
+
+
+@pytest.mark.parametrize("make", LIKES.values(), ids=LIKES)
+def test_no_version_is_compiled_again(make, tmp_path):
+    like = make()
+    apply = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree))
+    apply(like)
+    with checkpoint.watch(tmp_path, like) as watching:
+        for number in (1, 2):
+            checkpoint.publish(tmp_path, state_of(number, like))
+            got = next(watching).params
+            assert numbers(got) == {number}
+            assert jax.tree.map(lambda x: getattr(x, "sharding", None), got) == (
+                jax.tree.map(lambda x: getattr(x, "sharding", None), like)
+            )
+            apply(got)
+    assert apply._cache_size() == 1
+
+
+def test_the_reader_keeps_no_version(tmp_path):
+    like = jax.tree.map(jnp.copy, PARAMS)
+    kept = [weakref.ref(x) for x in jax.tree.leaves(like)]
+    watching = checkpoint.watch(tmp_path, like)
+    del like
+    checkpoint.publish(tmp_path, state_of(1))
+    kept += [weakref.ref(x) for x in jax.tree.leaves(next(watching).params)]
+    gc.collect()
+    assert not any(one() is not None for one in kept)
+
+
+def test_arrays_of_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(NamedSharding, "is_fully_addressable", False)
+    like = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=mesh_of(P("data")))
+    with pytest.raises(ValueError, match="like/w spans several processes"):
+        checkpoint.watch(tmp_path, {"w": like})
+
+
+# What goes wrong
+
+
+def test_a_version_of_another_shape_is_an_error_and_the_next_one_comes(tmp_path):
+    other = {"w": jnp.ones(3)}
+    checkpoint.publish(tmp_path, state_of(1, other))
+    watching = checkpoint.watch(tmp_path, PARAMS)
+    with pytest.raises(ValueError, match=r"^watch: .*w has shape \(3,\) there"):
+        next(watching)
+    assert watching.poll() is None
+    checkpoint.publish(tmp_path, state_of(2))
+    assert next(watching).version == 2
+    checkpoint.save(tmp_path / "3", state_of(1))
+    with pytest.raises(ValueError, match="was not published"):
+        next(watching)
+
+
+def damage(path):
+    """Changes one byte of an array's file."""
+    file = max((path / "d").iterdir(), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_version_is_reported_once_and_passed_over(tmp_path):
+    said = []
+    checkpoint.publish(tmp_path, state_of(1))
+    damage(tmp_path / "1")
+    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
+    assert watching.poll() is None and watching.poll() is None
+    assert len(said) == 1 and str(tmp_path / "1") in said[0]
+    assert said[0].startswith("watch: ")
+    checkpoint.publish(tmp_path, state_of(2))
+    assert watching.poll().version == 2
+    damage(tmp_path / "2")  # nobody reads it again
+    assert watching.poll() is None and len(said) == 1
+
+
+def test_a_report_goes_to_the_log(tmp_path, caplog):
+    (tmp_path / "1").mkdir()
+    assert checkpoint.publish(tmp_path, state_of(1)) == 2
+    damage(tmp_path / "2")
+    with caplog.at_level(logging.WARNING, "emaopt"):
+        assert checkpoint.watch(tmp_path, PARAMS).poll() is None
+    assert "waits for another version" in caplog.text
+
+
+def test_what_is_removed_is_taken_back(tmp_path):
+    for number in (1, 2):
+        checkpoint.publish(tmp_path, state_of(number))
+    watching = checkpoint.watch(tmp_path, PARAMS)
+    assert numbers(watching.poll().params) == {2}
+    shutil.rmtree(tmp_path / "2")
+    assert numbers(watching.poll().params) == {1}
+    assert checkpoint.publish(tmp_path, state_of(5)) == 2
+    assert numbers(watching.poll().params) == {5}
+    # A run that starts over begins to count anew.
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    assert watching.poll() is None
+    assert checkpoint.publish(tmp_path, state_of(7)) == 1
+    assert numbers(watching.poll().params) == {7}
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_of_a_version_that_is_removed_meanwhile_the_next_one_is_read(
+    when, tmp_path, monkeypatch
+):
+    checkpoint.publish(tmp_path, state_of(1), max_to_keep=1)
+    said, read, left = [], _read.read, [True]
+
+    def reading(function, files, wanted):
+        if left and left.pop():
+            checkpoint.publish(tmp_path, state_of(2), max_to_keep=1)
+            if when == "opened":
+                raise ValueError("as if it had not been complete")
+        return read(function, files, wanted)
+
+    monkeypatch.setattr(_read, "read", reading)
+    published = checkpoint.watch(tmp_path, PARAMS, report=said.append).poll()
+    assert numbers(published.params) == {published.version}
+    assert published.version == 2 or when == "read"
+    assert said == [] and versions(tmp_path) == ["2"]
+
+
+def test_what_a_dead_publisher_left_is_removed(tmp_path):
+    checkpoint.publish(tmp_path, state_of(1))
+    checkpoint.publish(tmp_path, state_of(2))
+    (tmp_path / "1").rename(tmp_path / "1.removed")
+    shutil.rmtree(tmp_path / "1.removed" / "d")
+    unfinished = tmp_path / "3"
+    unfinished.mkdir()
+    (unfinished / "_METADATA").write_text("{}")
+    watching = checkpoint.watch(tmp_path, PARAMS)
+    assert next(watching).version == 2
+    assert checkpoint.publish(tmp_path, state_of(4), max_to_keep=2) == 4
+    assert versions(tmp_path) == ["2", "3", "4"]
+    assert next(watching).version == 4
+    assert checkpoint.publish(tmp_path, state_of(5), max_to_keep=2) == 5
+    assert versions(tmp_path) == ["4", "5"]
+
+
+def test_closing_ends_the_iteration_of_another_thread(tmp_path):
+    checkpoint.publish(tmp_path, state_of(1))
+    watching, seen = checkpoint.watch(tmp_path, PARAMS, poll_seconds=30), []
+
+    def follow():
+        seen.extend(published.version for published in watching)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    while not seen and thread.is_alive():
+        time.sleep(0.01)
+        if watching._last is not None:
+            break
+    watching.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and seen == [1]
+    with pytest.raises(StopIteration):
+        next(watching)
+
+
+WRONG = {
+    "no average": (lambda s: s | {"opt_state": ()}, {}, "no average in this state"),
+    "masked": (
+        lambda s: state_of(
+            tx=emaopt.averaged(
+                optax.sgd(0.1), 0.5, mask=lambda p: jax.tree.map(lambda _: False, p)
+            )
+        ),
+        {},
+        "every parameter is masked",
+    ),
+    "key": (
+        lambda s: s,
+        {"custom_metadata": {"emaopt_combination": 1}},
+        "its own record",
+    ),
+    "kept": (lambda s: s, {"max_to_keep": 0}, "max_to_keep must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("change, options, words", WRONG.values(), ids=WRONG)
+def test_what_cannot_be_published_is_an_error(change, options, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        checkpoint.publish(tmp_path, change(state_of(1)), **options)
+    assert str(error.value).startswith("publish: ")
+    assert versions(tmp_path) == []
+
+
+def run(*arguments):
+    program = Path(__file__).with_name("publishing_worker.py")
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_no_reader_sees_half_of_a_version_whose_publisher_is_killed(kills, tmp_path):
+    """`benchmarks/publishing.py` does so 50 times."""
+    rng = random.Random(kills)
+    readers = [run("read", tmp_path) for _ in range(2)]
+    last = 0
+    for _ in range(kills):
+        publisher = run("publish", tmp_path)
+        first = int(publisher.stdout.readline())
+        assert first > last
+        time.sleep(rng.random() / 2)
+        publisher.kill()
+        last = max(int(line) for line in f"{first}\n{publisher.communicate()[0]}".split())
+    time.sleep(1)
+    (tmp_path / "end").touch()
+    for reader in readers:
+        lines = reader.communicate(timeout=60)[0].split("\n")
+        assert reader.returncode == 0
+        assert len(lines) > kills and not any("torn" in line for line in lines)
