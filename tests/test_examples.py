@@ -36,6 +36,20 @@ def test_elastic_diloco(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
 
 
+@pytest.mark.slow
+def test_no_request_fails_while_the_server_takes_new_versions():
+    program = ROOT / "benchmarks" / "publishing.py"
+    run = subprocess.run(
+        [sys.executable, program, "--only=serve", "--requests=500", "--versions=3"],
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r" 0 failed, 3 swaps, 1 program compiled;", run.stdout), run.stdout
+
+
 def blocks(page):
     text = (ROOT / "docs" / page).read_text()
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 from shell import emaopt_command
 
 import emaopt
-from emaopt import checkpoint, posthoc
+from emaopt import checkpoint, digits, posthoc
 
 # More than chance
 
@@ -89,6 +89,43 @@ def test_what_cannot_be_selected_from_is_refused():
 
 
 # A sweep over widths
+
+
+def digits_run(learning_rate, steps=400):
+    """The raw weights and averages of a run on handwritten digits, with their losses."""
+    (images, labels), held_out = digits.load()
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    averages = [(f"ema:{d}", emaopt.average_params(d)) for d in (0.9, 0.98, 0.99)]
+    tx = optax.named_chain(("adam", optax.adamw(learning_rate)), *averages)
+
+    def step(state, key):
+        params, opt_state = state
+        batch = jax.random.randint(key, (32,), 0, len(labels))
+        gradient = jax.grad(digits.loss)(params, images[batch], labels[batch])
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    params, keys = digits.init_params(3), jax.random.split(jax.random.key(3), steps)
+    (params, opt_state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    views = emaopt.views(opt_state, params)
+    of_examples = optax.softmax_cross_entropy_with_integer_labels
+    return [*views], [
+        of_examples(digits.apply(weights, held_out.images), held_out.labels)
+        for weights in views.values()
+    ]
+
+
+def test_on_digits_an_average_is_chosen_at_a_constant_rate_and_none_at_a_cosine():
+    names, held_out_losses = digits_run(0.02)
+    found = posthoc.select(held_out_losses)
+    assert names[found.chosen].startswith("ema:") and found.p_value < 0.005
+    means = [float(loss.mean()) for loss in held_out_losses]
+    assert means[found.chosen] < 0.5 * means[0]
+    # The schedule has done the averaging.
+    _, held_out_losses = digits_run(optax.cosine_decay_schedule(0.02, 400))
+    found = posthoc.select(held_out_losses)
+    assert found.chosen is None and found.p_value > 0.1
+    assert abs(found.difference) < 0.002
 
 
 def recorded_run(directory, steps=200, every=10):
