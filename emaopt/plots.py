@@ -37,10 +37,12 @@ __all__ = [
     "width_sweep",
 ]
 
-RAW, AVERAGED = "#d1603d", "#1f5fa8"
+RAW = "#d1603d"
+AVERAGED = "#1f5fa8"
 _LARGEST = 1000.0  # inches
 _FARTHEST = 1e300  # the largest number that an axis takes
 _COLORS = (AVERAGED, RAW, "#4f8a3c", "#8b5fa8", "#b08a1e", "#5b6670")
+_STYLES = ("-", "--", "-.", ":")
 
 Losses: TypeAlias = Vector | Sequence[Vector]
 
@@ -153,7 +155,9 @@ def weight_curves(axes: Axes, profiles: Mapping[str, tuple[Vector, Vector]]) -> 
             )
         drawn = steps[steps > 0], weights[steps > 0]
         color = _COLORS[i % len(_COLORS)]
-        axes.plot(*drawn, color=color, label=label, lw=1.8)
+        # Where two curves coincide, both are seen.
+        style = _STYLES[i % len(_STYLES)]
+        axes.plot(*drawn, color=color, ls=style, label=label, lw=1.8)
         if drawn[0].size and drawn[0][-1] >= 10**7:
             axes.locator_params(axis="x", nbins=4)  # the numbers would touch
     axes.set_ylabel("weight in the average")

@@ -1,5 +1,6 @@
 """The house as CONTRIBUTING and README describe it."""
 
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -112,3 +113,32 @@ def test_dir_shows_what_is_offered_and_nothing_else():
     assert not hasattr(emaopt, "importlib")
     with pytest.raises(AttributeError, match="'emaopt' has no attribute 'minimize'"):
         emaopt.minimize  # noqa: B018
+
+
+MODULES_OF_USERS = (
+    "emaopt",
+    "emaopt.checkpoint",
+    "emaopt.posthoc",
+    "emaopt.elastic",
+    "emaopt.batch_stats",
+    "emaopt.plots",
+    "emaopt.tf1",
+    "emaopt.digits",
+    "emaopt.demo",
+)
+
+
+def test_the_reference_has_one_entry_for_every_public_name():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    entries = [
+        entry
+        for page in pages
+        for entry in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+        if entry not in MODULES_OF_USERS
+    ]
+    names = [
+        f"{module}.{name}"
+        for module in MODULES_OF_USERS
+        for name in importlib.import_module(module).__all__
+    ]
+    assert sorted(entries) == sorted(names)

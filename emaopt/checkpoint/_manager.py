@@ -84,7 +84,7 @@ def handler_registry(
         arguments returns as they were saved, not as they are on disk.
       metrics_of: "raw" or "averaged": the weights that the metrics given to
         `manager.save` were measured on. It is recorded in
-        custom_metadata["emaopt"]["metrics_of"] of each item.
+        `custom_metadata["emaopt"]["metrics_of"]` of each item.
       served: A function of the state that is saved, of a Composite as {item: tree}, which
         returns what else is served, as for `save`. It runs in each `manager.save`.
       report: As for `restore`; by default the warning function of the logger "emaopt".

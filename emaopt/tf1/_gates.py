@@ -8,7 +8,9 @@ from jax import lax
 from emaopt._tree_checks import check_arrays
 from emaopt._types import PyTree
 
-GATE_NONE, GATE_OP, GATE_GRAPH = 0, 1, 2
+GATE_NONE = 0
+GATE_OP = 1
+GATE_GRAPH = 2
 
 
 def gate_gradients(mode: int) -> optax.GradientTransformation:
