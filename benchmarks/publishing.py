@@ -141,8 +141,9 @@ def serve(requests: int, versions: int) -> None:
             stdout=subprocess.DEVNULL,
         )
         trainer = [sys.executable, SERVE, "train", *options, "--every", "20"]
-        subprocess.run([*trainer, "--steps", "20"], check=True, stdout=subprocess.DEVNULL)
         try:
+            first = [*trainer, "--steps", "20"]
+            subprocess.run(first, check=True, stdout=subprocess.DEVNULL)
             asyncio.run(load(port, requests, versions, [*trainer, "--steps", "1000000"]))
         finally:
             server.terminate()

@@ -238,6 +238,8 @@ def test_a_version_of_another_shape_is_an_error_and_the_next_one_comes(tmp_path)
     checkpoint.save(tmp_path / "3", state_of(1))
     with pytest.raises(ValueError, match="was not published"):
         next(watching)
+    checkpoint.convert(tmp_path / "3", tmp_path / "4")
+    assert next(watching).version == 4
 
 
 def damage(path):
@@ -260,6 +262,19 @@ def test_a_damaged_version_is_reported_once_and_passed_over(tmp_path):
     assert watching.poll().version == 2
     damage(tmp_path / "2")  # nobody reads it again
     assert watching.poll() is None and len(said) == 1
+
+
+def test_a_late_reader_gets_the_version_before_a_damaged_one(tmp_path, monkeypatch):
+    for number in (1, 2):
+        checkpoint.publish(tmp_path, state_of(number))
+    damage(tmp_path / "2")
+    said = []
+    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
+    assert [watching.poll() for _ in range(5)] == [None] * 5
+    assert watching.poll().version == 1 and watching.poll() is None
+    reads = []
+    monkeypatch.setattr(_read, "read", lambda *args: reads.append(1))
+    assert watching.poll() is None and not reads and len(said) == 1
 
 
 def test_a_report_goes_to_the_log(tmp_path, caplog):

@@ -33,7 +33,7 @@ from emaopt.checkpoint._orbax import CUSTOM, STEP
 from emaopt.checkpoint._publish import is_complete, numbered
 
 _log_warning = logging.getLogger("emaopt").warning
-_ATTEMPTS = 5  # to read the newest version while publishers remove them
+_ATTEMPTS = 5  # to read a version that may be removed meanwhile, or is damaged
 
 
 class Published(NamedTuple):
@@ -64,7 +64,7 @@ class Watch:
         self._like = jax.tree.map(_likeness, like)
         self._served = {k: jax.tree.map(_likeness, x) for k, x in served.items()}
         self._last: _replacement.Identity = None  # of the version that was read last
-        self._reported: tuple[_replacement.Identity, str] | None = None
+        self._failures: dict[_replacement.Identity, int] = {}  # to read a version
         self._closed = threading.Event()
 
     def __iter__(self) -> "Watch":
@@ -101,31 +101,33 @@ class Watch:
             `like`, or not what is `served`. Call it again for the next version.
         """
         for left in reversed(range(_ATTEMPTS)):
-            if (newest := _newest(self._directory)) is None:
-                return None
-            found = _replacement.identity(newest)
-            if found == self._last:
+            path, found = self._newest()
+            if path is None or found == self._last:
                 return None
             try:
-                published = self._read(newest)
+                published = self._read(path)
             except _Misfit as error:
                 self._last = found
                 raise ValueError(str(error)) from None
             except (OSError, ValueError) as error:
                 # Its publisher may have removed it meanwhile; there is a newer one then.
-                if left and _newest(self._directory) != newest:
+                if left and _replacement.identity(path) != found:
                     continue
-                self._say(found, f"{error} It waits for another version.")
+                self._failures[found] = self._failures.get(found, 0) + 1
+                if self._failures[found] == 1:
+                    self._report(f"{error} It waits for another version.")
                 return None
             self._last = found
             return published
         return None
 
-    def _say(self, found: _replacement.Identity, sentence: str) -> None:
-        """Reports an error once for each version: reading is tried again at each poll."""
-        if self._reported != (found, sentence):
-            self._reported = found, sentence
-            self._report(sentence)
+    def _newest(self) -> tuple[epath.Path | None, _replacement.Identity]:
+        """The newest version that is not known to be damaged."""
+        for path in reversed(numbered(self._directory).values()):
+            if is_complete(path) and (found := _replacement.identity(path)):
+                if self._failures.get(found, 0) < _ATTEMPTS:
+                    return path, found
+        return None, None
 
     def _read(self, path: epath.Path) -> Published:
         files = _files.open_files("watch", path, lazy=True)
@@ -143,7 +145,7 @@ class Watch:
                 for names, leaf in files.saved.items()
                 if any(is_below(names, way) for way in wanted)
             )
-        beside = [tuple(one) for one in files.combination["beside"]]
+        beside = [tuple(one) for one in files.combination.get("beside", ())]
         for way, tree in wanted.items():
             there = {n for n in files.saved if is_below(n, way)}
             if way == params:
@@ -203,7 +205,7 @@ def watch(
 
     The newest version that stands in the directory counts: after it was removed, as to
     take it back, the one before it is delivered again. One that cannot be read is
-    reported, tried again at each poll, and passed over for the next.
+    reported, tried at the next polls, and after five times passed over.
 
     Args:
       directory: Where `publish` writes; it may not exist yet.
@@ -282,7 +284,3 @@ def _likeness(leaf: Leaf) -> _Like:
 
 def _below_a_key(tree: PyTree) -> dict[Names, Any]:
     return {names[1:]: leaf for names, leaf in leaves_with_keys({"": tree})}
-
-
-def _newest(directory: epath.Path) -> epath.Path | None:
-    return next(filter(is_complete, reversed(numbered(directory).values())), None)
