@@ -2,9 +2,10 @@
 
     python .ci/release_notes.py v1.2.3
 
-The version is that of pyproject.toml and CITATION.cff, and its section in CHANGELOG.md says
-what is new and has the date of the release, as CITATION.cff has it. Otherwise it says what
-is missing, with status 1. Python's standard library is enough.
+The version is that of pyproject.toml and CITATION.cff, its section in CHANGELOG.md says
+what is new and has the date of the release, as CITATION.cff has it, and checkpoints of it
+are in tests/data/released. Otherwise it says what is missing, with status 1. Python's
+standard library is enough.
 """
 
 import re
@@ -24,11 +25,9 @@ def notes(tag: str) -> str:
     if tag != f"v{version}":
         raise SystemExit(f"the tag is {tag}, and pyproject.toml has version {version}")
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    section = re.search(
-        rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)\n(.*?)(?=^## |^\[[^]\n]+\]: |\Z)",
-        changelog,
-        re.MULTILINE | re.DOTALL,
-    )
+    head = rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)\n"
+    end = r"(?=^## |^\[[^]\n]+\]: |\Z)"  # the next version, links of the whole page
+    section = re.search(f"{head}(.*?){end}", changelog, re.MULTILINE | re.DOTALL)
     if section is None:
         raise SystemExit(f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD'")
     date, text = section[1], section[2].strip()
@@ -38,6 +37,8 @@ def notes(tag: str) -> str:
     for field, value in (("version", version), ("date-released", date)):
         if not re.search(rf'^{field}: "?{re.escape(value)}"?$', citation, re.MULTILINE):
             raise SystemExit(f"CITATION.cff does not say '{field}: {value}'")
+    if not (ROOT / "tests/data/released" / version.rpartition(".")[0]).is_dir():
+        raise SystemExit(f"tests/data/released has no checkpoints of {version}")
     return text
 
 
