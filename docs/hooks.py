@@ -49,6 +49,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def command_line() -> str:
     """What `emaopt --help` and the help of each command say."""
     command = typer.main.get_command(app)
+    for one in command.commands.values():  # type: ignore[attr-defined]
+        one.short_help = (one.help or "").partition("\n")[0]  # in the list, not cut short
     context = command.make_context("emaopt", [], resilient_parsing=True)
     text = get_docs_for_click(obj=command, ctx=context, name="emaopt")
     return text.replace("# `emaopt`", "# The command line", 1)
