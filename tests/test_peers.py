@@ -4,6 +4,10 @@ Ours is compared with the definition. A peer that is installed runs beside it (i
 numbers: pytest -rP); where it is not, its rule is written from its formula.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -314,3 +318,17 @@ def test_model_with_dropout_is_averaged_where_nnx_ema_raises():
     pairs = zip(jax.tree.leaves(average), jax.tree.leaves(after), strict=True)
     others = [(a, b) for a, b in pairs if not jnp.issubdtype(a.dtype, jnp.inexact)]
     assert others and all(a == b for a, b in others)  # the key and its counter
+
+
+@pytest.mark.slow
+def test_the_command_of_the_comparison_measures_what_its_page_says():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "benchmarks" / "peers.py", "--peers", "emaopt"]
+    command += ["optax", "flax"] if "flax.nnx.EMA" in PEERS else ["optax"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line}
+    assert rows["emaopt"][1:] == ["94.58", "0", "1.865", "0.0005", "works", "works"]
+    assert rows["exact"] == ["94.58", "0", "1.865", "0.0005"]
+    page = (root / "docs" / "comparison.md").read_text()
+    assert "| 94.58 | 94.58 |" in page and "| 1.865 | 1.865 |" in page

@@ -388,3 +388,14 @@ def test_sites_of_versions_stay_and_the_newest_is_at_the_root(tmp_path):
         "0.2/of-0.2.0.html",
         "0.10/of-0.10.0.html",
     }
+
+
+def test_links_of_readme_to_the_documentation_lead_to_a_page():
+    site = "https://emaopt.github.io/emaopt/"
+    pages = re.findall(rf"\({site}([a-z\-/]*)\)", README)
+    assert len(pages) > 10
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for page in pages:
+        file = f"{page.rstrip('/')}.md" if page else "index.md"
+        assert f"{file}\n" in nav, page
+        assert (ROOT / "docs" / file).exists() or file.startswith("project/"), page
