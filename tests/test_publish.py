@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from records import record_of
 from test_checkpoint import assert_same, trained_nnx
 
 import emaopt
@@ -72,8 +73,13 @@ def test_versions_follow_each_other_and_a_few_stay(tmp_path):
             assert published.path == str(directory / str(number))
             assert watching.poll() is None
     assert versions(directory) == ["4", "5"]
+    with pytest.raises(StopIteration):  # the end of the `with` has closed it
+        next(watching)
+    for number in range(6, 12):
+        checkpoint.publish(directory, state_of(number), max_to_keep=2)
+    assert versions(directory) == ["10", "11"]
     with checkpoint.watch(directory, PARAMS) as late:
-        assert next(late).version == 5
+        assert next(late).version == 11
 
 
 class Params(NamedTuple):
@@ -110,11 +116,24 @@ def test_what_is_published_is_served_by_all_readers_and_nothing_else_is_there(tm
         there = orbax.restore(tmp_path / "1")
     assert there.keys() == {"params"} and numbers(there) == {3}
     assert {leaf.dtype for leaf in jax.tree.leaves(there)} == {jnp.dtype(jnp.bfloat16)}
+    record = record_of(tmp_path / "1" / "_CHECKPOINT_METADATA", "emaopt_combination")
+    summed = {"/".join(names) for names, _, _ in record["checksums"]}
+    assert summed == {"params/w", "params/half", "params/layers/0/b", "params/layers/1/b"}
     assert numbers(checkpoint.load_averaged(tmp_path / "1")) == {3}
     described = checkpoint.describe(tmp_path / "1")
     assert described.served == "the averages of opt_state/averaging"
     out = tmp_path / "out.safetensors"
     assert checkpoint.export_safetensors(tmp_path / "1", out) == described.served
+
+
+def test_users_names_and_keys_are_published_as_they_are(tmp_path):
+    params = {"g": {"value": jnp.ones(2)}, "key": jax.random.key(3)}
+    state = {"params": params, "opt_state": TX.init(params)}
+    checkpoint.publish(tmp_path, state, dtype=jnp.bfloat16)
+    names = [leaf.name for leaf in checkpoint.describe(tmp_path / "1").leaves]
+    assert names == ["params/g/value", "params/key"]
+    got = checkpoint.watch(tmp_path, params).poll().params
+    assert (jax.random.key_data(got["key"]) == jax.random.key_data(params["key"])).all()
 
 
 def test_statistics_are_published_beside_the_parameters(tmp_path):
@@ -135,8 +154,9 @@ def test_an_nnx_model_with_its_statistics(tmp_path):
     model, optimizer = trained_nnx()
     stats = jax.tree.map(lambda x: x + 7, nnx.state(model, nnx.BatchStat))
     state = {"model": model, "optimizer": optimizer}
-    checkpoint.publish(tmp_path, state, served={"model": stats})
-    got = checkpoint.watch(tmp_path, nnx.state(model)).poll().params
+    for served in ({"model/norm": stats["norm"]}, {"model": stats}):
+        checkpoint.publish(tmp_path, state, served=served)
+        got = checkpoint.watch(tmp_path, nnx.state(model)).poll().params
     assert_same(got["norm"]["mean"], stats["norm"]["mean"])
     average = emaopt.get_average(nnx.state(optimizer)["opt_state"])
     np.testing.assert_array_equal(
@@ -206,7 +226,7 @@ def test_no_version_is_compiled_again(make, tmp_path):
 
 
 def test_the_reader_keeps_no_version(tmp_path):
-    like = jax.tree.map(jnp.copy, PARAMS)
+    like = jax.tree.map(jnp.copy, PARAMS) | {"half": np.ones(3, jnp.bfloat16)}
     kept = [weakref.ref(x) for x in jax.tree.leaves(like)]
     watching = checkpoint.watch(tmp_path, like)
     del like
@@ -221,6 +241,8 @@ def test_arrays_of_several_processes_are_refused(tmp_path, monkeypatch):
     like = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=mesh_of(P("data")))
     with pytest.raises(ValueError, match="like/w spans several processes"):
         checkpoint.watch(tmp_path, {"w": like})
+    with pytest.raises(ValueError, match="stats spans several processes"):
+        checkpoint.watch(tmp_path, {"w": np.ones(2)}, served={"stats": like})
 
 
 # What goes wrong
@@ -264,6 +286,21 @@ def test_a_damaged_version_is_reported_once_and_passed_over(tmp_path):
     assert watching.poll() is None and len(said) == 1
 
 
+def test_an_error_of_the_system_is_reported_and_tried_again(tmp_path, monkeypatch):
+    checkpoint.publish(tmp_path, state_of(1))
+    said, read, left = [], _read.read, [True, True]
+
+    def reading(function, files, wanted):
+        if left and left.pop():
+            raise OSError("the disk is away")
+        return read(function, files, wanted)
+
+    monkeypatch.setattr(_read, "read", reading)
+    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
+    assert [watching.poll(), watching.poll()] == [None, None]
+    assert watching.poll().version == 1 and len(said) == 1 and "disk is away" in said[0]
+
+
 def test_a_late_reader_gets_the_version_before_a_damaged_one(tmp_path, monkeypatch):
     for number in (1, 2):
         checkpoint.publish(tmp_path, state_of(number))
@@ -295,6 +332,9 @@ def test_what_is_removed_is_taken_back(tmp_path):
     assert numbers(watching.poll().params) == {1}
     assert checkpoint.publish(tmp_path, state_of(5)) == 2
     assert numbers(watching.poll().params) == {5}
+    shutil.rmtree(tmp_path / "2")
+    assert checkpoint.publish(tmp_path, state_of(6)) == 2  # by the same name
+    assert numbers(watching.poll().params) == {6}
     # A run that starts over begins to count anew.
     for path in tmp_path.iterdir():
         shutil.rmtree(path)
@@ -329,9 +369,11 @@ def test_what_a_dead_publisher_left_is_removed(tmp_path):
     checkpoint.publish(tmp_path, state_of(2))
     (tmp_path / "1").rename(tmp_path / "1.removed")
     shutil.rmtree(tmp_path / "1.removed" / "d")
+    # As in a store without renames: begun, and not committed.
     unfinished = tmp_path / "3"
-    unfinished.mkdir()
-    (unfinished / "_METADATA").write_text("{}")
+    shutil.copytree(tmp_path / "2", unfinished)
+    begun = '{"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": null}'
+    (unfinished / "_CHECKPOINT_METADATA").write_text(begun)
     watching = checkpoint.watch(tmp_path, PARAMS)
     assert next(watching).version == 2
     assert checkpoint.publish(tmp_path, state_of(4), max_to_keep=2) == 4

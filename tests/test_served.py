@@ -210,7 +210,8 @@ def test_average_convert_and_export_take_it_as_it_is_asked_for(tmp_path):
         )
 
         np.testing.assert_array_equal(load_file(out)["mean"], tree["bn"]["mean"])
-        assert ("beside" in said) == (weights == "served"), said
+        words = {"served": "what is served beside the averages"}
+        assert said == words.get(weights, "the raw parameters")
 
 
 def test_inspect_says_what_goes_with_the_averages(tmp_path):
@@ -277,6 +278,22 @@ def test_across_items_it_is_made_once(save, tmp_path):
     }
     assert leaves["batch_stats/half"] == dtype
     assert leaves["opt_state/averaging/beside/batch_stats/half"] == "bfloat16"
+
+
+def test_save_args_of_a_whole_tree_hold_for_the_values_at_their_names(tmp_path):
+    state = {n: x for n, x in as_dict().items() if n != "rng"}
+    state["params"], state["batch_stats"] = {"w": PARAMS["w"]}, OWN["bn"]
+    state["opt_state"] = TX.init(state["params"])
+    each = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+    each["batch_stats"]["mean"] = ocp.SaveArgs(dtype=np.dtype("float16"))
+    registry = checkpoint.handler_registry(served=lambda _: {"batch_stats": NEW["bn"]})
+    with ocp.CheckpointManager(tmp_path, handler_registry=registry) as manager:
+        manager.save(1, args=ocp.args.PyTreeSave(state, save_args=each))
+        manager.wait_until_finished()
+        assert_same(manager.restore(1, args=Restore(abstract(state))), state)
+    dtypes = {x.name: x.dtype for x in checkpoint.describe(tmp_path / "1").leaves}
+    assert dtypes["batch_stats/mean"] == "float16"
+    assert dtypes["batch_stats/var"] == "float32"
 
 
 def test_of_items_that_were_removed(tmp_path):
@@ -385,6 +402,81 @@ def test_of_several_averages_all_are_served_with_it(tmp_path):
     )
     assert_same(checkpoint.restore(tmp_path / "c", state, params=ways), state)
     assert_same(plainly(tmp_path / "c")["stats"], new)
+    for net in nets:
+        served = {f"nets/{net}/w": state["nets"][net]["w"]}
+        with pytest.raises(ValueError, match=f"nets/{net}/w is averaged"):
+            checkpoint.save(
+                tmp_path / "d",
+                state,
+                name=("critic", "actor"),
+                params={f"opt_states/{n}": way for n, way in ways.items()},
+                served=served,
+            )
+
+
+def two_networks():
+    shapes = {"actor": 2, "critic": 3}
+    state = {n: {"w": jnp.ones(size)} for n, size in shapes.items()}
+    state |= {f"opt_state_{n}": TX.init(state[n]) for n in shapes}
+    return state | {"stats": {"mean": jnp.ones(4)}}
+
+
+def test_a_lost_record_of_several_averages_still_tells_it(tmp_path):
+    state, new = two_networks(), {"mean": jnp.full(4, 9.0)}
+    names = ("opt_state_critic", "opt_state_actor")  # beside the first of them
+    checkpoint.save(tmp_path / "c", state, name=names, served={"stats": new})
+    file = tmp_path / "c" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    content["custom_metadata"].pop("emaopt")
+    file.write_text(json.dumps(content))
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+def test_the_item_of_another_average_does_not_matter_to_it(tmp_path):
+    state, new = two_networks(), {"mean": jnp.full(4, 9.0)}
+    registry = checkpoint.handler_registry(
+        name=("opt_state_actor", "opt_state_critic"), served=lambda _: {"stats": new}
+    )
+    with ocp.CheckpointManager(tmp_path, handler_registry=registry) as manager:
+        items = {name: Save(tree) for name, tree in state.items()}
+        manager.save(1, args=ocp.args.Composite(**items))
+    shutil.rmtree(tmp_path / "1" / "opt_state_critic")
+    part = {"stats": state["stats"]}
+    back = checkpoint.restore(tmp_path / "1", part, ignore_extra=True, report=list)
+    assert_same(back, part)
+
+
+def test_it_goes_with_the_average_that_is_served_and_no_other(tmp_path):
+    mask = {"w": True, "stats": False}
+    averages = [
+        (n, emaopt.average_params(b, mask=mask)) for n, b in (("a", 0.5), ("b", 0.9))
+    ]
+    tx = optax.named_chain(("sgd", optax.sgd(0.1)), *averages)
+    params = {"w": jnp.ones(2), "stats": jnp.zeros(3)}
+    state = {"params": params, "opt_state": tx.init(params)}
+    new = {"params/stats": jnp.full(3, 7.0)}
+    checkpoint.save(tmp_path / "c", state, name="a", served=new)
+    assert checkpoint.load_averaged(tmp_path / "c", name="a")["stats"].sum() == 21
+    assert checkpoint.load_averaged(tmp_path / "c", name="b")["stats"].sum() == 0
+
+
+def test_an_average_of_nothing_serves_it_too(tmp_path):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5, mask=jax.tree.map(lambda _: False, PARAMS))
+    state = as_dict() | {"opt_state": tx.init(PARAMS)}
+    checkpoint.save(tmp_path / "c", state, served={"batch_stats": NEW})
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
+class Statistics(nnx.Module):
+    def __init__(self):
+        self.mean = nnx.BatchStat(jnp.zeros(2))
+
+
+def test_modules_of_nnx_are_taken_as_their_states(tmp_path):
+    state, new = as_dict() | {"batch_stats": Statistics()}, Statistics()
+    new.mean[...] = jnp.ones(2)
+    checkpoint.save(tmp_path / "c", state, served={"batch_stats": new})
+    assert plainly(tmp_path / "c")["batch_stats"]["mean"]["value"].sum() == 2
 
 
 @pytest.mark.parametrize("axis", [True, False])
@@ -431,6 +523,7 @@ WRONG = {
     },
     "average": {"opt_state/averaging/pending": 1.0, "match": "belongs to the optimizer"},
     "shape": {"batch_stats/half": jnp.zeros(3, jnp.bfloat16), "match": r"\(3,\), in the"},
+    "rows": {"batch_stats/more/value": jnp.zeros((2, 2)), "match": r"\(2, 2\), in the"},
     "kind": {"batch_stats/half": jnp.zeros(2, int), "match": "is integer of shape"},
     "root": {"": OWN, "match": "its keys say where"},
     "number": {0: OWN, "match": "its keys say where"},
@@ -450,6 +543,17 @@ def test_what_cannot_be_served_is_an_error(served, tmp_path):
         checkpoint.save(tmp_path / "c", as_dict(), served=served)
     assert str(error.value).startswith("save: ")
     assert not (tmp_path / "c").exists()
+
+
+def test_what_is_on_record_as_served_must_be_there(tmp_path):
+    state = {"params": PARAMS["w"], "opt_state": TX.init(PARAMS["w"]), "stats": OWN["bn"]}
+    swapped = checkpoint.swap_state(state, served={"stats": NEW["bn"]})
+    record = checkpoint.metadata(swapped)
+    swapped["stats"] = {"var": NEW["bn"]["var"]}
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "c", swapped, custom_metadata=record)
+    with pytest.raises(ValueError, match=r"stats/mean served beside .* there is none"):
+        checkpoint.restore(tmp_path / "c", state)
 
 
 DAMAGES = {

@@ -111,9 +111,8 @@ def publish(
     tree = jax.tree.map(lambda leaf: _cast(leaf, cast), tree)
     place = _files.absolute(directory)
 
-    def number() -> str:
-        _remove_left(place)
-        return str(max(numbered(place), default=0) + 1)
+    def number() -> int:
+        return max(numbered(place), default=0) + 1
 
     version = int(_replacement.by_the_first(number, place))
     stored = _trees.without_empty(tree)
