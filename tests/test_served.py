@@ -465,6 +465,8 @@ def test_an_average_of_nothing_serves_it_too(tmp_path):
     state = as_dict() | {"opt_state": tx.init(PARAMS)}
     checkpoint.save(tmp_path / "c", state, served={"batch_stats": NEW})
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    swapped = checkpoint.swap_state(state, served={"batch_stats": NEW})
+    assert_same(checkpoint.swap_state(swapped), state)
 
 
 class Statistics(nnx.Module):
