@@ -177,3 +177,21 @@ def test_a_run_goes_over_to_a_clock_with_its_count(tmp_path):
     _, state = timed.update(jnp.full(2, 7.0), state, params, tokens=64)
     share = 1 - (6400 / 6464) ** 7.937254
     np.testing.assert_allclose(emaopt.get_average(state), 7 * (1 - share), rtol=1e-5)
+
+
+@pytest.mark.parametrize("clock", [None, "tokens"])
+def test_copies_of_a_state_on_each_device_are_described_as_one(clock, tmp_path):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.9, clock=clock)
+    params = {"w": jnp.ones(2)}
+    opt_state = tx.update(params, tx.init(params), params, tokens=7)[1]
+    state = {"params": params, "opt_state": opt_state}
+    copies = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
+    checkpoint.save(tmp_path / "c", copies)
+    (found,) = checkpoint.describe(tmp_path / "c").averages
+    assert found.num_updates == 1 and found.elapsed == (7 if clock else None)
+    counts = copies["opt_state"].averaging.num_updates.at[3].set(5)
+    averaging = copies["opt_state"].averaging._replace(num_updates=counts)
+    copies["opt_state"] = copies["opt_state"]._replace(averaging=averaging)
+    checkpoint.save(tmp_path / "d", copies)
+    with pytest.raises(ValueError, match=r"describe: .* the copies of .* differ"):
+        checkpoint.describe(tmp_path / "d")

@@ -31,14 +31,22 @@ class Timeline(NamedTuple):
 
 def snapshot(function: str, files: _files.Files, one: _selection.Average) -> Snapshot:
     """An average of a checkpoint, with its count and its time, which are read."""
-    updates = int(_read(function, files, one.counter))
-    time = time_of(_read(function, files, one.elapsed)) if one.elapsed else None
+    updates = int(_read(function, files, one.counter, 0))
+    time = time_of(_read(function, files, one.elapsed, 1)) if one.elapsed else None
     return Snapshot(one, updates, time)
 
 
-def _read(function: str, files: _files.Files, names: Names) -> np.ndarray:
+def _read(function: str, files: _files.Files, names: Names, ndim: int) -> np.ndarray:
+    """An array of `ndim` dimensions, or the one that all copies of it are."""
     leaves = _stream.stored(function, files, [names])
     (value,) = next(_stream.prefetched([lambda: _stream.read(function, leaves)]))
+    while value.ndim > ndim:  # a copy for each device of `jax.pmap`
+        if not value.size or (value != value[:1]).any():
+            raise ValueError(
+                f"{function}: {files.path}: the copies of {'/'.join(names)} differ: "
+                f"{value.tolist()}. Save one of them."
+            )
+        value = value[0]
     return value
 
 
