@@ -39,6 +39,8 @@ def test_demo_serves_exactly_the_average_and_resumes_bit_for_bit(finished):
     assert "exactly those of the average in the training process" in words
     assert "arrays (parameters, optimizer state, average) are bit for bit" in words
     assert "± sd over 2 seeds" in words
+    last = process.stdout.splitlines()[-1]
+    assert last == "Next: https://emaopt.github.io/emaopt/getting-started/"
     assert process.stderr == ""
 
 

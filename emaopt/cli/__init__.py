@@ -74,7 +74,7 @@ def demo(
             help="Training runs. From two on, the demo can tell what the average does "
             "from what chance does.",
         ),
-    ] = 3,
+    ] = 8,
     out: Annotated[
         str,
         typer.Option(
