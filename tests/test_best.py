@@ -135,6 +135,17 @@ def test_every_view_loads_as_it_was_measured(tmp_path, view):
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
 
 
+def test_the_target_may_lack_what_is_not_averaged(tmp_path):
+    with ocp.CheckpointManager(tmp_path, options=options("long")) as manager:
+        train(manager, steps=1)
+    best, target = checkpoint.best(tmp_path, "loss"), {"w": PARAMS["w"]}
+    long, raw = best._replace(view="long"), best._replace(view="raw")
+    assert long.load(target=target).keys() == {"w"}
+    with pytest.raises(ValueError, match=r"Best.load: .* it also holds b"):
+        raw.load(target=target)
+    assert raw.load(target=target, ignore_extra=True).keys() == {"w"}
+
+
 def test_a_manager_that_keeps_the_best_and_a_resumed_run(tmp_path):
     registry = checkpoint.handler_registry(name="short")
     with ocp.CheckpointManager(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from emaopt._checks import check_choice, check_dtype, check_text
+from emaopt._checks import check_choice, check_dtype, check_flag, check_text
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._reading import RAW
@@ -48,11 +48,12 @@ class Best(NamedTuple):
         sharding: jax.sharding.Sharding | PyTree | None = None,
         dtype: DTypeLike | None = None,
         at: str | None = None,
+        ignore_extra: bool = False,
     ) -> PyTree:
         """Loads exactly the weights that were measured.
 
         Args:
-          target, sharding, at: As for `load_averaged`.
+          target, sharding, at, ignore_extra: As for `load_averaged`.
           dtype: As for `load_averaged`. None: the target's, else the raw parameters',
             which is what `emaopt.views` gives.
 
@@ -64,6 +65,7 @@ class Best(NamedTuple):
         """
         check_dtype("Best.load", "dtype", dtype)
         check_text("Best.load", "at", at, optional=True)
+        check_flag("Best.load", "ignore_extra", ignore_extra)
         found = _selection.select("Best.load", self.path, self.view, at)
         raw = found
         if self.view != RAW:
@@ -75,11 +77,17 @@ class Best(NamedTuple):
             for names, place in raw.places.items()
             if hasattr(present[place], "dtype")
         }
+        places = found.places
+        if target is not None:
+            # The target may lack a model's other variables, which have no average.
+            needed = set() if ignore_extra else places.keys() - found.kept
+            names = _restore.below_a_key(target).keys() | needed
+            places = {n: place for n, place in places.items() if n in names}
         return _restore.weights(
             "Best.load",
             found.files,
             found.prefix,
-            found.places,
+            places,
             target,
             sharding,
             dtype,

@@ -131,7 +131,7 @@ def averages(
     if target is not None:
         # The target may lack a model's other variables, which have no average.
         needed = set() if ignore_extra else averaged
-        names = _below_a_key(target).keys() | needed
+        names = below_a_key(target).keys() | needed
         there = {n: place for n, place in there.items() if n in names}
     return weights(function, files, prefix, there, target, sharding, dtype)
 
@@ -161,12 +161,12 @@ def weights(
     values = {n: read[n] if n in read else _trees.zeros(x) for n, x in wanted.items()}
     if target is not None:
         _trees.check_kinds(function, files.path, values, wanted)
-        leaves = [values[n] for n in _below_a_key(target)]
+        leaves = [values[n] for n in below_a_key(target)]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
     return fill_as_on_disk(files, prefix, values)
 
 
-def _below_a_key(tree: PyTree) -> dict[Names, Leaf]:
+def below_a_key(tree: PyTree) -> dict[Names, Leaf]:
     """The leaves by the names that they have below a prefix, as in a checkpoint."""
     # A lone "value" at the top keeps its name. Below a key, as on disk, it loses it.
     return {names[1:]: leaf for names, leaf in names_of({"": tree}).items()}
@@ -182,11 +182,11 @@ def _wanted(
     kinds: Mapping[Names, np.dtype],
 ) -> dict[Names, Leaf]:
     """What to load each parameter as: its shape, dtype and sharding, by name."""
-    like = {} if target is None else _below_a_key(target)
+    like = {} if target is None else below_a_key(target)
     if target is not None:
         check_fit(function, path, like, saved)
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
-        shardings = _below_a_key(sharding)
+        shardings = below_a_key(sharding)
         for one in shardings.values():
             if not isinstance(one, jax.sharding.Sharding):
                 raise TypeError(

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from emaopt.checkpoint import (
     _read,
     _record,
     _replacement,
+    _restore,
     _trees,
 )
 from emaopt.checkpoint._files import Names
@@ -150,7 +151,7 @@ class Watch:
             there = {n for n in files.saved if is_below(n, way)}
             if way == params:
                 there = {n for n in there if not any(is_below(n, w) for w in beside)}
-            own = {way + n: leaf for n, leaf in _below_a_key(tree).items()}
+            own = {way + n: leaf for n, leaf in _restore.below_a_key(tree).items()}
             full = {n: leaf for n, leaf in own.items() if not _trees.is_empty(leaf.plan)}
             try:
                 _match.check_fit(
@@ -171,7 +172,7 @@ class Watch:
         }
 
         def filled(way: Names, tree: PyTree) -> PyTree:
-            leaves = [made[way + n] for n in _below_a_key(tree)]
+            leaves = [made[way + n] for n in _restore.below_a_key(tree)]
             return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
         custom = _completion.json_of(path / STEP).get(CUSTOM) or {}
@@ -280,7 +281,3 @@ def _likeness(leaf: Leaf) -> _Like:
     if isinstance(leaf, np.ndarray):
         return _Like(np.empty(leaf.shape, leaf.dtype), True, False)
     return _Like(_trees.as_plan(leaf), True, False)
-
-
-def _below_a_key(tree: PyTree) -> dict[Names, Any]:
-    return {names[1:]: leaf for names, leaf in leaves_with_keys({"": tree})}
