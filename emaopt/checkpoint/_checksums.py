@@ -1,10 +1,14 @@
 """Checksums of arrays, by which a reader notices a bit that changed on disk.
 
 Orbax's files have no checksums of values: most flipped bits make decompression fail, some
-give other numbers. A checksum here is Σ_j (2 (j mod 2³⁰) + 1) w_j mod 2³². The w_j are
-the array's bytes in C order as little-endian words of 32 bits, the last one padded with
-zeros. The factors are odd, so one flipped bit always changes the checksum. It is a sum
-over all elements, so it does not depend on how an array is split over devices.
+give other numbers. A checksum here is Σ_j (2 (j mod 2³⁰) + 1) g(w_j) mod 2³², where
+g(w) = w + K ⌊w / 2¹⁶⌋ with an odd K. The w_j are the array's bytes in C order as
+little-endian words of 32 bits, the last one padded with zeros. A flipped bit changes g by
+an odd multiple of a power of two below 2¹⁶, and the factors are odd, so it always changes
+the checksum; and so it does if the same bit flips in up to 2¹⁵ equal parts of the array,
+which compressed files hold once. With w in place of g(w) a flipped sign would cancel in
+two parts. It is a sum over all elements, so it does not depend on how an array is split
+over devices.
 """
 
 import functools
@@ -28,6 +32,7 @@ from emaopt._types import Leaf, PyTree
 Checksum = tuple[str, int]  # the array's dtype, the sum
 Entry: TypeAlias = list[list[str] | str | int]  # names, dtype and sum, as JSON has them
 
+_K = 0x9E3779B1
 _COLUMNS = 1 << 12  # words in a row of the matrix of `_of_words`
 _PART = 1 << 19  # words that are summed at once: as many as stay in a core's cache
 _THREADS = min(4, os.cpu_count() or 1)  # more would wait for the memory
@@ -178,7 +183,13 @@ def _of_array(array: jax.Array) -> jax.Array:
     # `place` wraps at 2³² elements: 2³⁰ words if elements are bytes, else a multiple. The
     # factor has the period 2³⁰ words, so it comes out the same.
     factor = 2 * (place // in_word % 2**30) + 1
-    return jnp.sum(values * factor << place % in_word * (32 // in_word), dtype=jnp.uint32)
+    if in_word == 1:
+        words = values + np.uint32(_K) * (values >> 16)
+    else:
+        begin = place % in_word * (32 // in_word)  # the element's first bit in its word
+        upper = jnp.where(begin < 16, 0, values << (begin.astype(jnp.uint32) - 16) % 32)
+        words = (values << begin) + np.uint32(_K) * upper
+    return jnp.sum(words * factor, dtype=jnp.uint32)
 
 
 def _as_integers(array: jax.Array) -> tuple[jax.Array, int]:
@@ -212,15 +223,17 @@ class Running:
         while done < size:
             # _PART divides 2³⁰, so no part crosses a place where the factors begin anew.
             part = words[done : done + _PART - self._words % _PART]
-            self._total += _of_words(part, self._words % 2**30)
+            mixed = part + np.uint32(_K) * (part >> np.uint32(16))
+            self._total += _of_words(mixed, self._words % 2**30)
             done += part.size
             self._words += part.size
 
     def result(self) -> int:
         last = np.zeros(4, np.uint8)
         last[: self._rest.size] = self._rest
-        total = self._total + int(last.view("<u4")[0]) * (2 * (self._words % 2**30) + 1)
-        return total % 2**32
+        word = int(last.view("<u4")[0])
+        factor = 2 * (self._words % 2**30) + 1
+        return (self._total + (word + _K * (word >> 16)) * factor) % 2**32
 
 
 def _of_numpy(array: np.ndarray) -> int:

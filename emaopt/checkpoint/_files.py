@@ -211,7 +211,7 @@ def _one_of(
         if (record := _record.checked(function, file, custom, key)) is None:
             continue
         found.append((file, record))
-        if record["version"] > 2:  # before, checksums had another definition
+        if record["version"] > 3:  # before, checksums had another definition
             entries = _checksums.recorded(record.get("checksums", ()))
             checksums |= {prefix + names: entry for names, entry in entries.items()}
         # A manager writes one token in all records of a save: items of two saves differ

@@ -21,8 +21,8 @@ from emaopt._types import Json
 
 KEY = "emaopt"  # in custom_metadata
 RECORD = "emaopt_combination"  # the key of the record that `combine` writes there
-# 2: several averages, in "more"; 3: a checksum over the record, in "sum"; 4: "beside".
-# A record without it is of format 3, which older releases read.
+# 2: several averages, in "more"; 3: a checksum over the record, in "sum"; 4: "beside",
+# and other checksums of arrays.
 VERSION = 4
 IN_PLACE = "in_place"  # of a save whose directory never had another name
 
@@ -92,8 +92,7 @@ def marker(
 def sealed(record: Mapping[str, object]) -> Json:
     """A record with its version and the checksum over it."""
     # As JSON gives it back: the checksum is of what is read, with lists for tuples.
-    version = VERSION if "beside" in record else 3
-    read = json.loads(json.dumps({"version": version, **record}))
+    read = json.loads(json.dumps({"version": VERSION, **record}))
     return {**read, "sum": _sum(read)}
 
 
