@@ -27,7 +27,7 @@ from test_checkpoint import assert_same, trained_nnx
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _read
+from emaopt.checkpoint import _read, _watch
 
 TX = emaopt.averaged(optax.adam(0.1), 0.5, zero_init=True)
 PARAMS = {
@@ -380,7 +380,7 @@ def test_what_a_dead_publisher_left_is_removed(tmp_path):
     assert versions(tmp_path) == ["2", "3", "4"]
     assert next(watching).version == 4
     assert checkpoint.publish(tmp_path, state_of(5), max_to_keep=2) == 5
-    assert versions(tmp_path) == ["4", "5"]
+    assert versions(tmp_path) == ["3", "4", "5"]  # 3 has no record: it may be anybody's
 
 
 def test_closing_ends_the_iteration_of_another_thread(tmp_path):
@@ -403,6 +403,28 @@ def test_closing_ends_the_iteration_of_another_thread(tmp_path):
         next(watching)
 
 
+def test_what_is_no_version_stays(tmp_path):
+    checkpoint.save(tmp_path / "3", state_of(1))
+    (tmp_path / "7" / "mine").mkdir(parents=True)
+    (tmp_path / "mine.removed").mkdir()
+    for number in (8, 9):
+        assert checkpoint.publish(tmp_path, state_of(1), max_to_keep=1) == number
+    assert versions(tmp_path) == ["3", "7", "9", "mine.removed"]
+
+
+def test_a_version_that_goes_while_it_is_looked_at_is_none(tmp_path, monkeypatch):
+    checkpoint.publish(tmp_path, state_of(1))
+    watching = checkpoint.watch(tmp_path, PARAMS)
+
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(_watch, "is_complete", gone)
+    assert watching.poll() is None
+    monkeypatch.undo()
+    assert watching.poll().version == 1
+
+
 WRONG = {
     "no average": (lambda s: s | {"opt_state": ()}, {}, "no average in this state"),
     "masked": (
@@ -419,6 +441,7 @@ WRONG = {
         {"custom_metadata": {"emaopt_combination": 1}},
         "its own record",
     ),
+    "its key": (lambda s: s, {"custom_metadata": {"emaopt": 1}}, "its own record"),
     "kept": (lambda s: s, {"max_to_keep": 0}, "max_to_keep must be at least 1"),
 }
 

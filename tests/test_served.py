@@ -302,6 +302,9 @@ def test_of_items_that_were_removed(tmp_path):
         for step in (1, 2):
             items = {name: Save(tree) for name, tree in as_dict().items()}
             manager.save(step, args=ocp.args.Composite(**items))
+    alone = tmp_path / "2" / "batch_stats"  # an item, of which its step tells more
+    assert_same(checkpoint.restore(alone, {"batch_stats": OWN}, ignore_extra=True)
+                ["batch_stats"], OWN)  # fmt: skip
     shutil.rmtree(tmp_path / "1" / "opt_state")
     assert_same(checkpoint.load_averaged(tmp_path / "1"), averages())
     assert_same(

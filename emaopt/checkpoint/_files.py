@@ -237,6 +237,7 @@ def _refuse_lost(function: str, files: Files) -> None:
 def _speaks_of(marker: _record.Marker, names: Iterable[Names]) -> bool:
     """Whether a record's averages or parameters share their first key with some names."""
     ways = [way for one in marker.served for way in (one.params, one.average)]
+    ways += marker.beside
     return bool({way[:1] for way in ways} & {name[:1] for name in names})
 
 

@@ -36,7 +36,7 @@ from emaopt.checkpoint import (
     _trees,
 )
 from emaopt.checkpoint._files import Names
-from emaopt.checkpoint._orbax import STEP
+from emaopt.checkpoint._orbax import CUSTOM, STEP
 
 _log_warning = logging.getLogger("emaopt").warning
 _REMOVED = ".removed"  # the end of the names of versions that are being removed
@@ -95,11 +95,12 @@ def publish(
     check_served(function, served)
     cast = _merge.caster(function, dtype)
     check_json(function, "custom_metadata", custom_metadata)
-    if _record.RECORD in (custom_metadata or {}):
-        raise ValueError(
-            f"{function}: custom_metadata[{_record.RECORD!r}] is where emaopt keeps its "
-            "own record; take another key."
-        )
+    for key in (_record.RECORD, _record.KEY):
+        if key in (custom_metadata or {}):
+            raise ValueError(
+                f"{function}: custom_metadata[{key!r}] is where emaopt keeps its own "
+                "record; take another key."
+            )
     check_integer(function, "max_to_keep", max_to_keep, 1)
     state, places = _trees.served(function, state, name, params, beside=lambda: served)
     ways = [place.params for place in places if place.pairs]
@@ -173,9 +174,16 @@ def is_complete(path: epath.Path) -> bool:
     return (path / STEP).exists() and _completion.unfinished(path) is None
 
 
+def _is_published(path: epath.Path) -> bool:
+    custom = _completion.json_of(path / STEP).get(CUSTOM)
+    return isinstance(custom, dict) and _record.RECORD in custom
+
+
 def _remove_old(directory: epath.Path, version: int, max_to_keep: int) -> None:
     """Removes all before the newest complete versions; no reader sees half of one."""
     before = {n: p for n, p in numbered(directory).items() if n <= version}
+    # Whatever else has a number, such as a step of a run, is not ours.
+    before = {n: p for n, p in before.items() if _is_published(p)}
     kept = [n for n, path in before.items() if is_complete(path)][-max_to_keep:]
     for path in [path for n, path in before.items() if n < kept[0]]:
         if is_url(directory):  # a rename would copy it there
@@ -188,5 +196,5 @@ def _remove_old(directory: epath.Path, version: int, max_to_keep: int) -> None:
 def _remove_left(directory: epath.Path) -> None:
     """Removes versions that were being removed when their publisher died."""
     for path in directory.iterdir() if directory.exists() else ():
-        if path.name.endswith(_REMOVED):
+        if path.name.removesuffix(_REMOVED).isdecimal() and path.name.endswith(_REMOVED):
             path.rmtree(missing_ok=True)

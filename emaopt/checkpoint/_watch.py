@@ -125,9 +125,12 @@ class Watch:
     def _newest(self) -> tuple[epath.Path | None, _replacement.Identity]:
         """The newest version that is not known to be damaged."""
         for path in reversed(numbered(self._directory).values()):
-            if is_complete(path) and (found := _replacement.identity(path)):
-                if self._failures.get(found, 0) < _ATTEMPTS:
-                    return path, found
+            try:
+                found = _replacement.identity(path) if is_complete(path) else None
+            except OSError:  # removed while it was looked at
+                continue
+            if found and self._failures.get(found, 0) < _ATTEMPTS:
+                return path, found
         return None, None
 
     def _read(self, path: epath.Path) -> Published:
