@@ -435,6 +435,15 @@ def test_a_lost_record_of_several_averages_still_tells_it(tmp_path):
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
 
 
+def test_a_swapped_state_may_be_saved_with_its_names_in_another_order(tmp_path):
+    state, new = two_networks(), {"mean": jnp.full(4, 9.0)}
+    names = ("opt_state_critic", "opt_state_actor")
+    swapped = checkpoint.swap_state(state, name=names, served={"stats": new})
+    checkpoint.save(tmp_path / "c", swapped, name=names[::-1])
+    assert checkpoint.describe(tmp_path / "c").beside == ["stats"]
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+
+
 def test_the_item_of_another_average_does_not_matter_to_it(tmp_path):
     state, new = two_networks(), {"mean": jnp.full(4, 9.0)}
     registry = checkpoint.handler_registry(

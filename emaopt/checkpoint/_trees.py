@@ -89,6 +89,8 @@ def marker(function: str, state: PyTree, places: list[Place], **more: object) ->
         for names, leaf in names_of(state).items()
         if is_empty(leaf)
     ]
+    # What else is served is in the state of one, which goes first on record.
+    places = sorted(places, key=lambda place: not names_beside(state, place.average))
     beside = names_beside(state, places[0].average)
     return _record.marker(function, places, empty, beside, values_in(state), more)
 
