@@ -486,8 +486,14 @@ class Statistics(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(2))
 
 
-def test_modules_of_nnx_are_taken_as_their_states(tmp_path):
-    state, new = as_dict() | {"batch_stats": Statistics()}, Statistics()
+class NoPytree(nnx.Module, pytree=False):  # one leaf to JAX
+    def __init__(self):
+        self.mean = nnx.BatchStat(jnp.zeros(2))
+
+
+@pytest.mark.parametrize("module", [Statistics, NoPytree])
+def test_modules_of_nnx_are_taken_as_their_states(module, tmp_path):
+    state, new = as_dict() | {"batch_stats": module()}, module()
     new.mean[...] = jnp.ones(2)
     checkpoint.save(tmp_path / "c", state, served={"batch_stats": new})
     assert plainly(tmp_path / "c")["batch_stats"]["mean"]["value"].sum() == 2

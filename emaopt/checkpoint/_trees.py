@@ -36,7 +36,7 @@ def served(
     if optional and not served_nodes(state):
         return state, []
     places = located(function, state, name, params)
-    values = served_values(function, state, places, beside())
+    values = served_values(function, state, places, plain(beside()))
     state = state if places[0].swapped else exchange(state, places)
     state = put(state, places[0], values)
     taken: dict[str, Names] = {}

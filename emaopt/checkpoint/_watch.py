@@ -52,14 +52,14 @@ class Watch:
 
     def __init__(
         self,
-        directory: epath.Path,
+        directory: Path,
         like: PyTree,
         served: Mapping[str, PyTree],
         poll_seconds: float,
         report: Report,
     ):
-        self._directory, self._poll_seconds = directory, poll_seconds
-        self._report = report
+        self._directory = _files.absolute(directory)
+        self._poll_seconds, self._report = poll_seconds, report
         # What the arrays are like, without the arrays: the reader's first weights would
         # stay in memory beside the two versions.
         self._like = jax.tree.map(_likeness, like)
@@ -249,7 +249,7 @@ def watch(
                 f"watch: {joined(names)} spans several processes, which would have to "
                 "take the same version. Give each process arrays of its own devices."
             )
-    return Watch(_files.absolute(directory), like, served or {}, poll_seconds, report)
+    return Watch(directory, like, served or {}, poll_seconds, report)
 
 
 class _Misfit(ValueError):
