@@ -5,21 +5,29 @@ are in the field `beside` of the average's state, under the names that they have
 training state: <average>/beside/batch_stats/mean. So the tree itself says where they go.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from emaopt._checks import check_mapping
 from emaopt._leaves import kind_of
-from emaopt._names import Names, is_below, joined, leaves_with_keys, num_common, split
+from emaopt._names import (
+    Names,
+    is_below,
+    joined,
+    leaves_with_keys,
+    nested,
+    num_common,
+    split,
+)
 from emaopt._nodes import (
     as_state,
     average_nodes,
     beside_of,
     center_nodes,
     changed,
-    fits,
     in_place_of,
 )
 from emaopt._optimizer_states import Tree, optimizer_root
@@ -30,9 +38,15 @@ from emaopt._types import Leaf, PyTree
 Served = Mapping[str, PyTree] | None
 
 
-def check_served(function: str, served: object) -> None:
+def check_served(function: str, served: Any) -> None:
     """Raises unless an argument can say what else is served."""
     check_mapping(function, "served", served, optional=True)
+    for key in served or ():
+        if not isinstance(key, str) or not split(key):
+            raise ValueError(
+                f"{function}: served has the key {key!r}; its keys say where in the "
+                "state the values are served, as in {'batch_stats': statistics}."
+            )
 
 
 def served_values(
@@ -57,17 +71,10 @@ def served_values(
                 f"average at {joined(place.average)} already. Swap it back first."
             )
     taken = {i for place in places for i, _ in place.pairs}
-    roots = {names: optimizer_root(tree, names) for names in tree.averages}
+    roots = {names: _root(tree, names, places) for names in tree.averages}
     for key, given in served.items():
-        way = split(key) if isinstance(key, str) else ()
-        if not way:
-            raise ValueError(
-                f"{function}: served has the key {key!r}; its keys say where in the "
-                "state the values are served, as in {'batch_stats': statistics}."
-            )
-        # A leaf that is alone under "value" has that name at the top only.
-        for rest, value in leaves_with_keys({"": given}):
-            names = way + rest[1:]
+        way = split(key)
+        for names, value in leaves_below(way, given, tree.position):
             where = f"{function}: served[{key!r}]: {joined(names)}"
             if names not in tree.position:
                 raise ValueError(f"{where} is not in the state{_there(tree, way)}.")
@@ -83,7 +90,9 @@ def served_values(
             own = tree.leaves[tree.position[names]][1]
             # A center's statistics may do without the axis of workers.
             here, there = shape_of(value), shape_of(own)
-            alike = fits(here, there) if tree.stacked and here else here == there
+            alike = here == there or (
+                tree.stacked and None not in (here, there) and here == there[1:]
+            )
             if not alike or kind_of(value) != kind_of(own):
                 raise ValueError(
                     f"{where} is {kind_of(value)} of shape {here}, in the state "
@@ -93,16 +102,44 @@ def served_values(
     return values
 
 
+def leaves_below(
+    way: Names, tree: PyTree, present: Container[Names]
+) -> Iterator[tuple[Names, Leaf]]:
+    """The leaves of a tree that stands at `way`, by their names among those present.
+
+    A leaf that is alone under "value" goes without that name. What is given may be alone
+    where the leaf that is present is not, and the other way round.
+    """
+    for rest, leaf in leaves_with_keys({"": tree}):
+        names = way + rest[1:]
+        others = ((*names, "value"), names[:-1] if names[-1] == "value" else names)
+        yield next((n for n in (names, *others) if n in present), names), leaf
+
+
+def whole_trees(chosen: Iterable[Names], present: Iterable[Names]) -> set[Names]:
+    """The names of the trees, as large as can be, of whose leaves all are chosen."""
+
+    def ways(names: Names) -> list[Names]:
+        return [names[:i] for i in range(1, len(names) + 1)]
+
+    chosen = [*chosen]
+    there = Counter(way for names in present for way in ways(names))
+    ours = Counter(way for names in chosen for way in ways(names))
+    return {next(w for w in ways(names) if ours[w] == there[w]) for names in chosen}
+
+
 def put(state: PyTree, place: Place, values: Mapping[Names, Leaf]) -> PyTree:
     """A swapped state that serves the values; its own stand beside the average."""
     if not values:
         return state
     leaves, treedef = leaves_with_keys(state), jax.tree.structure(state)
     raw = {names: leaf for names, leaf in leaves if names in values}
+    # A "value" without a sibling would pass for a Flax variable, and lose its name.
+    raw |= {(*names[:-1], ""): None for names in values if names[-1] == "value"}
     state = jax.tree.unflatten(treedef, [values.get(n, leaf) for n, leaf in leaves])
 
     def with_raw(node: PyTree) -> PyTree:
-        return in_place_of(node, as_state(node)._replace(**{BESIDE: _nested(raw)}))
+        return in_place_of(node, as_state(node)._replace(**{BESIDE: nested(raw)}))
 
     return changed(state, place.average, place.field, with_raw)
 
@@ -114,19 +151,12 @@ def names_beside(state: PyTree, average: Names) -> list[Names]:
     return [names[1:] for names, _ in inside]
 
 
-def _nested(leaves: Mapping[Names, Leaf]) -> dict[str, Any]:
-    """Nested dicts in which the leaves have these names."""
-    made: dict[str, Any] = {}
-    for names, leaf in leaves.items():
-        node = made
-        for name in names[:-1]:
-            node = node.setdefault(name, {})
-        node[names[-1]] = leaf
-        if names[-1] == "value":
-            # Had it no sibling, it would pass for a Flax variable, whose name goes
-            # without "value".
-            node.setdefault("", None)
-    return made
+def _root(tree: Tree, average: Names, places: Iterable[Place]) -> int:
+    """How many of an average's names lead to the optimizer state that holds it."""
+    # No optimizer's state holds the parameters: a tuple of them and of an average's state
+    # is no chain.
+    apart = (num_common(place.params, average) + 1 for place in places if place.params)
+    return max(optimizer_root(tree, average), *apart, 0)
 
 
 def _there(tree: Tree, way: Names) -> str:

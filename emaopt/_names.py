@@ -3,7 +3,8 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -98,6 +99,26 @@ def leaves_with_keys(
         return _may_be_variable(name) and members[name[:-1]] == 1 and not is_node
 
     return [(name[:-1] if is_lost(name, leaf) else name, leaf) for name, leaf in leaves]
+
+
+def nested(leaves: Mapping[Names, Leaf]) -> PyTree:
+    """Nested dicts of leaves by name."""
+    tree: dict[str, Any] = {}
+    nodes: dict[Names, dict[str, Any]] = {(): tree}
+    for names, leaf in leaves.items():
+        for i in range(1, len(names)):
+            if names[:i] not in nodes:
+                parent = nodes[names[: i - 1]]
+                if names[i - 1] in parent:
+                    raise ValueError(
+                        f"{joined(names[:i])} is an array there, and {joined(names)} "
+                        "another one below it"
+                    )
+                nodes[names[:i]] = parent[names[i - 1]] = {}
+        if names in nodes:
+            raise ValueError(f"{joined(names)} is an array there, and has others below")
+        nodes[names[:-1]][names[-1]] = leaf
+    return tree
 
 
 def named_leaves(tree: PyTree) -> list[tuple[Names, Leaf]]:

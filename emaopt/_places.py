@@ -40,6 +40,7 @@ class Place(NamedTuple):
     field: str  # the field of that state: "average", or "center" of local updates
     swapped: bool
     pairs: list[tuple[int, int]]  # leaves to exchange, by their position in the tree
+    beside: Sequence[tuple[int, int]] = ()  # the same of what else is served
 
 
 def located(function: str, state: PyTree, name: Choice, params: Ways) -> list[Place]:
@@ -232,7 +233,7 @@ def _place(
     beside = [(tree.position[n], j) for n, j in raw.items() if n in tree.position]
     # An average whose leaves are all masked fits every tree, and exchanges nothing.
     if not averaged:
-        return Place(given or (), average, field, swapped, beside)
+        return Place(given or (), average, field, swapped, [], beside)
     if given is None:
         params = _only_tree(function, tree, average, averaged, several, option)
     elif not given:
@@ -248,7 +249,7 @@ def _place(
     else:
         params = given
     pairs = [(tree.position[params + rest], j) for rest, j in averaged.items()]
-    return Place(params, average, field, swapped, pairs + beside)
+    return Place(params, average, field, swapped, pairs, beside)
 
 
 def _only_tree(

@@ -103,8 +103,10 @@ def swap_state(
     What to watch: most readers refuse to fill a state from a swapped one, because the
     first field of a `SwappedState` has a name of its own, "swapped_at". Some, such as
     Flax's `restore_checkpoint` and Orbax's transforms, silently keep the target's
-    values for what a checkpoint lacks: the average would go on as the parameters. Restore
-    such files with `emaopt.checkpoint.restore`, which takes the state as it is.
+    values for what a checkpoint lacks, and drop what the target has no place for: the
+    average would go on as the parameters, or with a target that was swapped without the
+    same `served=`, what was served as the state's own. Restore such files with
+    `emaopt.checkpoint.restore`, which takes the state as it is.
 
     Args:
       state: A training state, as for `save`.
@@ -147,7 +149,7 @@ def exchange(state: PyTree, places: list[Place]) -> PyTree:
     # First the leaves, by their positions: the marks below change the structure.
     leaves, treedef = jax.tree.flatten(state)
     for place in places:
-        for i, j in place.pairs:
+        for i, j in (*place.pairs, *place.beside):
             leaves[i], leaves[j] = leaves[j], leaves[i]
     state = jax.tree.unflatten(treedef, leaves)
     for place in places:

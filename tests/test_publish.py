@@ -1,16 +1,11 @@
 """Published versions reach readers whole, in order, and as the reader's arrays are."""
 
-import gc
-import logging
 import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
-import weakref
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +14,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from meshes import make_mesh
 from records import record_of
 from test_checkpoint import assert_same, trained_nnx
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _read, _watch
 
 TX = emaopt.averaged(optax.adam(0.1), 0.5, zero_init=True)
 PARAMS = {
@@ -80,33 +71,6 @@ def test_versions_follow_each_other_and_a_few_stay(tmp_path):
     assert versions(directory) == ["10", "11"]
     with checkpoint.watch(directory, PARAMS) as late:
         assert next(late).version == 11
-
-
-class Params(NamedTuple):
-    w: jax.Array
-    none: None
-    rest: list
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_comes_in_the_containers_and_dtypes_of_the_reader(masked, tmp_path):
-    params = Params(jnp.ones(2, jnp.bfloat16), None, [jnp.ones((2, 3)), jnp.int32(4)])
-    mask = (
-        Params(True, None, [False, False]) if masked else Params(True, None, [True] * 2)
-    )
-    tx = emaopt.averaged(optax.sgd(0.1), 0.5, mask=mask)
-    state = (params, tx.init(params))
-    checkpoint.publish(tmp_path, state, params="0")
-    average = emaopt.get_average(state[1], params)
-    got = checkpoint.watch(tmp_path, average).poll()
-    assert_same(got.params, average)
-    wide = jax.tree.map(
-        lambda x: np.zeros(x.shape, jnp.result_type(x, jnp.float32)), params
-    )
-    wide.rest[1] = np.int32(0)
-    got = checkpoint.watch(tmp_path, wide).poll()
-    assert isinstance(got.params, Params) and isinstance(got.params.w, np.ndarray)
-    assert got.params.w.dtype == np.float32 and got.params.rest[1] == 4
 
 
 def test_what_is_published_is_served_by_all_readers_and_nothing_else_is_there(tmp_path):
@@ -184,184 +148,7 @@ def test_the_center_of_local_updates(tmp_path):
     assert_same(got.params, {"w": jnp.ones(3)})
 
 
-# On the reader's devices
-
-
-def mesh_of(spec):
-    return NamedSharding(make_mesh((8,)), spec)
-
-
-LIKES = {
-    "fresh": lambda: jax.tree.map(jnp.copy, PARAMS),
-    "on a device": lambda: jax.device_put(PARAMS, jax.devices()[3]),
-    "replicated": lambda: jax.device_put(PARAMS, mesh_of(P())),
-    "split": lambda: (
-        jax.device_put(PARAMS, mesh_of(P()))
-        | {"w": jax.device_put(PARAMS["w"], mesh_of(P("data")))}
-    ),
-    "scalars": lambda: {
-        "weak": jnp.array(1.0),
-        "number": jnp.float32(2),
-        "n": jnp.array(3),
-    },
-    "numpy": lambda: jax.tree.map(np.asarray, PARAMS),
-}
-
-
-@pytest.mark.parametrize("make", LIKES.values(), ids=LIKES)
-def test_no_version_is_compiled_again(make, tmp_path):
-    like = make()
-    apply = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree))
-    apply(like)
-    with checkpoint.watch(tmp_path, like) as watching:
-        for number in (1, 2):
-            checkpoint.publish(tmp_path, state_of(number, like))
-            got = next(watching).params
-            assert numbers(got) == {number}
-            assert jax.tree.map(lambda x: getattr(x, "sharding", None), got) == (
-                jax.tree.map(lambda x: getattr(x, "sharding", None), like)
-            )
-            apply(got)
-    assert apply._cache_size() == 1
-
-
-def test_the_reader_keeps_no_version(tmp_path):
-    like = jax.tree.map(jnp.copy, PARAMS) | {"half": np.ones(3, jnp.bfloat16)}
-    kept = [weakref.ref(x) for x in jax.tree.leaves(like)]
-    watching = checkpoint.watch(tmp_path, like)
-    del like
-    checkpoint.publish(tmp_path, state_of(1))
-    kept += [weakref.ref(x) for x in jax.tree.leaves(next(watching).params)]
-    gc.collect()
-    assert not any(one() is not None for one in kept)
-
-
-def test_arrays_of_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(NamedSharding, "is_fully_addressable", False)
-    like = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=mesh_of(P("data")))
-    with pytest.raises(ValueError, match="like/w spans several processes"):
-        checkpoint.watch(tmp_path, {"w": like})
-    with pytest.raises(ValueError, match="stats spans several processes"):
-        checkpoint.watch(tmp_path, {"w": np.ones(2)}, served={"stats": like})
-
-
 # What goes wrong
-
-
-def test_a_version_of_another_shape_is_an_error_and_the_next_one_comes(tmp_path):
-    other = {"w": jnp.ones(3)}
-    checkpoint.publish(tmp_path, state_of(1, other))
-    watching = checkpoint.watch(tmp_path, PARAMS)
-    with pytest.raises(ValueError, match=r"^watch: .*w has shape \(3,\) there"):
-        next(watching)
-    assert watching.poll() is None
-    checkpoint.publish(tmp_path, state_of(2))
-    assert next(watching).version == 2
-    checkpoint.save(tmp_path / "3", state_of(1))
-    with pytest.raises(ValueError, match="was not published"):
-        next(watching)
-    checkpoint.convert(tmp_path / "3", tmp_path / "4")
-    assert next(watching).version == 4
-
-
-def damage(path):
-    """Changes one byte of an array's file."""
-    file = max((path / "d").iterdir(), key=lambda p: p.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def test_a_damaged_version_is_reported_once_and_passed_over(tmp_path):
-    said = []
-    checkpoint.publish(tmp_path, state_of(1))
-    damage(tmp_path / "1")
-    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
-    assert watching.poll() is None and watching.poll() is None
-    assert len(said) == 1 and str(tmp_path / "1") in said[0]
-    assert said[0].startswith("watch: ")
-    checkpoint.publish(tmp_path, state_of(2))
-    assert watching.poll().version == 2
-    damage(tmp_path / "2")  # nobody reads it again
-    assert watching.poll() is None and len(said) == 1
-
-
-def test_an_error_of_the_system_is_reported_and_tried_again(tmp_path, monkeypatch):
-    checkpoint.publish(tmp_path, state_of(1))
-    said, read, left = [], _read.read, [True, True]
-
-    def reading(function, files, wanted):
-        if left and left.pop():
-            raise OSError("the disk is away")
-        return read(function, files, wanted)
-
-    monkeypatch.setattr(_read, "read", reading)
-    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
-    assert [watching.poll(), watching.poll()] == [None, None]
-    assert watching.poll().version == 1 and len(said) == 1 and "disk is away" in said[0]
-
-
-def test_a_late_reader_gets_the_version_before_a_damaged_one(tmp_path, monkeypatch):
-    for number in (1, 2):
-        checkpoint.publish(tmp_path, state_of(number))
-    damage(tmp_path / "2")
-    said = []
-    watching = checkpoint.watch(tmp_path, PARAMS, report=said.append)
-    assert [watching.poll() for _ in range(5)] == [None] * 5
-    assert watching.poll().version == 1 and watching.poll() is None
-    reads = []
-    monkeypatch.setattr(_read, "read", lambda *args: reads.append(1))
-    assert watching.poll() is None and not reads and len(said) == 1
-
-
-def test_a_report_goes_to_the_log(tmp_path, caplog):
-    (tmp_path / "1").mkdir()
-    assert checkpoint.publish(tmp_path, state_of(1)) == 2
-    damage(tmp_path / "2")
-    with caplog.at_level(logging.WARNING, "emaopt"):
-        assert checkpoint.watch(tmp_path, PARAMS).poll() is None
-    assert "waits for another version" in caplog.text
-
-
-def test_what_is_removed_is_taken_back(tmp_path):
-    for number in (1, 2):
-        checkpoint.publish(tmp_path, state_of(number))
-    watching = checkpoint.watch(tmp_path, PARAMS)
-    assert numbers(watching.poll().params) == {2}
-    shutil.rmtree(tmp_path / "2")
-    assert numbers(watching.poll().params) == {1}
-    assert checkpoint.publish(tmp_path, state_of(5)) == 2
-    assert numbers(watching.poll().params) == {5}
-    shutil.rmtree(tmp_path / "2")
-    assert checkpoint.publish(tmp_path, state_of(6)) == 2  # by the same name
-    assert numbers(watching.poll().params) == {6}
-    # A run that starts over begins to count anew.
-    for path in tmp_path.iterdir():
-        shutil.rmtree(path)
-    assert watching.poll() is None
-    assert checkpoint.publish(tmp_path, state_of(7)) == 1
-    assert numbers(watching.poll().params) == {7}
-
-
-@pytest.mark.parametrize("when", ["opened", "read"])
-def test_of_a_version_that_is_removed_meanwhile_the_next_one_is_read(
-    when, tmp_path, monkeypatch
-):
-    checkpoint.publish(tmp_path, state_of(1), max_to_keep=1)
-    said, read, left = [], _read.read, [True]
-
-    def reading(function, files, wanted):
-        if left and left.pop():
-            checkpoint.publish(tmp_path, state_of(2), max_to_keep=1)
-            if when == "opened":
-                raise ValueError("as if it had not been complete")
-        return read(function, files, wanted)
-
-    monkeypatch.setattr(_read, "read", reading)
-    published = checkpoint.watch(tmp_path, PARAMS, report=said.append).poll()
-    assert numbers(published.params) == {published.version}
-    assert published.version == 2 or when == "read"
-    assert said == [] and versions(tmp_path) == ["2"]
 
 
 def test_what_a_dead_publisher_left_is_removed(tmp_path):
@@ -383,26 +170,6 @@ def test_what_a_dead_publisher_left_is_removed(tmp_path):
     assert versions(tmp_path) == ["3", "4", "5"]  # 3 has no record: it may be anybody's
 
 
-def test_closing_ends_the_iteration_of_another_thread(tmp_path):
-    checkpoint.publish(tmp_path, state_of(1))
-    watching, seen = checkpoint.watch(tmp_path, PARAMS, poll_seconds=30), []
-
-    def follow():
-        seen.extend(published.version for published in watching)
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    while not seen and thread.is_alive():
-        time.sleep(0.01)
-        if watching._last is not None:
-            break
-    watching.close()
-    thread.join(timeout=10)
-    assert not thread.is_alive() and seen == [1]
-    with pytest.raises(StopIteration):
-        next(watching)
-
-
 def test_what_is_no_version_stays(tmp_path):
     checkpoint.save(tmp_path / "3", state_of(1))
     (tmp_path / "7" / "mine").mkdir(parents=True)
@@ -410,19 +177,6 @@ def test_what_is_no_version_stays(tmp_path):
     for number in (8, 9):
         assert checkpoint.publish(tmp_path, state_of(1), max_to_keep=1) == number
     assert versions(tmp_path) == ["3", "7", "9", "mine.removed"]
-
-
-def test_a_version_that_goes_while_it_is_looked_at_is_none(tmp_path, monkeypatch):
-    checkpoint.publish(tmp_path, state_of(1))
-    watching = checkpoint.watch(tmp_path, PARAMS)
-
-    def gone(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(_watch, "is_complete", gone)
-    assert watching.poll() is None
-    monkeypatch.undo()
-    assert watching.poll().version == 1
 
 
 WRONG = {

@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.training.checkpoints import restore_checkpoint, save_checkpoint
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1
 from records import edit, record_of
@@ -127,6 +128,11 @@ def test_a_part_of_a_tree_may_be_served(tmp_path):
             ({"batch_stats/more/value": NEW["more"]["value"]}, "batch_stats/more/value"),
             ({"batch_stats/bn": NEW["bn"]}, "batch_stats/bn"),
             ({"batch_stats/count": 8}, "batch_stats/count"),
+            (
+                {"batch_stats/more": {"value": NEW["more"]["value"]}},
+                "batch_stats/more/value",
+            ),
+            ({"batch_stats/bn/mean/value": NEW["bn"]["mean"]}, "batch_stats/bn/mean"),
         ]
     ):
         path = tmp_path / str(i)
@@ -155,6 +161,9 @@ def test_nnx_statistics_inside_of_the_model(tmp_path):
     stats = jax.tree.map(lambda x: x + 7, nnx.state(model, nnx.BatchStat))
     checkpoint.save(tmp_path / "c", state, served={"model": stats})
     assert_same(checkpoint.restore(tmp_path / "c", abstract(state)), state)
+    some = nnx.state(model, nnx.Param)
+    got = checkpoint.load_averaged(tmp_path / "c", at="model", target=some)
+    assert jax.tree.structure(got) == jax.tree.structure(some)
     served = checkpoint.load_averaged(tmp_path / "c", target=nnx.state(model))
     assert_same(served["norm"]["mean"], stats["norm"]["mean"])
     average = emaopt.get_average(state["optimizer"]["opt_state"])
@@ -212,6 +221,26 @@ def test_average_convert_and_export_take_it_as_it_is_asked_for(tmp_path):
         np.testing.assert_array_equal(load_file(out)["mean"], tree["bn"]["mean"])
         words = {"served": "what is served beside the averages"}
         assert said == words.get(weights, "the raw parameters")
+
+
+def test_it_goes_with_the_average_that_a_name_chooses(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, as_dict(), served={"batch_stats": NEW})
+    got = checkpoint.load_averaged(path, name="averaging", at="batch_stats", target=NEW)
+    assert_same(got, NEW)
+    with pytest.raises(ValueError, match="no average under the name 'no'"):
+        checkpoint.load_averaged(path, name="no", at="batch_stats")
+
+
+def test_its_raw_values_are_raw_where_they_stand(tmp_path):
+    checkpoint.save(tmp_path / "c", as_dict(), served={"batch_stats": NEW})
+    at, out = "opt_state/averaging/beside/batch_stats", tmp_path / "out.safetensors"
+    for weights in (None, "raw"):
+        said = checkpoint.export_safetensors(
+            tmp_path / "c", out, weights=weights, at=at, force=True
+        )
+        assert said == "the raw parameters"
+        assert load_file(out)["bn/mean"].tolist() == OWN["bn"]["mean"].tolist()
 
 
 def test_inspect_says_what_goes_with_the_averages(tmp_path):
@@ -381,6 +410,12 @@ def test_swap_state_and_metadata_are_doors_of_ones_own(tmp_path):
     assert_same(checkpoint.restore(tmp_path / "e", state), state)
     with pytest.raises(ValueError, match="raw values beside it"):
         emaopt.swap(swapped["params"], swapped["opt_state"])
+    with pytest.raises(ValueError, match=r"restore: the target is swapped, .* as it is"):
+        checkpoint.restore(tmp_path / "d", swapped)
+    # A reader that drops what its target has no place for needs the same target.
+    save_checkpoint(tmp_path / "flax", lean, 1)
+    back = restore_checkpoint(tmp_path / "flax", lean)
+    assert_same(checkpoint.swap_state(back), checkpoint.swap_state(lean))
 
 
 # What holds an average
@@ -458,6 +493,14 @@ def test_the_item_of_another_average_does_not_matter_to_it(tmp_path):
     assert_same(back, part)
 
 
+def test_a_tuple_of_parameters_and_an_average_is_no_chain(tmp_path):
+    tx = emaopt.average_params(0.5)
+    state = (PARAMS, tx.init(PARAMS), OWN)
+    checkpoint.save(tmp_path / "c", state, params="0", served={"2": NEW})
+    assert_same(checkpoint.restore(tmp_path / "c", state, params="0"), state)
+    assert_same(checkpoint.load_averaged(tmp_path / "c", at="2", target=NEW), NEW)
+
+
 def test_it_goes_with_the_average_that_is_served_and_no_other(tmp_path):
     mask = {"w": True, "stats": False}
     averages = [
@@ -503,10 +546,17 @@ def test_modules_of_nnx_are_taken_as_their_states(module, tmp_path):
 def test_local_updates_serve_statistics_of_the_center(axis, tmp_path):
     tx = emaopt.diloco(optax.sgd(0.1), period=2, num_workers=4)
     params = {"w": jnp.ones((4, 3))}
-    own = {"mean": jnp.arange(8.0).reshape(4, 2)}
+    own = {"mean": jnp.arange(8.0).reshape(4, 2), "n": jnp.arange(4)}
     state = {"params": params, "opt_state": tx.init(params), "batch_stats": own}
     new = {"mean": jnp.full((4, 2) if axis else (2,), 9.0)}
+    new["n"] = jnp.full((4,) if axis else (), 9)
     checkpoint.save(tmp_path / "c", state, served={"batch_stats": new})
+    assert checkpoint.describe(tmp_path / "c").beside == ["batch_stats"]
+    assert_same(checkpoint.load_averaged(tmp_path / "c", at="batch_stats"), new)
+    for shape in ((3, 2), (4, 4, 2), (1, 4, 2)):
+        with pytest.raises(ValueError, match=r"\(4, 2\)"):
+            wrong = {"batch_stats/mean": jnp.zeros(shape)}
+            checkpoint.save(tmp_path / "d", state, served=wrong)
     assert_same(checkpoint.restore(tmp_path / "c", state), state)
     assert_same(plainly(tmp_path / "c")["batch_stats"], new)
     fewer = emaopt.diloco(optax.sgd(0.1), period=2, num_workers=2)
@@ -543,6 +593,7 @@ WRONG = {
     },
     "average": {"opt_state/averaging/pending": 1.0, "match": "belongs to the optimizer"},
     "shape": {"batch_stats/half": jnp.zeros(3, jnp.bfloat16), "match": r"\(3,\), in the"},
+    "axis": {"batch_stats/bn/mean": jnp.zeros((1, 3)), "match": r"\(1, 3\), in the"},
     "rows": {"batch_stats/more/value": jnp.zeros((2, 2)), "match": r"\(2, 2\), in the"},
     "kind": {"batch_stats/half": jnp.zeros(2, int), "match": "is integer of shape"},
     "root": {"": OWN, "match": "its keys say where"},
@@ -582,6 +633,7 @@ DAMAGES = {
     "none": lambda r: r.pop("beside"),
     "older": lambda r: r.update(version=3),
     "no names": lambda r: r.update(beside="batch_stats"),
+    "no text": lambda r: r.update(beside=[1]),
     "other": lambda r: r.update(beside=[["batch_stats", "no"]]),
 }
 

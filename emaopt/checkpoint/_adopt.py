@@ -113,7 +113,7 @@ def adopt(
         check_number("adopt", "elapsed", elapsed, 0)
     check_callable("adopt", "report", report, 1)
     files = _sources.open_source("adopt", source, layout=layout)
-    plain, _ = _trees.raw(_trees.plain(target), params)
+    plain, _ = _trees.raw("adopt", _trees.plain(target), params)
     if center_nodes(plain):
         raise ValueError(
             "adopt: the target has local updates. Adopt into the state of their inner "

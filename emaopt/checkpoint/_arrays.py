@@ -278,13 +278,17 @@ def of_number(number: int, plan: Plan) -> np.ndarray | jax.Array:
 
 def is_cast_whole(leaf: DiskArray, plan: Plan) -> bool:
     """Whether this process reads all of an array, in another dtype than it was saved."""
+    if plan.dtype == leaf.dtype or plan.shape != leaf.shape:
+        return False
     whole = tuple((0, n) for n in leaf.shape)
-    return plan.dtype != leaf.dtype and set(_parts(plan).values()) == {whole}
+    alone = isinstance(plan, np.ndarray) or plan.sharding.is_fully_addressable
+    return alone or set(_parts(plan).values()) == {whole}
 
 
 def placed(plan: Plan, array: np.ndarray) -> np.ndarray | jax.Array:
     """A whole array in the dtype of a plan, on the devices that it names."""
-    return _placed(plan, {part: array for part in _parts(plan).values()})
+    parts = set(_parts(plan).values())
+    return _placed(plan, {p: array[tuple(slice(*one) for one in p)] for p in parts})
 
 
 def _placed(plan: Plan, arrays: dict[Part, np.ndarray]) -> np.ndarray | jax.Array:

@@ -85,7 +85,9 @@ def averages_at(
         return Averaged(prefix, set(places), places)
     beside = files.marker.beside if files.marker else frozenset()
     # Of a tree that goes with the averages, and has none of its own.
-    if name is None and way and any(is_below(n, way) for n in beside):
+    nodes = served_nodes(_files.whole_tree(files), name)
+    ours = name is None or any(one.average in nodes for one in _served(files))
+    if ours and way and any(is_below(n, way) for n in beside):
         if not any(_related(way, one) for one in _served(files)):
             places = {n[len(way) :]: n for n in present if is_below(n, way)}
             return Averaged(way, set(places), places)
@@ -203,7 +205,9 @@ def refuse_averages(function: str, files: _files.Files, at: str, way: Names) -> 
                 "Say with at= where the parameters stand.",
                 "Say with --at where the parameters stand.",
             )
-    return any(one.served and is_below(way, one.inside) for one in _everything(files))
+    raw = [one.inside for one in _everything(files) if one.served]
+    raw += [files.marker.raw_beside] if files.marker else []
+    return any(is_below(way, inside) for inside in raw)
 
 
 def _everything(files: _files.Files) -> list[Average]:

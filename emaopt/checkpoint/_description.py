@@ -2,13 +2,12 @@
 
 import glob
 import math
-from collections import Counter
 from typing import NamedTuple
 
 from etils import epath
 
+from emaopt._beside import whole_trees
 from emaopt._checks import check_text
-from emaopt._names import Names
 from emaopt._paths import check_readable
 from emaopt._profiles import decay_of
 from emaopt._types import DecayLike, Json, Path
@@ -133,20 +132,11 @@ def describe(path: Path, *, at: str | None = None) -> Description:
 
 def _beside(files: _files.Files) -> list[str]:
     """The names of what is served beside averages: of trees, where it is all of them."""
-    if files.marker is None:
-        return []
-
-    def ways(names: Names) -> list[Names]:
-        return [names[:i] for i in range(1, len(names) + 1)]
-
     present = _files.all_leaves(files).keys()
-    beside = files.marker.beside & present  # an item may be missing
-    there = Counter(way for names in present for way in ways(names))
-    ours = Counter(way for names in beside for way in ways(names))
-    whole = {
-        next(way for way in ways(names) if ours[way] == there[way]) for names in beside
-    }
-    return sorted(map("/".join, whole))
+    if files.combination:
+        return sorted(map("/".join, files.combination.get("beside", ())))
+    beside = files.marker.beside & present if files.marker else ()  # items may be missing
+    return sorted(map("/".join, whole_trees(beside, present)))
 
 
 def _summary(decay: DecayLike, updates: int, debias: bool) -> WeightSummary | None:

@@ -10,11 +10,10 @@ import numpy as np
 
 from emaopt._checks import check_dtype
 from emaopt._combination import add, weighted_sum
-from emaopt._names import own_values
+from emaopt._names import nested, own_values
 from emaopt._types import DTypeLike, Json, Path, Report
 from emaopt.checkpoint import _files, _orbax, _replacement, _selection, _stream, _trees
 from emaopt.checkpoint._files import Names
-from emaopt.checkpoint._formats import nested
 from emaopt.checkpoint._selection import Weights
 
 PREFIX = ("params",)  # where the leaves of a copy stand

@@ -3,11 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from emaopt._names import Names, Unknown, is_below, split
+from emaopt._names import Names, Unknown, is_below, nested, split
 from emaopt._states import AVERAGE
 from emaopt.checkpoint import _files
 from emaopt.checkpoint._files import listed
-from emaopt.checkpoint._formats import nested
 from emaopt.checkpoint._renaming import by, refuse_clashes
 
 

@@ -6,7 +6,7 @@ still at them.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from emaopt._beside import check_served
+from emaopt._beside import check_served, names_beside, whole_trees
 from emaopt._checks import (
     check_integer,
     check_json,
 )
-from emaopt._names import is_below, joined, num_common, split
+from emaopt._names import is_below, joined, nested, num_common
 from emaopt._optimizer_states import Tree
 from emaopt._output import is_url, naming
 from emaopt._paths import check_writable
@@ -29,7 +29,6 @@ from emaopt.checkpoint import (
     _checksums,
     _completion,
     _files,
-    _formats,
     _merge,
     _record,
     _replacement,
@@ -106,9 +105,11 @@ def publish(
     ways = [place.params for place in places if place.pairs]
     if not ways:
         raise ValueError(f"{function}: every parameter is masked out of the average.")
-    more = [split(key) for key in served or ()]
-    more = [w for w in more if not any(is_below(w, p) or is_below(p, w) for p in ways)]
-    tree = _parts(state, [*ways, *more])
+    whole = Tree(state)
+    beside = [n for place in places for n in names_beside(state, place.average)]
+    more = whole_trees(beside, whole.position)
+    parts = {way: whole.node(way) for way in sorted(more.union(ways))}
+    tree = nested({way: x for way, x in parts.items() if not _is_inside(way, parts)})
     tree = jax.tree.map(lambda leaf: _cast(leaf, cast), tree)
     place = _files.absolute(directory)
 
@@ -120,7 +121,7 @@ def publish(
     kind = "center" if places[0].field == "center" else "averages"
     record = {
         "params": list(_shared(ways)),
-        "beside": [list(way) for way in more],
+        "beside": [list(way) for way in sorted(more)],
         "weights": f"the {kind} of {', '.join(joined(p.average) for p in places)}",
         "checkpoints": [],
         "coefficients": [],
@@ -139,7 +140,11 @@ def publish(
                 written, stored, custom_metadata={**(custom_metadata or {}), **metadata}
             )
             checkpointer.wait_until_finished()
-    _replacement.by_the_first(lambda: _remove_old(place, version, max_to_keep), place)
+
+    def remove() -> None:
+        _replacement.in_turn(path, lambda: _remove_old(place, version, max_to_keep))
+
+    _replacement.by_the_first(remove, place)
     return version
 
 
@@ -155,11 +160,9 @@ def _shared(ways: Sequence[Names]) -> Names:
     return ways[0][: min(num_common(ways[0], way) for way in ways)]
 
 
-def _parts(state: PyTree, ways: Sequence[Names]) -> dict[str, Any]:
-    """The parts of a state at some places, in nested dicts."""
-    tree = Tree(state)
-    outer = {way for way in ways if not any(is_below(way, w) and way != w for w in ways)}
-    return _formats.nested({way: tree.node(way) for way in sorted(outer)})
+def _is_inside(way: Names, ways: Iterable[Names]) -> bool:
+    """Whether a way leads below another one of several."""
+    return any(way != other and is_below(way, other) for other in ways)
 
 
 def numbered(directory: epath.Path) -> dict[int, epath.Path]:
@@ -168,10 +171,6 @@ def numbered(directory: epath.Path) -> dict[int, epath.Path]:
         return {}
     found = {int(p.name): p for p in directory.iterdir() if p.name.isdecimal()}
     return dict(sorted(found.items()))
-
-
-def is_complete(path: epath.Path) -> bool:
-    return (path / STEP).exists() and _completion.unfinished(path) is None
 
 
 def _is_published(path: epath.Path) -> bool:
@@ -184,7 +183,7 @@ def _remove_old(directory: epath.Path, version: int, max_to_keep: int) -> None:
     before = {n: p for n, p in numbered(directory).items() if n <= version}
     # Whatever else has a number, such as a step of a run, is not ours.
     before = {n: p for n, p in before.items() if _is_published(p)}
-    kept = [n for n, path in before.items() if is_complete(path)][-max_to_keep:]
+    kept = [n for n, path in before.items() if _replacement.complete(path)][-max_to_keep:]
     for path in [path for n, path in before.items() if n < kept[0]]:
         if is_url(directory):  # a rename would copy it there
             path.rmtree(missing_ok=True)

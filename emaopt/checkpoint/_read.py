@@ -80,7 +80,8 @@ def _read(
     # A 32nd of all bytes at a time, but never less than the largest array.
     limit = max([sum(sizes) // 32, MIN_IN_FLIGHT, *sizes])
     # A checksum is of the saved dtype. If all of an array is read, to be cast, it is read
-    # as it was saved, checked, and then cast. Parts of an array are cast unchecked.
+    # as it was saved, checked, and then cast. What other processes read parts of, too, is
+    # cast unchecked.
     raw = {
         names: np.empty(leaf.shape, leaf.dtype)
         for names, (leaf, plan) in here.items()

@@ -259,6 +259,7 @@ _COMBINATION = {  # beside what the callers add
     "version": (_is_count, True),
     "params": (_is_names, True),
     "weights": (_is_text, True),
+    "beside": (_all(_is_names), False),
     "values": (_is_values, False),
     "checksums": (_all(_is_checksum), False),
 }

@@ -80,7 +80,7 @@ def taking_place(
         if not force:
             yield path
             return
-        settle(path, report)
+        settle(function, path, report)
         written = _replacement(path)
         by_the_first(lambda: written.rmtree(missing_ok=True), path)  # a kill left it
         yield written
@@ -102,7 +102,7 @@ def taking_place(
         own = path.with_name(by_the_first(make, path))
         try:
             if force:
-                settle(path, report)
+                settle(function, path, report)
             yield (written := own / path.name)
             _take_place(function, path, written, force)
         except BaseException:
@@ -186,7 +186,8 @@ def _aside(path: epath.Path) -> epath.Path:
     return path.with_name(path.name + ".replaced")
 
 
-def _complete(path: epath.Path) -> bool:
+def complete(path: epath.Path) -> bool:
+    """Whether a whole checkpoint stands at a path."""
     there = any((path / mark).exists() for mark in (STEP, ITEM))
     return there and _completion.unfinished(path) is None
 
@@ -200,7 +201,7 @@ def standing(path: epath.Path) -> epath.Path | None:
     if path.exists():
         return path
     # In this order: the replacement was complete before `path` was moved aside.
-    return next(filter(_complete, (_replacement(path), _aside(path))), None)
+    return next(filter(complete, (_replacement(path), _aside(path))), None)
 
 
 def identity(path: epath.Path) -> Identity:
@@ -280,7 +281,7 @@ def take_up(path: epath.Path) -> None:
     _taken_up.add(os.fspath(followed(path)))
 
 
-def settle(path: epath.Path, report: Report) -> None:
+def settle(function: str, path: epath.Path, report: Report) -> None:
     """Settles what an earlier run left beside `path`, before a save replaces it.
 
     If nothing complete stands at `path`, a complete checkpoint beside it is kept. If this
@@ -289,8 +290,8 @@ def settle(path: epath.Path, report: Report) -> None:
     """
 
     def act() -> None:
-        beside = [p for p in (_replacement(path), _aside(path)) if _complete(p)]
-        if not beside or _complete(path):
+        beside = [p for p in (_replacement(path), _aside(path)) if complete(p)]
+        if not beside or complete(path):
             return
         newest = beside[0]
         if not path.exists() and os.fspath(path) in _taken_up:
@@ -298,14 +299,14 @@ def settle(path: epath.Path, report: Report) -> None:
             return
         newest.rename(kept := _free(path))
         report(
-            f"save: {newest} was complete, but had not taken the place of {path} and was "
-            f"not restored by this run; it is kept as {kept}."
+            f"{function}: {newest} was complete, but had not taken the place of {path} "
+            f"and was not restored by this run; it is kept as {kept}."
         )
 
-    by_the_first(lambda: _in_turn(path, act), path)
+    by_the_first(lambda: in_turn(path, act), path)
 
 
-def _in_turn(path: epath.Path, act: Callable[[], T]) -> T:
+def in_turn(path: epath.Path, act: Callable[[], T]) -> T:
     """Acts on what stands at a path and beside it while no other process does."""
     if is_url(path):
         return act()
@@ -350,7 +351,7 @@ def _take_place(
 
     # The exception of a signal between two renames would leave nothing at the path.
     with undisturbed():
-        by_the_first(lambda: _in_turn(path, act), path)
+        by_the_first(lambda: in_turn(path, act), path)
     # What another process leaves beside the path from now on has not been read.
     _taken_up.discard(os.fspath(path))
 
@@ -373,5 +374,5 @@ def by_the_first(act: Callable[[], object], path: epath.Path) -> str:
     if failed is not None:
         raise failed
     if not text.startswith("="):
-        raise OSError(f"save: the first process failed at {path}: {text}")
+        raise OSError(f"the first process failed at {path}: {text}")
     return text[1:]

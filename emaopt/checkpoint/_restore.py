@@ -44,7 +44,7 @@ def restored(
     """
     for way in [scope] if scope else {names[:1] for names in names_of(target)}:
         files.refuse_without_raw(function, way)
-    plain, swapped = _trees.raw(_trees.plain(target), params)
+    plain, swapped = _trees.raw(function, _trees.plain(target), params)
     logical, present = _files.logical_names(files), _files.all_leaves(files)
     saved = {name: present[there] for name, there in logical.items()}
     targets = names_of(plain)

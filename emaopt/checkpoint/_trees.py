@@ -10,7 +10,13 @@ from etils import epath
 
 from emaopt._beside import Served, names_beside, put, served_values
 from emaopt._names import joined, key_name, own_values, path_leaves
-from emaopt._nodes import average_nodes, center_nodes, served_nodes, swapped_nodes
+from emaopt._nodes import (
+    average_nodes,
+    beside_of,
+    center_nodes,
+    served_nodes,
+    swapped_nodes,
+)
 from emaopt._places import Choice, Place, Ways, located, located_at, placed, shape_of
 from emaopt._swap import exchange
 from emaopt._types import Json, Leaf, PyTree
@@ -67,10 +73,19 @@ def _refuse_mixed_keys(function: str, state: PyTree) -> None:
                 )
 
 
-def raw(state: PyTree, params: Ways) -> tuple[PyTree, list[tuple[Names, Names]]]:
+def raw(
+    function: str, state: PyTree, params: Ways
+) -> tuple[PyTree, list[tuple[Names, Names]]]:
     """The state with its raw parameters, and the swapped pairs (average, parameters)."""
-    found = list(swapped_nodes(state))
-    places = [located_at("restore", state, names, params) for names in found]
+    found = swapped_nodes(state)
+    for names, node in found.items():
+        if beside_of(node):
+            raise ValueError(
+                f"{function}: the target is swapped, and has raw values of what else is "
+                f"served beside the average at {joined(names)}. Pass the state as it is: "
+                "swap_state, called on it once more, gives it back."
+            )
+    places = [located_at(function, state, names, params) for names in found]
     return exchange(state, places), [(p.average, p.params) for p in places]
 
 

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
-from emaopt._beside import check_served
+from emaopt._beside import check_served, leaves_below
 from emaopt._checks import check_callable, check_number
 from emaopt._names import is_below, joined, leaves_with_keys, split
 from emaopt._paths import check_readable
@@ -26,12 +26,11 @@ from emaopt.checkpoint import (
     _read,
     _record,
     _replacement,
-    _restore,
     _trees,
 )
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._orbax import CUSTOM, STEP
-from emaopt.checkpoint._publish import is_complete, numbered
+from emaopt.checkpoint._publish import numbered
 
 _log_warning = logging.getLogger("emaopt").warning
 _ATTEMPTS = 5  # to read a version that may be removed meanwhile, or is damaged
@@ -126,7 +125,9 @@ class Watch:
         """The newest version that is not known to be damaged."""
         for path in reversed(numbered(self._directory).values()):
             try:
-                found = _replacement.identity(path) if is_complete(path) else None
+                found = (
+                    _replacement.identity(path) if _replacement.complete(path) else None
+                )
             except OSError:  # removed while it was looked at
                 continue
             if found and self._failures.get(found, 0) < _ATTEMPTS:
@@ -138,51 +139,50 @@ class Watch:
         if files.combination is None:
             raise _Misfit(f"watch: {path} was not published by checkpoint.publish.")
         params = tuple(files.combination["params"])
-        wanted = {params: self._like}
-        wanted |= {split(key): like for key, like in self._served.items()}
-        plans: dict[Names, tuple[Names, Leaf]] = {}
-        likes: dict[Names, _Like] = {}
+        trees = {key: (split(key), like) for key, like in self._served.items()}
+        trees[""] = params, self._like
         # Here, so that a damaged file does not pass for another shape.
         with _files.explained("watch", path):
             _arrays.open_all(
                 leaf
                 for names, leaf in files.saved.items()
-                if any(is_below(names, way) for way in wanted)
+                if any(is_below(names, way) for way, _ in trees.values())
             )
-        beside = [tuple(one) for one in files.combination.get("beside", ())]
-        for way, tree in wanted.items():
-            there = {n for n in files.saved if is_below(n, way)}
-            if way == params:
-                there = {n for n in there if not any(is_below(n, w) for w in beside)}
-            own = {way + n: leaf for n, leaf in _restore.below_a_key(tree).items()}
-            full = {n: leaf for n, leaf in own.items() if not _trees.is_empty(leaf.plan)}
+        ways = [tuple(one) for one in files.combination.get("beside", ())]
+        beside = {n for n in files.saved if any(is_below(n, way) for way in ways)}
+        plans: dict[Names, tuple[Names, Leaf]] = {}  # what to read, by key and name
+        likes: dict[Names, _Like] = {}
+        for key, (way, tree) in trees.items():
+            own = dict(leaves_below(way, tree, files.saved))
+            full = {n: x.plan for n, x in own.items() if not _trees.is_empty(x.plan)}
+            there = {n: leaf for n, leaf in files.saved.items() if is_below(n, way)}
+            if not key:  # `like` may leave out what goes with the parameters
+                there = {n: x for n, x in there.items() if n in own or n not in beside}
+            elif is_below(params, way):  # the parameters are for `like`
+                there = {n: x for n, x in there.items() if n in beside}
             try:
-                _match.check_fit(
-                    "watch",
-                    path,
-                    {n: leaf.plan for n, leaf in full.items()},
-                    {n: files.saved[n] for n in there},
-                )
+                _match.check_fit("watch", path, full, there)
             except ValueError as error:
                 raise _Misfit(str(error)) from None
-            likes |= own
-            plans |= {n: (n, leaf.plan) for n, leaf in full.items()}
+            likes |= {(key, *n): like for n, like in own.items()}
+            plans |= {(key, *n): (n, plan) for n, plan in full.items()}
         values = _read.read("watch", files, plans)
         # One after the other, so that an array of NumPy's goes when its copy is there.
         made = {
             n: like.made(values.pop(n) if n in values else _trees.zeros(like.plan))
             for n, like in likes.items()
         }
-
-        def filled(way: Names, tree: PyTree) -> PyTree:
-            leaves = [made[way + n] for n in _restore.below_a_key(tree)]
-            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
+        filled = {
+            key: jax.tree.unflatten(
+                jax.tree.structure(tree), [x for n, x in made.items() if n[0] == key]
+            )
+            for key, (_, tree) in trees.items()
+        }
         custom = _completion.json_of(path / STEP).get(CUSTOM) or {}
         return Published(
             int(path.name),
-            filled(params, self._like),
-            {key: filled(split(key), like) for key, like in self._served.items()},
+            filled.pop(""),
+            filled,
             {k: value for k, value in custom.items() if k != _record.RECORD},
             str(path),
         )
@@ -242,13 +242,15 @@ def watch(
     check_served("watch", served)
     check_number("watch", "poll_seconds", poll_seconds, 0, above=True)
     check_callable("watch", "report", report, 1)
-    for names, leaf in leaves_with_keys({"like": like, **(served or {})}):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, Sharding) and not sharding.is_fully_addressable:
-            raise ValueError(
-                f"watch: {joined(names)} spans several processes, which would have to "
-                "take the same version. Give each process arrays of its own devices."
-            )
+    for argument, tree in (("like", like), ("served", served or {})):
+        for names, leaf in leaves_with_keys({argument: tree}):
+            place = getattr(leaf, "sharding", None)
+            if isinstance(place, Sharding) and not place.is_fully_addressable:
+                raise ValueError(
+                    f"watch: {joined(names)} spans several processes, which would have "
+                    "to take the same version. Give each process arrays of its own "
+                    "devices."
+                )
     return Watch(directory, like, served or {}, poll_seconds, report)
 
 
@@ -258,29 +260,47 @@ class _Misfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class _Like:
-    """What an array is to be like."""
+    """What a leaf is to be like; to jit, each difference is another kind of argument."""
 
     plan: Leaf  # what to read it as
-    placed: bool  # False: as an array for which no device was chosen
-    weak: bool  # whether its dtype gives way to others, as that of Python's numbers
+    scalar: type[Any] | None = None  # of a scalar of NumPy's, its type
+    weak: bool = False  # whether its dtype gives way to others, as that of a number
+    # The sharding of an array that has one without having been put there (`committed`).
+    free: Sharding | None = None
+    # Of a typed key that is free, what it is an algorithm of.
+    impl: Any = None
 
     def made(self, value: Leaf) -> Leaf:
         """The value that was read, as it is wanted."""
-        if self.placed:
-            return value
-        # To jit, an array for which a device was chosen is another kind of argument.
-        array = jax.device_put(value)
-        if self.weak and array.ndim == 0:
-            number = jnp.asarray(array.item())
-            return number if number.dtype == array.dtype else array
-        return array
+        if self.scalar is not None:
+            return self.scalar(value)
+        if self.free is not None:
+            with jax.default_device(next(iter(self.free.device_set))):
+                if self.impl is not None:
+                    bits = jnp.asarray(np.asarray(jax.random.key_data(value)))
+                    return jax.random.wrap_key_data(bits, impl=self.impl)
+                return _weak(value) if self.weak else jax.device_put(value)
+        return jax.device_put(_weak(value), value.sharding) if self.weak else value
+
+
+def _weak(array: Leaf) -> jax.Array:
+    """The array as one that gives way to other dtypes, as Python's numbers do."""
+    zeros = jnp.full(array.shape, array.dtype.type(0).item())
+    # With x64 this may be of 64 bits, and no array of 32 gives way there.
+    return jnp.asarray(array) if zeros.dtype != array.dtype else zeros.at[...].set(array)
 
 
 def _likeness(leaf: Leaf) -> _Like:
-    free = isinstance(leaf, jax.Array) and not leaf.committed
-    # Arrays for the reading that nobody writes to take no memory.
-    if free and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return _Like(np.empty(leaf.shape, leaf.dtype), False, leaf.weak_type)
+    # Arrays of NumPy's that nobody writes to take no memory.
+    if isinstance(leaf, np.generic):
+        return _Like(np.empty((), leaf.dtype), scalar=type(leaf))
     if isinstance(leaf, np.ndarray):
-        return _Like(np.empty(leaf.shape, leaf.dtype), True, False)
-    return _Like(_trees.as_plan(leaf), True, False)
+        return _Like(np.empty(leaf.shape, leaf.dtype))
+    if not isinstance(leaf, jax.Array):
+        return _Like(_trees.as_plan(leaf))
+    free = None if leaf.committed else leaf.sharding
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        impl = None if free is None else jax.random.key_impl(leaf)
+        return _Like(_trees.as_plan(leaf), free=free, impl=impl)
+    plan = _trees.as_plan(leaf) if free is None else np.empty(leaf.shape, leaf.dtype)
+    return _Like(plan, weak=leaf.weak_type, free=free)

@@ -19,10 +19,10 @@ from emaopt.checkpoint._formats import (
     _tensorflow,
     _zarr,
 )
-from emaopt.checkpoint._formats._trees import Opened, nested
+from emaopt.checkpoint._formats._trees import Opened
 from emaopt.checkpoint._found import LAYOUTS
 
-__all__ = ["Format", "Opened", "found", "nested"]
+__all__ = ["Format", "Opened", "found"]
 
 _PICKLES = [bytes([0x80, protocol]) for protocol in range(2, 6)]
 

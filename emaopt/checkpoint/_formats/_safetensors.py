@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from emaopt._names import Names
+from emaopt._names import Names, nested
 from emaopt._types import Json
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._formats import _bytes
-from emaopt.checkpoint._formats._trees import Opened, nested, split_names
+from emaopt.checkpoint._formats._trees import Opened, split_names
 from emaopt.checkpoint._found import Found
 
 KINDS = {  # the format's names of dtypes

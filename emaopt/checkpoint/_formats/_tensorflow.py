@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from emaopt._names import Names, joined
+from emaopt._names import Names, joined, nested
 from emaopt.checkpoint._arrays import DiskArray
-from emaopt.checkpoint._formats._trees import Opened, nested
+from emaopt.checkpoint._formats._trees import Opened
 from emaopt.checkpoint._found import Found
 
 AVERAGE = "ExponentialMovingAverage"

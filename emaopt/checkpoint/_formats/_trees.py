@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from emaopt._names import Names, joined
-from emaopt._types import Leaf, PyTree
+from emaopt._names import Names
+from emaopt._types import PyTree
 from emaopt.checkpoint._found import Found
 
 
@@ -18,26 +18,6 @@ class Opened(NamedTuple):
     shown: Mapping[Names, str] = MappingProxyType({})
     # Whether a last name "value" is the writer's, and not that of a variable of Flax's.
     has_values: bool = True
-
-
-def nested(leaves: Mapping[Names, Leaf]) -> PyTree:
-    """Nested dicts of leaves by name."""
-    tree: dict[str, Any] = {}
-    nodes: dict[Names, dict[str, Any]] = {(): tree}
-    for names, leaf in leaves.items():
-        for i in range(1, len(names)):
-            if names[:i] not in nodes:
-                parent = nodes[names[: i - 1]]
-                if names[i - 1] in parent:
-                    raise ValueError(
-                        f"{joined(names[:i])} is an array there, and {joined(names)} "
-                        "another one below it"
-                    )
-                nodes[names[:i]] = parent[names[i - 1]] = {}
-        if names in nodes:
-            raise ValueError(f"{joined(names)} is an array there, and has others below")
-        nodes[names[:-1]][names[-1]] = leaf
-    return tree
 
 
 def split_names(names: list[str]) -> list[Names]:

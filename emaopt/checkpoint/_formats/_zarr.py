@@ -13,10 +13,10 @@ import os
 import tensorstore as ts
 from etils import epath
 
-from emaopt._names import Names
+from emaopt._names import Names, nested
 from emaopt._output import is_url
 from emaopt.checkpoint._arrays import DiskArray, StoredArray
-from emaopt.checkpoint._formats._trees import Opened, nested
+from emaopt.checkpoint._formats._trees import Opened
 
 _STORE = "manifest.ocdbt"
 _ZARR, _ZARR3 = ".zarray", "zarr.json"
