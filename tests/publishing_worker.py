@@ -1,6 +1,6 @@
 """A publisher that is killed, and a reader that checks every number that it gets.
 
-    python publishing_worker.py publish DIRECTORY
+    python publishing_worker.py publish DIRECTORY  # or contend, for ten versions
     python publishing_worker.py read DIRECTORY
 
 Version n is full of numbers made from its metadata, and read ones are compared with
@@ -8,6 +8,8 @@ these. Both print a line for each version; the reader ends when a file DIRECTORY
 there.
 """
 
+import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -31,16 +33,19 @@ def weights(number):
     )
 
 
-def publish(directory):
-    number = 0
-    while True:
-        number += 1
+def publish(directory, most=None):
+    for number in itertools.count(1):
         params = jax.tree.map(jnp.asarray, weights(number))
         state = {"params": params, "opt_state": TX.init(params)}
-        version = checkpoint.publish(
-            directory, state, custom_metadata={"number": number}, max_to_keep=2
-        )
-        print(version, flush=True)
+        try:
+            said = checkpoint.publish(
+                directory, state, custom_metadata={"number": number}, max_to_keep=2
+            )
+        except ValueError as error:  # of another publisher
+            said = error
+        print(said, flush=True)
+        if number == most:
+            return
 
 
 def read(directory):
@@ -60,4 +65,6 @@ def read(directory):
 
 
 if __name__ == "__main__":
-    {"publish": publish, "read": read}[sys.argv[1]](Path(sys.argv[2]))
+    modes = {"publish": publish, "read": read}
+    modes["contend"] = functools.partial(publish, most=10)
+    modes[sys.argv[1]](Path(sys.argv[2]))

@@ -290,7 +290,6 @@ LAYERS = {
         "_types",
         "checkpoint",
         "checkpoint._files",
-        "checkpoint._formats",
         "checkpoint._selection",
     },
     "checkpoint._combinations": {
@@ -304,8 +303,8 @@ LAYERS = {
     },
     "checkpoint._timelines": {"_clock", "_names", "_types", "_weights", "checkpoint"},
     "checkpoint._description": {
+        "_beside",
         "_checks",
-        "_names",
         "_paths",
         "_profiles",
         "_types",
@@ -708,7 +707,6 @@ LAYERS = {
         "_states",
         "checkpoint",
         "checkpoint._files",
-        "checkpoint._formats",
         "checkpoint._renaming",
     },
     "_beside": {

@@ -1,6 +1,7 @@
-"""Published versions reach readers whole, in order, and as the reader's arrays are."""
+"""What is published, as which version, and what a publisher leaves behind."""
 
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import publishing_together
+import publishing_worker
 import pytest
+from etils import epath
 from flax import nnx
+from processes import Group
 from records import record_of
 from test_checkpoint import assert_same, trained_nnx
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import _publish, _replacement
 
 TX = emaopt.averaged(optax.adam(0.1), 0.5, zero_init=True)
 PARAMS = {
@@ -30,17 +36,24 @@ PARAMS = {
 
 
 def state_of(number=1.0, params=PARAMS, tx=TX):
-    """A state whose averages are `number` in every element."""
-    params = jax.tree.map(lambda x: jnp.full_like(x, number), params)
+    """A state whose averages are `number` in every element; keys stay."""
+    params = changed(lambda x: jnp.full_like(x, number), params)
     opt_state = emaopt.reset_average(tx.init(params), params)
-    params = jax.tree.map(lambda x: x - 9, params)
+    params = changed(lambda x: x - 9, params)
     return {"params": params, "opt_state": opt_state}
 
 
+def changed(change, tree):
+    return jax.tree.map(lambda x: x if is_key(x) else change(x), tree)
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def numbers(tree):
-    leaves = [
-        np.unique(np.asarray(x, np.float32)) for x in jax.tree.leaves(tree) if x.size
-    ]
+    leaves = [x for x in jax.tree.leaves(tree) if x.size and not is_key(x)]
+    leaves = [np.unique(np.asarray(x, np.float32)) for x in leaves]
     return set(np.concatenate(leaves).tolist())
 
 
@@ -108,6 +121,7 @@ def test_statistics_are_published_beside_the_parameters(tmp_path):
     assert_same(both.served, {"batch_stats": new})
     assert numbers(both.params) == {3}
     assert checkpoint.watch(tmp_path, PARAMS).poll().served == {}
+    assert checkpoint.describe(tmp_path / "1").beside == ["batch_stats"]
     with pytest.raises(ValueError, match="it lacks batch_stats/var"):
         checkpoint.watch(
             tmp_path, PARAMS, served={"batch_stats": new | {"var": new["mean"]}}
@@ -128,6 +142,70 @@ def test_an_nnx_model_with_its_statistics(tmp_path):
     )
 
 
+STATS = {"a": jnp.zeros(2), "b": {"c": jnp.zeros(3), "d": [jnp.zeros(1), jnp.zeros(4)]}}
+NEW = jax.tree.map(lambda x: x + 7, STATS)
+PARTS = {  # what is given as `served`, and what a reader gets by these keys
+    "nothing": {},
+    "no leaf": {"stats": {}},
+    "whole": {"stats": NEW},
+    "two keys": {"stats/a": NEW["a"], "stats/b": NEW["b"]},
+    "a part": {"stats": {"b": {"c": NEW["b"]["c"]}}},
+    "one of a list": {"stats/b": {"d": [None, NEW["b"]["d"][1]]}},
+    "above the parameters": {"": {"stats": NEW}},
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("served", PARTS.values(), ids=PARTS)
+def test_published_is_what_is_served_and_none_of_the_rest(served, swapped, tmp_path):
+    state = {"run": state_of(3) | {"stats": STATS, "other": jnp.ones(1)}}
+    served = {f"run/{way}".rstrip("/"): tree for way, tree in served.items()}
+    if swapped:
+        swapped = checkpoint.swap_state(state, served=served)
+        checkpoint.publish(tmp_path, swapped)
+    else:
+        checkpoint.publish(tmp_path, state, served=served)
+    got = checkpoint.watch(tmp_path, PARAMS, served=served).poll()
+    assert_same(got.served, served)
+    assert numbers(got.params) == {3}
+    with ocp.StandardCheckpointer() as orbax:
+        there = orbax.restore(tmp_path / "1")
+    leaves = len(jax.tree.leaves(PARAMS)) - 1 + len(jax.tree.leaves(served))
+    assert there.keys() == {"run"} and len(jax.tree.leaves(there)) == leaves
+
+
+def test_two_keys_may_be_read_as_one(tmp_path):
+    state = state_of(3) | {"stats": STATS}
+    served = {"stats": {"a": NEW["a"]}, "stats/b": NEW["b"]}
+    checkpoint.publish(tmp_path, state, served=served)
+    got = checkpoint.watch(tmp_path, PARAMS, served={"stats": NEW}).poll()
+    assert_same(got.served, {"stats": NEW})
+    assert checkpoint.describe(tmp_path / "1").beside == ["stats"]
+
+
+def test_what_the_average_leaves_out_may_be_served_among_the_parameters(tmp_path):
+    params = {"w": jnp.ones(2), "mean": jnp.zeros(3), "var": jnp.zeros(3)}
+    mask = {"w": True, "mean": False, "var": False}
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5, mask=mask)
+    new = {"mean": jnp.full(3, 7.0)}
+    state = {"params": params, "opt_state": tx.init(params)}
+    checkpoint.publish(tmp_path, state, served={"params": new})
+    want = params | new
+    assert_same(checkpoint.watch(tmp_path, params).poll().params, want)
+    rest = {name: params[name] for name in ("w", "var")}
+    both = checkpoint.watch(tmp_path, rest, served={"params": new}).poll()
+    assert_same(both.params, rest)
+    assert_same(both.served, {"params": new})
+
+
+def test_typed_keys_and_counts_keep_their_kinds(tmp_path):
+    state = state_of(1) | {"rng": jax.random.key(0), "count": jnp.int32(1)}
+    new = {"rng": jax.random.key(1), "count": jnp.int32(5)}
+    checkpoint.publish(tmp_path, state, served=new, dtype=jnp.bfloat16)
+    got = checkpoint.watch(tmp_path, PARAMS, served=new).poll().served
+    assert_same(got, new)
+
+
 def test_several_averages_are_one_version(tmp_path):
     params = {"actor": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(3)}}
     state = {"nets": {n: {"params": x, "lr": jnp.ones(1)} for n, x in params.items()}}
@@ -146,9 +224,65 @@ def test_the_center_of_local_updates(tmp_path):
     checkpoint.publish(tmp_path, {"params": params, "opt_state": tx.init(params)})
     got = checkpoint.watch(tmp_path, {"w": jnp.zeros(3)}).poll()
     assert_same(got.params, {"w": jnp.ones(3)})
+    assert checkpoint.describe(tmp_path / "1").served == "the center of opt_state"
 
 
-# What goes wrong
+# Several publishers, and those that die
+
+
+def test_of_two_publishers_at_once_one_is_told_of_the_other(tmp_path):
+    """Nothing but complete versions and clear errors."""
+    said = []
+    for publisher in [run("contend", tmp_path) for _ in range(2)]:
+        said += publisher.communicate(timeout=120)[0].splitlines()
+        assert publisher.returncode == 0
+    done = sorted(int(line) for line in said if line.isdecimal())
+    for line in said:
+        assert line.isdecimal() or re.match("publish: .* exist", line)
+    assert len(said) == 20 and len({*done}) == len(done) >= 10
+    assert versions(tmp_path) == [str(n) for n in done[-2:]]
+    with checkpoint.watch(tmp_path, publishing_worker.weights(0)) as watching:
+        assert next(watching).version == done[-1]
+
+
+def test_where_nothing_can_be_renamed_versions_are_written_in_place(
+    tmp_path, monkeypatch
+):
+    for module in (_publish, _replacement):
+        monkeypatch.setattr(module, "is_url", lambda path: True)
+    monkeypatch.setattr(Path, "rename", lambda *_: 1 / 0)
+    for number in range(1, 5):
+        assert checkpoint.publish(tmp_path, state_of(number), max_to_keep=2) == number
+        assert checkpoint.watch(tmp_path, PARAMS).poll().version == number
+    assert versions(tmp_path) == ["3", "4"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_publish_together_what_is_split_over_them(processes, tmp_path):
+    program = Path(__file__).with_name("publishing_together.py")
+    directory = tmp_path / "published"
+    with Group(program, directory, processes) as group:
+        said = group.finish()
+    assert said == [[{"published": n} for n in (1, 2, 3)]] * processes
+    assert versions(directory) == ["2", "3"]
+    like, served = publishing_together.weights(0)
+    got = checkpoint.watch(directory, like, served={"stats": served}).poll()
+    assert_same((got.params, got.served["stats"]), publishing_together.weights(3))
+
+
+def test_a_version_goes_by_a_rename_so_that_none_is_left_in_part(tmp_path, monkeypatch):
+    removed, rmtree = [], type(epath.Path(tmp_path)).rmtree
+
+    def noting(path, **options):
+        removed.append(path.name)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", noting)
+    shutil.copytree(tmp_path, tmp_path / "1.removed")  # an earlier run's
+    for number in (1, 2):
+        checkpoint.publish(tmp_path, state_of(number), max_to_keep=1)
+    assert "1.removed" in removed and "1" not in removed
+    assert versions(tmp_path) == ["2"]
 
 
 def test_what_a_dead_publisher_left_is_removed(tmp_path):
@@ -190,6 +324,20 @@ WRONG = {
         {},
         "every parameter is masked",
     ),
+    "masked, with statistics": (
+        lambda s: (
+            s
+            | {
+                "opt_state": emaopt.averaged(
+                    optax.sgd(0.1), 0.5, mask=jax.tree.map(lambda _: False, PARAMS)
+                ).init(PARAMS),
+                "stats": jnp.ones(2),
+            }
+        ),
+        {"served": {"stats": jnp.ones(2)}},
+        "every parameter is masked",
+    ),
+    "served": (lambda s: s, {"served": {0: PARAMS}}, "its keys say where"),
     "key": (
         lambda s: s,
         {"custom_metadata": {"emaopt_combination": 1}},

@@ -1,5 +1,6 @@
 """Readers get versions whole, in order, and as their own arrays are."""
 
+import functools
 import gc
 import logging
 import shutil
@@ -16,12 +17,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from records import edit
 from test_checkpoint import assert_same
-from test_publish import PARAMS, numbers, state_of, versions
+from test_publish import PARAMS, changed, is_key, numbers, state_of, versions
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint import _read, _replacement
+from emaopt.checkpoint import _files, _read, _replacement
 
 
 class Params(NamedTuple):
@@ -58,6 +60,11 @@ def mesh_of(spec):
     return NamedSharding(make_mesh((8,)), spec)
 
 
+def on_another_device():
+    with jax.default_device(jax.devices()[3]):
+        return {"w": jnp.ones(2), "weak": jnp.array(1.0), "key": jax.random.key(0)}
+
+
 LIKES = {
     "fresh": lambda: jax.tree.map(jnp.copy, PARAMS),
     "on a device": lambda: jax.device_put(PARAMS, jax.devices()[3]),
@@ -71,6 +78,22 @@ LIKES = {
         "number": jnp.float32(2),
         "n": jnp.array(3),
     },
+    "weak": lambda: {
+        "vector": jnp.full(3, 1.0),
+        "there": jax.device_put(jnp.array(1.0), mesh_of(P())),
+        "split": jax.device_put(jnp.full((8, 2), 1), mesh_of(P("data"))),
+    },
+    "by default on another device": on_another_device,
+    "keys": lambda: {
+        "free": jax.random.key(0),
+        "legacy": jax.random.PRNGKey(0),
+        "there": jax.device_put(jax.random.key(0, impl="rbg"), mesh_of(P())),
+        "split": jax.device_put(
+            jax.random.split(jax.random.key(0), 8), mesh_of(P("data"))
+        ),
+        "w": jnp.ones(2),
+    },
+    "numpy's scalar": lambda: {"w": np.float32(2), "n": np.int32(2)},
     "numpy": lambda: jax.tree.map(np.asarray, PARAMS),
 }
 
@@ -78,13 +101,18 @@ LIKES = {
 @pytest.mark.parametrize("make", LIKES.values(), ids=LIKES)
 def test_no_version_is_compiled_again(make, tmp_path):
     like = make()
-    apply = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree))
+    apply = jax.jit(functools.partial(changed, lambda x: x + 1))
     apply(like)
     with checkpoint.watch(tmp_path, like) as watching:
         for number in (1, 2):
             checkpoint.publish(tmp_path, state_of(number, like))
             got = next(watching).params
             assert numbers(got) == {number}
+            for one, other in zip(*map(jax.tree.leaves, (got, like)), strict=True):
+                assert not is_key(one) or (one == other).all()
+            assert [*map(type, jax.tree.leaves(got))] == [
+                *map(type, jax.tree.leaves(like))
+            ]
             assert jax.tree.map(lambda x: getattr(x, "sharding", None), got) == (
                 jax.tree.map(lambda x: getattr(x, "sharding", None), like)
             )
@@ -103,13 +131,54 @@ def test_the_reader_keeps_no_version(tmp_path):
     assert not any(one() is not None for one in kept)
 
 
+def test_what_is_cast_for_a_mesh_is_checked_first(tmp_path):
+    """A checksum is of what was saved."""
+    params = {"w": jnp.arange(64.0).reshape(8, 8)}
+    checkpoint.publish(tmp_path, state_of(3, params))
+    like = {"w": jax.device_put(params["w"].astype(jnp.bfloat16), mesh_of(P("data")))}
+    got = checkpoint.watch(tmp_path, like).poll().params["w"]
+    assert numbers(got) == {3} and got.dtype == jnp.bfloat16
+    assert got.sharding == like["w"].sharding
+    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    edit(file, add_to_the_first_sum, key="emaopt_combination")
+    said = []
+    assert checkpoint.watch(tmp_path, like, report=said.append).poll() is None
+    assert "checksums differ" in said[0]
+    with pytest.raises(ValueError, match="checksums differ"):
+        sharding = like["w"].sharding
+        checkpoint.load_averaged(tmp_path / "1", sharding=sharding, dtype=jnp.bfloat16)
+
+
+def add_to_the_first_sum(record):
+    record["checksums"][0][2] ^= 1
+
+
+def test_what_is_read_twice_comes_twice_each_time_as_it_is_wanted(tmp_path):
+    params = {"model": {"w": jnp.ones(2), "stats": jnp.zeros(3)}}
+    mask = {"w": True, "stats": False}
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5, mask=mask)
+    state = params | {"opt_state": tx.init(params["model"])}
+    served = {"model/stats": np.full(3, 7, np.float32)}
+    checkpoint.publish(tmp_path, state, served=served)
+    got = checkpoint.watch(tmp_path, params["model"], served=served).poll()
+    assert_same(got.params["stats"], jnp.full(3, 7.0))
+    assert isinstance(got.served["model/stats"], np.ndarray)
+
+
+@pytest.mark.parametrize("key", ["", "/", 0])
+def test_keys_say_where_something_stands(key, tmp_path):
+    with pytest.raises(ValueError, match=r"^watch: served has the key .*say where"):
+        checkpoint.watch(tmp_path, PARAMS, served={key: PARAMS})
+
+
 def test_arrays_of_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(NamedSharding, "is_fully_addressable", False)
     like = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=mesh_of(P("data")))
     with pytest.raises(ValueError, match="like/w spans several processes"):
         checkpoint.watch(tmp_path, {"w": like})
-    with pytest.raises(ValueError, match="stats spans several processes"):
-        checkpoint.watch(tmp_path, {"w": np.ones(2)}, served={"stats": like})
+    for key in ("stats", "like"):
+        with pytest.raises(ValueError, match=f"served/{key} spans several processes"):
+            checkpoint.watch(tmp_path, {"w": np.ones(2)}, served={key: like})
 
 
 # What goes wrong
@@ -137,6 +206,42 @@ def damage(path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_version_is_compared_with_its_checksums(tmp_path):
+    said = []
+    checkpoint.publish(tmp_path, state_of(1))
+    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    edit(file, add_to_the_first_sum, key="emaopt_combination")
+    assert checkpoint.watch(tmp_path, PARAMS, report=said.append).poll() is None
+    assert "checksums differ" in said[0]
+
+
+def test_a_damaged_version_is_read_once_in_a_poll(tmp_path, monkeypatch):
+    checkpoint.publish(tmp_path, state_of(1))
+    damage(tmp_path / "1")
+    opened, open_files = [], _files.open_files
+
+    def opening(*args, **kwargs):
+        opened.append(1)
+        return open_files(*args, **kwargs)
+
+    monkeypatch.setattr(_files, "open_files", opening)
+    said = []
+    assert checkpoint.watch(tmp_path, PARAMS, report=said.append).poll() is None
+    assert len(opened) == len(said) == 1
+
+
+def test_a_reader_that_is_always_late_says_so(tmp_path, monkeypatch):
+    def reading(function, files, wanted):
+        checkpoint.publish(tmp_path, state_of(2), max_to_keep=1)
+        raise ValueError("It is gone.")
+
+    monkeypatch.setattr(_read, "read", reading)
+    checkpoint.publish(tmp_path, state_of(1))
+    said = []
+    assert checkpoint.watch(tmp_path, PARAMS, report=said.append).poll() is None
+    assert said == ["It is gone. It waits for another version."]
 
 
 def test_a_damaged_version_is_reported_once_and_passed_over(tmp_path):

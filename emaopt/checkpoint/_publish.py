@@ -55,8 +55,8 @@ def publish(
     """Publishes the averages of a training state as a new version, for `watch`.
 
     Written is what a reader serves and nothing else: the parameters under their names, as
-    averages (EMA), those that are not averaged as they are, and what is in `served`. It
-    returns when the version is complete. A kill leaves the versions before it.
+    averages (EMA), those that are not averaged as they are, and the leaves that are in
+    `served`. It returns when the version is complete. A kill leaves the versions before.
 
     Args:
       directory: Where the versions stand, as directory/1, directory/2 and so on: local,

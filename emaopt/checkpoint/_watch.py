@@ -215,10 +215,11 @@ def watch(
       directory: Where `publish` writes; it may not exist yet.
       like: Parameters whose containers, shapes, dtypes and shardings the result takes:
         arrays, or `jax.ShapeDtypeStruct`. A structure without a sharding goes to the
-        default device. Arrays that no device was chosen for (`committed` is False) are
-        like that again. It is not kept.
+        default device. Arrays that no device was chosen for (`committed` is False) and
+        weak types are like that again. Parameters among which something is `served` may
+        be given without it. It is not kept.
       served: What else to read, such as {"batch_stats": like}, by the keys that `publish`
-        got it with.
+        got it with, or any above or below them.
       poll_seconds: Seconds between two looks at the directory.
       report: Called with a sentence on a version that cannot be read, once for each; by
         default the warning function of the logger "emaopt".
@@ -230,7 +231,8 @@ def watch(
       a version is not like `like`.
 
     Raises:
-      ValueError: If arrays in `like` span several processes: each reads for itself.
+      ValueError: If arrays in `like` span several processes: each reads for itself; or if
+        a key of `served` is empty.
       TypeError: If an argument is of another kind.
 
     Example:
@@ -263,24 +265,29 @@ class _Like:
     """What a leaf is to be like; to jit, each difference is another kind of argument."""
 
     plan: Leaf  # what to read it as
-    scalar: type[Any] | None = None  # of a scalar of NumPy's, its type
+    place: Sharding | None = None  # of the array that is made; None: as it was read
+    committed: bool = True  # whether it was put there, or is there by default
     weak: bool = False  # whether its dtype gives way to others, as that of a number
-    # The sharding of an array that has one without having been put there (`committed`).
-    free: Sharding | None = None
-    # Of a typed key that is free, what it is an algorithm of.
+    # Of a typed key, its algorithm, and of a scalar of NumPy's its type.
     impl: Any = None
+    scalar: type[Any] | None = None
 
     def made(self, value: Leaf) -> Leaf:
         """The value that was read, as it is wanted."""
         if self.scalar is not None:
             return self.scalar(value)
-        if self.free is not None:
-            with jax.default_device(next(iter(self.free.device_set))):
-                if self.impl is not None:
-                    bits = jnp.asarray(np.asarray(jax.random.key_data(value)))
-                    return jax.random.wrap_key_data(bits, impl=self.impl)
-                return _weak(value) if self.weak else jax.device_put(value)
-        return jax.device_put(_weak(value), value.sharding) if self.weak else value
+        if self.place is None:
+            return value
+        if self.impl is not None:
+            value = np.asarray(jax.random.key_data(value))
+        if self.committed:
+            array = jax.device_put(_weak(value) if self.weak else value, self.place)
+        else:
+            with jax.default_device(next(iter(self.place.device_set))):
+                array = _weak(value) if self.weak else jax.device_put(value)
+        if self.impl is not None:
+            return jax.random.wrap_key_data(array, impl=self.impl)
+        return array
 
 
 def _weak(array: Leaf) -> jax.Array:
@@ -298,9 +305,11 @@ def _likeness(leaf: Leaf) -> _Like:
         return _Like(np.empty(leaf.shape, leaf.dtype))
     if not isinstance(leaf, jax.Array):
         return _Like(_trees.as_plan(leaf))
-    free = None if leaf.committed else leaf.sharding
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        impl = None if free is None else jax.random.key_impl(leaf)
-        return _Like(_trees.as_plan(leaf), free=free, impl=impl)
-    plan = _trees.as_plan(leaf) if free is None else np.empty(leaf.shape, leaf.dtype)
-    return _Like(plan, weak=leaf.weak_type, free=free)
+        # One sharding of a key is several of its bits, which are what jit looks at.
+        place, impl = jax.random.key_data(leaf).sharding, jax.random.key_impl(leaf)
+        return _Like(_trees.as_plan(leaf), place, leaf.committed, impl=impl)
+    if leaf.committed and not leaf.weak_type:
+        return _Like(_trees.as_plan(leaf))
+    plan = _trees.as_plan(leaf) if leaf.committed else np.empty(leaf.shape, leaf.dtype)
+    return _Like(plan, leaf.sharding, leaf.committed, leaf.weak_type)
