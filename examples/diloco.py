@@ -30,7 +30,7 @@ from emaopt import checkpoint, digits
 WORKERS, PERIOD, BATCH = 4, 25, 16
 TRAIN, HELD_OUT = digits.load()
 EACH = len(TRAIN.labels) // WORKERS
-INNER = optax.adamw(1e-2)
+INNER = optax.adamw(5e-3)
 
 
 def init(key):
