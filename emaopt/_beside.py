@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from emaopt._checks import check_mapping
-from emaopt._leaves import kind_of
+from emaopt._leaves import key_kind, kind_of
 from emaopt._names import (
     Names,
     is_below,
@@ -93,10 +93,11 @@ def served_values(
             alike = here == there or (
                 tree.stacked and None not in (here, there) and here == there[1:]
             )
-            if not alike or kind_of(value) != kind_of(own):
+            kinds = [key_kind(leaf) or kind_of(leaf) for leaf in (value, own)]
+            if not alike or kinds[0] != kinds[1]:
                 raise ValueError(
-                    f"{where} is {kind_of(value)} of shape {here}, in the state "
-                    f"{kind_of(own)} of shape {there}."
+                    f"{where} is {kinds[0]} of shape {here}, in the state {kinds[1]} of "
+                    f"shape {there}."
                 )
             values[names] = value
     return values
@@ -111,9 +112,13 @@ def leaves_below(
     where the leaf that is present is not, and the other way round.
     """
     for rest, leaf in leaves_with_keys({"": tree}):
-        names = way + rest[1:]
-        others = ((*names, "value"), names[:-1] if names[-1] == "value" else names)
-        yield next((n for n in (names, *others) if n in present), names), leaf
+        yield as_present(way + rest[1:], present), leaf
+
+
+def as_present(names: Names, present: Container[Names]) -> Names:
+    """The names by which a leaf is present: with or without a last "value"."""
+    others = [names, (*names, "value")] + [names[:-1]] * (names[-1:] == ("value",))
+    return next((n for n in others if n in present), names)
 
 
 def whole_trees(chosen: Iterable[Names], present: Iterable[Names]) -> set[Names]:
@@ -133,9 +138,9 @@ def put(state: PyTree, place: Place, values: Mapping[Names, Leaf]) -> PyTree:
     if not values:
         return state
     leaves, treedef = leaves_with_keys(state), jax.tree.structure(state)
-    raw = {names: leaf for names, leaf in leaves if names in values}
     # A "value" without a sibling would pass for a Flax variable, and lose its name.
-    raw |= {(*names[:-1], ""): None for names in values if names[-1] == "value"}
+    raw = {(*names[:-1], ""): None for names in values if names[-1] == "value"}
+    raw |= {names: leaf for names, leaf in leaves if names in values}
     state = jax.tree.unflatten(treedef, [values.get(n, leaf) for n, leaf in leaves])
 
     def with_raw(node: PyTree) -> PyTree:
@@ -153,10 +158,9 @@ def names_beside(state: PyTree, average: Names) -> list[Names]:
 
 def _root(tree: Tree, average: Names, places: Iterable[Place]) -> int:
     """How many of an average's names lead to the optimizer state that holds it."""
-    # No optimizer's state holds the parameters: a tuple of them and of an average's state
-    # is no chain.
+    # A tuple of the parameters and an average's state is no chain.
     apart = (num_common(place.params, average) + 1 for place in places if place.params)
-    return max(optimizer_root(tree, average), *apart, 0)
+    return optimizer_root(tree, average, above=max(apart, default=0))
 
 
 def _there(tree: Tree, way: Names) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.core
+from jax.extend.core.primitives import convert_element_type_p
 
 from emaopt._types import Leaf, PyTree
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 def traced(tree: PyTree) -> bool:
     """Whether anything in a tree is a tracer, which has no value yet."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def weak(array: jax.Array) -> jax.Array:
+    """The array as one whose dtype gives way to others, as that of Python's numbers."""
+    # Documented functions make such arrays of numbers, and of no array.
+    return convert_element_type_p.bind(
+        array, new_dtype=array.dtype, weak_type=True, sharding=None
+    )
 
 
 def run(

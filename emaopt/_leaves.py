@@ -45,6 +45,13 @@ def kind_of(leaf: object) -> str | None:
     return next((k.__name__ for k in _KINDS if jnp.issubdtype(dtype, k)), "key")
 
 
+def key_kind(leaf: Leaf) -> str:
+    """The dtype of keys of random numbers, which tells their algorithm; else ""."""
+    dtype = getattr(leaf, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+    return str(dtype) if is_key else ""
+
+
 def key_data(leaf: jax.Array) -> jax.Array:
     """The integers of keys of random numbers; other leaves as they are."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -77,14 +77,17 @@ def optimizer_roots(state: PyTree, *, typed: bool) -> list[Names]:
     return sorted(outermost)
 
 
-def optimizer_root(tree: Tree, average: Names) -> int:
+def optimizer_root(tree: Tree, average: Names, above: int = 0) -> int:
     """How many of the average's names lead to the optimizer state that holds it.
 
-    All of them, if nothing on the way shows an optimizer's state.
+    All of them, if nothing on the way shows an optimizer's state. The first `above` nodes
+    on the way are no chains.
     """
     for i in range(len(average)):
         key, node = average[i - 1] if i else "", tree.node(average[:i])
-        if "opt_state" in key or is_optimizers(node) or _is_chain(node, average[i]):
+        if "opt_state" in key or is_optimizers(node):
+            return i
+        if i >= above and _is_chain(node, average[i]):
             return i
     return len(average)
 

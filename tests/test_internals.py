@@ -76,6 +76,12 @@ def test_tracers_are_told_from_values():
     assert not _jax_internals.traced({"a": jnp.ones(2), "b": [np.ones(2), 1.0, None]})
 
 
+def test_an_array_may_give_way_as_a_number_does():
+    array = _jax_internals.weak(jnp.arange(3, dtype=jnp.int32))
+    assert array.weak_type and array.tolist() == [0, 1, 2] and not array.committed
+    assert (array + jnp.ones(3, jnp.int8)).dtype == jnp.int8
+
+
 def test_results_that_depend_on_no_operand_are_known():
     program = program_of(lambda x: (2 * (x + 1), jnp.zeros(2) + 1, x, 3), 1.0)
     assert _jax_internals.depends_on_operands(program) == [True, False, True, False]

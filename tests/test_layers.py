@@ -734,6 +734,7 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._watch": {
+        "",
         "_beside",
         "_checks",
         "_names",

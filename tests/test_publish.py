@@ -183,6 +183,71 @@ def test_two_keys_may_be_read_as_one(tmp_path):
     assert checkpoint.describe(tmp_path / "1").beside == ["stats"]
 
 
+@pytest.mark.parametrize("others", [{}, {"other": jnp.ones(1)}])
+def test_a_key_may_end_in_value(others, tmp_path):
+    state, new = (
+        state_of(3) | {"stats": {"value": jnp.zeros(2)} | others},
+        jnp.full(2, 7.0),
+    )
+    checkpoint.publish(tmp_path, state, served={"stats/value": new})
+    for served in ({"stats/value": new}, {"stats": {"value": new}}):
+        got = checkpoint.watch(tmp_path, PARAMS, served=served).poll()
+        assert_same(got.served, served)
+
+
+def two_networks():
+    params = {"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(3)}}
+    state = {n: {"params": x, "bs": {"value": jnp.zeros(1)}} for n, x in params.items()}
+    return {"nets": state, "opt_states": {n: TX.init(x) for n, x in params.items()}}
+
+
+TWO = {  # what is published, and keys that it can be read by
+    "one of them": (
+        {"nets/a/bs": {"value": jnp.ones(1)}},
+        ["nets/a/bs", "nets/a", "nets"],
+    ),
+    "both": ({f"nets/{n}/bs": {"value": jnp.ones(1)} for n in "ab"}, ["nets"]),
+}
+
+
+@pytest.mark.parametrize("served, keys", TWO.values(), ids=TWO)
+def test_keys_may_lead_between_the_parameters_and_what_they_have_in_common(
+    served, keys, tmp_path
+):
+    state = two_networks()
+    ways = tuple(f"nets/{n}/params" for n in "ab")
+    checkpoint.publish(tmp_path, state, name=("a", "b"), params=ways, served=served)
+    like = {n: {"params": x["params"]} for n, x in state["nets"].items()}
+    assert numbers(checkpoint.watch(tmp_path, like).poll().params) == {0}
+    whole = {}
+    for way, tree in served.items():
+        whole.setdefault(way.split("/")[1], {})["bs"] = tree
+    trees = {"nets": whole, "nets/a": whole["a"], "nets/a/bs": whole["a"]["bs"]}
+    for key in keys:
+        got = checkpoint.watch(tmp_path, like, served={key: trees[key]}).poll()
+        assert_same(got.served[key], trees[key])
+    with pytest.raises(ValueError, match="it lacks nets"):
+        checkpoint.watch(tmp_path, jnp.ones(2)).poll()
+
+
+def test_what_is_beside_may_be_read_with_the_parameters_once_more(tmp_path):
+    state = {
+        "model": {"params": PARAMS, "bs": jnp.zeros(3)},
+        "opt_state": TX.init(PARAMS),
+    }
+    checkpoint.publish(
+        tmp_path, state, params="model/params", served={"model/bs": jnp.ones(3)}
+    )
+    for served in (
+        {"model": {"params": PARAMS, "bs": jnp.ones(3)}},
+        {"model/params": PARAMS},
+    ):
+        got = checkpoint.watch(tmp_path, PARAMS, served=served).poll()
+        assert numbers(got.params) == {0}
+        (tree,) = got.served.values()
+        assert jax.tree.structure(tree) == jax.tree.structure(*served.values())
+
+
 def test_what_the_average_leaves_out_may_be_served_among_the_parameters(tmp_path):
     params = {"w": jnp.ones(2), "mean": jnp.zeros(3), "var": jnp.zeros(3)}
     mask = {"w": True, "mean": False, "var": False}

@@ -242,7 +242,7 @@ def test_one_writer_at_a_time_acts(tmp_path):
             return alone
 
     path = checkpoint._files.absolute(tmp_path / "c")
-    assert alone() and not _replacement._in_turn(path, alone)
+    assert alone() and not _replacement.in_turn(path, alone)
 
 
 def test_what_is_not_finished_beside_the_path_makes_way(tmp_path):

@@ -493,6 +493,30 @@ def test_the_item_of_another_average_does_not_matter_to_it(tmp_path):
     assert_same(back, part)
 
 
+def test_a_leaf_without_a_name_of_its_own_resumes(tmp_path):
+    own = {"": jnp.zeros(2), "value": jnp.ones(2)}
+    state = as_dict() | {"batch_stats": own}
+    new = jax.tree.map(lambda x: x + 8, own)
+    checkpoint.save(tmp_path / "c", state, served={"batch_stats": new})
+    assert_same(checkpoint.restore(tmp_path / "c", state), state)
+    swapped = checkpoint.swap_state(state, served={"batch_stats": new})
+    assert_same(checkpoint.swap_state(swapped), state)
+
+
+def test_what_stands_in_an_optimizers_state_is_not_served(tmp_path):
+    tx = emaopt.average_params(0.5)
+    states = [
+        {"opt_state": {"x": PARAMS, "avg": tx.init(PARAMS), "more": OWN}},
+        {"opt_state": (PARAMS, tx.init(PARAMS), OWN)},
+    ]
+    for state, way, more in zip(states, ("x", "0"), ("more", "2"), strict=True):
+        served = {f"opt_state/{more}": NEW}
+        with pytest.raises(ValueError, match="belongs to the optimizer's state"):
+            checkpoint.save(
+                tmp_path / "c", state, params=f"opt_state/{way}", served=served
+            )
+
+
 def test_a_tuple_of_parameters_and_an_average_is_no_chain(tmp_path):
     tx = emaopt.average_params(0.5)
     state = (PARAMS, tx.init(PARAMS), OWN)
@@ -595,6 +619,10 @@ WRONG = {
     "shape": {"batch_stats/half": jnp.zeros(3, jnp.bfloat16), "match": r"\(3,\), in the"},
     "axis": {"batch_stats/bn/mean": jnp.zeros((1, 3)), "match": r"\(1, 3\), in the"},
     "rows": {"batch_stats/more/value": jnp.zeros((2, 2)), "match": r"\(2, 2\), in the"},
+    "key": {
+        "rng/key": jax.random.key(1, impl="rbg"),
+        "match": r"is key<rbg> .* key<fry>",
+    },
     "kind": {"batch_stats/half": jnp.zeros(2, int), "match": "is integer of shape"},
     "root": {"": OWN, "match": "its keys say where"},
     "number": {0: OWN, "match": "its keys say where"},

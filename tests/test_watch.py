@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 from records import edit
@@ -93,6 +93,11 @@ LIKES = {
         ),
         "w": jnp.ones(2),
     },
+    "numpy's, without an axis": lambda: {
+        "w": np.zeros((), np.float32),
+        "n": np.array(1),
+        "half": np.zeros((), jnp.bfloat16),
+    },
     "numpy's scalar": lambda: {"w": np.float32(2), "n": np.int32(2)},
     "numpy": lambda: jax.tree.map(np.asarray, PARAMS),
 }
@@ -151,6 +156,38 @@ def test_what_is_cast_for_a_mesh_is_checked_first(tmp_path):
 
 def add_to_the_first_sum(record):
     record["checksums"][0][2] ^= 1
+
+
+def test_arrays_without_an_axis_stay_arrays_where_they_are_cast(tmp_path):
+    checkpoint.publish(tmp_path, state_of(3, {"w": np.float32(1)}))
+    for dtype in (jnp.bfloat16, np.float16, np.float64):
+        like = {"w": np.zeros((), dtype)}
+        got = checkpoint.watch(tmp_path, like).poll().params["w"]
+        assert isinstance(got, np.ndarray) and got.flags.writeable and got == 3
+
+
+def test_weak_types_in_a_mesh(tmp_path):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    place = NamedSharding(mesh, P("d"))
+    like = {"split": jax.device_put(jnp.full(8, 1.0), place), "one": jnp.array(1.0)}
+    checkpoint.publish(tmp_path, state_of(3, like))
+    watching = checkpoint.watch(tmp_path, like)
+    with jax.set_mesh(mesh):
+        got = watching.poll().params
+    assert jax.tree.map(lambda x: (x.sharding, x.committed), got) == (
+        jax.tree.map(lambda x: (x.sharding, x.committed), like)
+    )
+    assert got["split"].weak_type
+
+
+def test_a_key_of_another_algorithm_is_refused(tmp_path):
+    params = {"w": jnp.ones(2), "key": jax.random.key(0, impl="rbg")}
+    checkpoint.publish(tmp_path, state_of(3, params))
+    like = params | {"key": jax.random.key(0, impl="unsafe_rbg")}
+    with pytest.raises(
+        ValueError, match=r"has key<rbg> .* at params/key, the target key<urbg>"
+    ):
+        checkpoint.watch(tmp_path, like).poll()
 
 
 def test_what_is_read_twice_comes_twice_each_time_as_it_is_wanted(tmp_path):
@@ -284,6 +321,27 @@ def test_a_late_reader_gets_the_version_before_a_damaged_one(tmp_path, monkeypat
     reads = []
     monkeypatch.setattr(_read, "read", lambda *args: reads.append(1))
     assert watching.poll() is None and not reads and len(said) == 1
+
+
+def test_a_version_that_is_being_removed_is_none(tmp_path):
+    for number in (1, 2):
+        checkpoint.publish(tmp_path, state_of(number))
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()
+    assert checkpoint.watch(tmp_path, PARAMS).poll().version == 1
+
+
+def test_what_goes_while_it_is_read_is_not_called_another_kind(tmp_path, monkeypatch):
+    for number in (1, 2):
+        checkpoint.publish(tmp_path, state_of(number))
+    open_files = _files.open_files
+
+    def opening(function, path, **options):
+        if path.name == "2":
+            (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()
+        return open_files(function, path, **options)
+
+    monkeypatch.setattr(_files, "open_files", opening)
+    assert checkpoint.watch(tmp_path, PARAMS).poll().version == 1
 
 
 def test_a_report_goes_to_the_log(tmp_path, caplog):

@@ -288,7 +288,8 @@ def is_cast_whole(leaf: DiskArray, plan: Plan) -> bool:
 def placed(plan: Plan, array: np.ndarray) -> np.ndarray | jax.Array:
     """A whole array in the dtype of a plan, on the devices that it names."""
     parts = set(_parts(plan).values())
-    return _placed(plan, {p: array[tuple(slice(*one) for one in p)] for p in parts})
+    # With "...", because an index () would make a scalar of an array without axes.
+    return _placed(plan, {p: array[(*(slice(*one) for one in p), ...)] for p in parts})
 
 
 def _placed(plan: Plan, arrays: dict[Part, np.ndarray]) -> np.ndarray | jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from emaopt._beside import check_served, names_beside, whole_trees
+from emaopt._beside import as_present, check_served, names_beside, whole_trees
 from emaopt._checks import (
     check_integer,
     check_json,
@@ -118,10 +118,13 @@ def publish(
 
     version = int(_replacement.by_the_first(number, place))
     stored = _trees.without_empty(tree)
+    # By their names there: a "value" may have lost the arrays beside it.
+    names = _files.names_of(tree)
+    told = whole_trees((as_present(n, names) for n in beside), names)
     kind = "center" if places[0].field == "center" else "averages"
     record = {
         "params": list(_shared(ways)),
-        "beside": [list(way) for way in sorted(more)],
+        "beside": [list(way) for way in sorted(told)],
         "weights": f"the {kind} of {', '.join(joined(p.average) for p in places)}",
         "checkpoints": [],
         "coefficients": [],
@@ -173,6 +176,11 @@ def numbered(directory: epath.Path) -> dict[int, epath.Path]:
     return dict(sorted(found.items()))
 
 
+def is_complete(path: epath.Path) -> bool:
+    """Whether a whole version stands at a path, and none that is being removed."""
+    return (path / STEP).exists() and _replacement.complete(path)
+
+
 def _is_published(path: epath.Path) -> bool:
     custom = _completion.json_of(path / STEP).get(CUSTOM)
     return isinstance(custom, dict) and _record.RECORD in custom
@@ -183,7 +191,7 @@ def _remove_old(directory: epath.Path, version: int, max_to_keep: int) -> None:
     before = {n: p for n, p in numbered(directory).items() if n <= version}
     # Whatever else has a number, such as a step of a run, is not ours.
     before = {n: p for n, p in before.items() if _is_published(p)}
-    kept = [n for n, path in before.items() if _replacement.complete(path)][-max_to_keep:]
+    kept = [n for n, path in before.items() if is_complete(path)][-max_to_keep:]
     for path in [path for n, path in before.items() if n < kept[0]]:
         if is_url(directory):  # a rename would copy it there
             path.rmtree(missing_ok=True)

@@ -176,7 +176,7 @@ def _lock(number: int, directory: epath.Path, patience: float) -> bool:
             time.sleep(_PAUSE)
     if patience:
         _log_warning(
-            f"save: another process has held the lock on {directory} for {patience:g} s; "
+            f"another process has held the lock on {directory} for {patience:g} s; "
             "it is not waited for any longer."
         )
     return bool(patience)

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
-from emaopt._beside import check_served, leaves_below
+from emaopt import _jax_internals
+from emaopt._beside import as_present, check_served, leaves_below
 from emaopt._checks import check_callable, check_number
 from emaopt._names import is_below, joined, leaves_with_keys, split
 from emaopt._paths import check_readable
@@ -30,7 +31,7 @@ from emaopt.checkpoint import (
 )
 from emaopt.checkpoint._files import Names
 from emaopt.checkpoint._orbax import CUSTOM, STEP
-from emaopt.checkpoint._publish import numbered
+from emaopt.checkpoint._publish import is_complete, numbered
 
 _log_warning = logging.getLogger("emaopt").warning
 _ATTEMPTS = 5  # to read a version that may be removed meanwhile, or is damaged
@@ -106,13 +107,13 @@ class Watch:
                 return None
             try:
                 published = self._read(path)
-            except _Misfit as error:
-                self._last = found
-                raise ValueError(str(error)) from None
             except (OSError, ValueError) as error:
                 # Its publisher may have removed it meanwhile; there is a newer one then.
                 if left and _replacement.identity(path) != found:
                     continue
+                if isinstance(error, _Misfit):
+                    self._last = found
+                    raise ValueError(str(error)) from None
                 self._failures[found] = self._failures.get(found, 0) + 1
                 if self._failures[found] == 1:
                     self._report(f"{error} It waits for another version.")
@@ -125,9 +126,7 @@ class Watch:
         """The newest version that is not known to be damaged."""
         for path in reversed(numbered(self._directory).values()):
             try:
-                found = (
-                    _replacement.identity(path) if _replacement.complete(path) else None
-                )
+                found = _replacement.identity(path) if is_complete(path) else None
             except OSError:  # removed while it was looked at
                 continue
             if found and self._failures.get(found, 0) < _ATTEMPTS:
@@ -139,7 +138,10 @@ class Watch:
         if files.combination is None:
             raise _Misfit(f"watch: {path} was not published by checkpoint.publish.")
         params = tuple(files.combination["params"])
-        trees = {key: (split(key), like) for key, like in self._served.items()}
+        trees = {
+            key: (as_present(split(key), files.saved), like)
+            for key, like in self._served.items()
+        }
         trees[""] = params, self._like
         # Here, so that a damaged file does not pass for another shape.
         with _files.explained("watch", path):
@@ -156,10 +158,10 @@ class Watch:
             own = dict(leaves_below(way, tree, files.saved))
             full = {n: x.plan for n, x in own.items() if not _trees.is_empty(x.plan)}
             there = {n: leaf for n, leaf in files.saved.items() if is_below(n, way)}
-            if not key:  # `like` may leave out what goes with the parameters
-                there = {n: x for n, x in there.items() if n in own or n not in beside}
-            elif is_below(params, way):  # the parameters are for `like`
-                there = {n: x for n, x in there.items() if n in beside}
+            # `like` may leave out what goes with the parameters, and the others these.
+            there = {
+                n: x for n, x in there.items() if n in own or (n in beside) == bool(key)
+            }
             try:
                 _match.check_fit("watch", path, full, there)
             except ValueError as error:
@@ -167,6 +169,11 @@ class Watch:
             likes |= {(key, *n): like for n, like in own.items()}
             plans |= {(key, *n): (n, plan) for n, plan in full.items()}
         values = _read.read("watch", files, plans)
+        try:
+            for n, (name, plan) in plans.items():
+                _trees.check_kinds("watch", path, {name: values[n]}, {name: plan})
+        except ValueError as error:
+            raise _Misfit(str(error)) from None
         # One after the other, so that an array of NumPy's goes when its copy is there.
         made = {
             n: like.made(values.pop(n) if n in values else _trees.zeros(like.plan))
@@ -280,21 +287,21 @@ class _Like:
             return value
         if self.impl is not None:
             value = np.asarray(jax.random.key_data(value))
-        if self.committed:
-            array = jax.device_put(_weak(value) if self.weak else value, self.place)
-        else:
-            with jax.default_device(next(iter(self.place.device_set))):
-                array = _weak(value) if self.weak else jax.device_put(value)
-        if self.impl is not None:
-            return jax.random.wrap_key_data(array, impl=self.impl)
-        return array
-
-
-def _weak(array: Leaf) -> jax.Array:
-    """The array as one that gives way to other dtypes, as Python's numbers do."""
-    zeros = jnp.full(array.shape, array.dtype.type(0).item())
-    # With x64 this may be of 64 bits, and no array of 32 gives way there.
-    return jnp.asarray(array) if zeros.dtype != array.dtype else zeros.at[...].set(array)
+        place = self.place if self.committed else None
+        device = None if self.committed else next(iter(self.place.device_set))
+        with jax.default_device(device):
+            array = jax.device_put(value, place)
+            if self.impl is not None:
+                return jax.random.wrap_key_data(array, impl=self.impl)
+            if not self.weak:
+                return array
+            if array.ndim:
+                made = _jax_internals.weak(array)
+            else:
+                made = jax.device_put(jnp.asarray(array.item()), place)
+        # With x64 a number has 64 bits, and in a mesh that is set it goes there.
+        same = (made.dtype, made.sharding) == (array.dtype, array.sharding)
+        return made if same else array
 
 
 def _likeness(leaf: Leaf) -> _Like:
