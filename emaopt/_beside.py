@@ -77,7 +77,7 @@ def served_values(
         for names, value in leaves_below(way, given, tree.position):
             where = f"{function}: served[{key!r}]: {joined(names)}"
             if names not in tree.position:
-                raise ValueError(f"{where} is not in the state{_there(tree, way)}.")
+                raise ValueError(f"{where} is not in the state{_there(tree, way)}")
             if names in values:
                 raise ValueError(f"{where} is given under another key, too.")
             if any(num_common(names, n) >= root for n, root in roots.items()):
@@ -165,6 +165,9 @@ def _root(tree: Tree, average: Names, places: Iterable[Place]) -> int:
 
 def _there(tree: Tree, way: Names) -> str:
     """What stands near a place, in words."""
+    ends = {n[:i] for n in tree.position for i in range(len(way), len(n) + 1)}
+    if alike := {joined(end) for end in ends if end[len(end) - len(way) :] == way}:
+        return f"; did you mean {' or '.join(sorted(alike))}?"
     depth = max((num_common(n, way) for n in tree.position), default=0)
     near = {"/".join(n[: depth + 1]) for n in tree.position if is_below(n, way[:depth])}
-    return f"; there are {', '.join(sorted(near))}" if near else ""
+    return f"; there are {', '.join(sorted(near))}." if near else "."

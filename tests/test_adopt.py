@@ -1,5 +1,7 @@
 """`adopt`: what is told apart, what is refused, what is said."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,12 +190,24 @@ def test_missing_parameters_are_listed_with_what_is_left(tmp_path):
         checkpoint.adopt(path, start(params=params))
     assert "lacks parameters of the target: params/Dense_0/bias" in str(error.value)
     assert "It has besides: params/dense/bias, params/dense/kernel" in str(error.value)
-    assert "rename=" in str(error.value)
-    for old in ("dense", "params/dense"):
-        found = checkpoint.adopt(path, start(params=params), rename={old: "Dense_0"})
+    assert "{their name: your name} which" in str(error.value)
+    for old, new in itertools.product(("dense", "params/dense"), ("", "params/")):
+        rename = {old: f"{new}Dense_0"}
+        found = checkpoint.adopt(path, start(params=params), rename=rename)
         equal(found["params"]["Dense_0"], THEIRS["params"]["dense"])
         average = emaopt.get_average(found["opt_state"])
         equal(average["Dense_0"], THEIRS["ema_params"]["dense"])
+
+
+def test_the_parameters_may_have_another_place_and_another_name(tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    state = start(params={"Dense_0": THEIRS["params"]["dense"]})
+    target = {"model": {"net": state["params"]}, "opt_state": state["opt_state"]}
+    rename = {"params/dense": "model/net/Dense_0"}
+    found = checkpoint.adopt(path, target, rename=rename)
+    equal(found["model"]["net"]["Dense_0"], THEIRS["params"]["dense"])
+    average = emaopt.get_average(found["opt_state"])
+    equal(average["Dense_0"], THEIRS["ema_params"]["dense"])
 
 
 def test_a_target_without_an_average_takes_the_parameters(tmp_path):

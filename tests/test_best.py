@@ -117,6 +117,14 @@ def test_best_is_what_was_measured_whoever_wrote_the_run(tmp_path, served):
     assert (found.step, found.view, found.value) == (step, view, value)
     same(found.load(target=PARAMS), tree)
     assert loss(found.load()) == value
+    for view in ("raw", "short", "long"):
+        value, step, *_ = least({n: {view: seen[n][view]} for n in seen})
+        for one in (
+            checkpoint.best(tmp_path, "loss", view=view),
+            checkpoint.best(tmp_path, f"{view}/loss"),
+            checkpoint.best(tmp_path, f"{view}/loss", view=view),
+        ):
+            assert (one.step, one.view, one.value) == (step, view, value)
     worst = checkpoint.best(tmp_path, "loss", mode="max")
     assert worst.value == max(one for v in seen.values() for one, _ in v.values())
 
@@ -209,6 +217,18 @@ def test_a_name_that_only_ends_like_a_metric_is_of_no_weights(tmp_path):
     with pytest.raises(ValueError, match=r"is of no weights in .*say metric='.*/loss'"):
         checkpoint.best(tmp_path, "loss")
     assert checkpoint.best(tmp_path, "val/loss").view == "raw"
+    with pytest.raises(ValueError, match=r"of the view 'no'; it has 'raw/train/loss', "):
+        checkpoint.best(tmp_path, "loss", view="no")
+
+
+def test_a_metric_of_no_view_says_how_views_are_called(tmp_path):
+    args = ocp.args.StandardSave({"params": PARAMS, "opt_state": TX.init(PARAMS)})
+    plain = ocp.CheckpointManagerOptions(best_fn=lambda found: found["ema/loss"])
+    with ocp.CheckpointManager(tmp_path, options=plain) as manager:
+        manager.save(1, args=args, metrics={"ema/loss": 2.0})
+    for metric in ("loss", "ema/loss"):
+        with pytest.raises(ValueError, match=r"no weights .*'average/loss'\."):
+            checkpoint.best(tmp_path, metric)
 
 
 def test_values_that_are_no_numbers_never_win(tmp_path):

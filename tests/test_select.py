@@ -1,6 +1,8 @@
 """Whether other weights are better by more than chance, and a sweep over widths."""
 
 import json
+import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -129,13 +131,13 @@ def test_on_digits_an_average_is_chosen_at_a_constant_rate_and_none_at_a_cosine(
     assert abs(found.difference) < 0.002
 
 
-def recorded_run(directory, steps=200, every=10):
+def recorded_run(directory, steps=200, every=10, names=("power:0.05", "power:0.1")):
     """A noisy run at a constant rate, with two power averages in its checkpoints."""
     tx = optax.named_chain(
         ("sgd", optax.sgd(0.2)),
         *(
-            (f"power:{width}", emaopt.average_params(emaopt.power_decay(sigma_rel=width)))
-            for width in (0.05, 0.1)
+            (name, emaopt.average_params(emaopt.power_decay(sigma_rel=width)))
+            for name, width in zip(names, (0.05, 0.1), strict=True)
         ),
     )
     params = {"w": jnp.full(4, 3.0)}
@@ -228,6 +230,15 @@ def test_the_command_sweeps_with_a_function_of_the_users(tmp_path, monkeypatch):
     )
     shown = emaopt_command(*how, *widths, "--target", "cosine:0.3")
     assert "is better than raw" in shown.output and "cosine:0.3" in shown.output
+    # Names that say no decay are told, and in the command that makes the best, too.
+    recorded_run(tmp_path / "named", names=("quick", "slow"))
+    told = ("--recorded", "quick=power:0.05", "--recorded", "slow=power:0.1")
+    shown = emaopt_command(how[0], "named", *how[2:], *widths, *told, "--every", 1)
+    (line,) = re.findall(
+        r"emaopt (synthesize .*) makes it\.", " ".join(shown.output.split())
+    )
+    made = emaopt_command(*shlex.split(line.replace("DIR", "out")))
+    assert made.exit_code == 0 and "--recorded slow=power:0.1" in line, made.output
     for wrong in (
         ("sweep", "run", "--evaluate", "no_module_of_mine:losses", *widths),
         ("sweep", "run", "--evaluate", "my_model_of_a_sweep:nothing", *widths),

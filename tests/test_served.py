@@ -232,6 +232,14 @@ def test_it_goes_with_the_average_that_a_name_chooses(tmp_path):
         checkpoint.load_averaged(path, name="no", at="batch_stats")
 
 
+def test_where_nothing_was_served_an_error_says_so(tmp_path):
+    checkpoint.save(tmp_path / "c", as_dict())
+    with pytest.raises(
+        ValueError, match="nothing was given to `served=`, when it was sa"
+    ):
+        checkpoint.load_averaged(tmp_path / "c", at="batch_stats")
+
+
 def test_its_raw_values_are_raw_where_they_stand(tmp_path):
     checkpoint.save(tmp_path / "c", as_dict(), served={"batch_stats": NEW})
     at, out = "opt_state/averaging/beside/batch_stats", tmp_path / "out.safetensors"
@@ -606,6 +614,7 @@ WRONG = {
         "stats": OWN,
         "match": "stats/bn/mean is not in the state; there",
     },
+    "deeper": {"bn": OWN["bn"], "match": "did you mean batch_stats/bn?"},
     "not in the tree": {
         "batch_stats/no": 1.0,
         "match": "there are batch_stats/bn, batch_stats/count",

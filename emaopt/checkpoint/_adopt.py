@@ -270,7 +270,7 @@ def _moved(
             f"adopt: {files.path} lacks parameters of the target: {listed(missing)}. "
             + (
                 f"It has besides: {listed(left)}. Say with rename={{their name: your "
-                "name}} which are which."
+                f"name}} which are which."
                 if left
                 else "Make the target without them, and add them afterwards."
             )

@@ -96,7 +96,9 @@ class Best(NamedTuple):
 
 
 @_replacement.whole
-def best(directory: Path, metric: str, *, mode: str = "min") -> Best:
+def best(
+    directory: Path, metric: str, *, mode: str = "min", view: str | None = None
+) -> Best:
     """Finds the step and the weights of a run whose metric was best.
 
     The metrics are those that CheckpointManager keeps, one for each view of the weights:
@@ -111,9 +113,9 @@ def best(directory: Path, metric: str, *, mode: str = "min") -> Best:
         ...
         weights = checkpoint.best(directory, "loss").load()
 
-    Raw weights and every average compete, so that what is shipped is what was measured.
-    To choose among several by chance no more often than is stated, see
-    `posthoc.select`.
+    Raw weights and every average compete, unless `view` names some, so that what is
+    shipped is what was measured. To choose among several by chance no more often than is
+    stated, see `posthoc.select`.
 
     What to watch: Orbax keeps metrics only where its options have a best_fn, and throws
     them away else. With max_to_keep it keeps the steps that are best by best_fn, so let
@@ -122,10 +124,11 @@ def best(directory: Path, metric: str, *, mode: str = "min") -> Best:
     Args:
       directory: The directory of a CheckpointManager: any run of Orbax's, with emaopt's
         handlers or without.
-      metric: Its name behind the view: "loss" for "raw/loss" and "average/loss". Metrics
-        without a view are those of the weights that
-        `handler_registry(metrics_of=...)` recorded.
+      metric: Its name behind the view: "loss" for "raw/loss" and "average/loss"; or one
+        of these, for that view alone. Metrics without a view are those of the weights
+        that `handler_registry(metrics_of=...)` recorded.
       mode: "min" or "max".
+      view: Of which weights: "raw", "average" or an average's name. None: of any.
 
     Returns:
       A `Best(step, view, value, path)` with `load()`. Of equal values, the earliest step.
@@ -161,20 +164,21 @@ def best(directory: Path, metric: str, *, mode: str = "min") -> Best:
     check_readable("best", "directory", directory)
     check_text("best", "metric", metric)
     check_choice("best", "mode", mode, ("min", "max"))
+    check_text("best", "view", view, optional=True)
     sign = 1 if mode == "min" else -1
     steps = measured("best", _files.absolute(directory))
     rows = [
-        (sign * value, step, view, path)
+        (sign * value, step, of, path)
         for step, (path, metrics) in steps.items()
-        for view, value in _views_of(path, metrics, metric)
-        if math.isfinite(value)
+        for of, value in _views_of(path, metrics, metric)
+        if math.isfinite(value) and view in (None, of)
     ]
     if not rows:
-        raise _without(directory, steps, metric)
-    for view, path in {view: path for *_, view, path in rows}.items():
-        _check_view(view, path, metric)
-    value, step, view, path = min(rows, key=lambda row: row[:2])
-    return Best(step, view, sign * value, str(path))
+        raise _without(directory, steps, metric, view)
+    for of, path in {of: path for *_, of, path in rows}.items():
+        _check_view(of, path, metric.removeprefix(f"{of}/"))
+    value, step, of, path = min(rows, key=lambda row: row[:2])
+    return Best(step, of, sign * value, str(path))
 
 
 @_replacement.whole
@@ -257,8 +261,10 @@ def _views_of(
     """(view, value) of each view of which a step has the metric."""
     end = f"/{metric}"
     found = [(n.removesuffix(end), x) for n, x in metrics.items() if n.endswith(end)]
-    if not found and metric in metrics and (view := _recorded_view(path)):
-        found = [(view, metrics[metric])]
+    if not found and metric in metrics:
+        # The name of the view, too: "average/loss".
+        view = _recorded_view(path) or metric.rpartition("/")[0]
+        found = [(view, metrics[metric])] * bool(view)
     return found
 
 
@@ -267,10 +273,17 @@ def _check_view(view: str, path: epath.Path, metric: str) -> None:
     try:
         _selection.select("best", str(path), view)
     except Unknown as error:
+        first, _, rest = view.rpartition("/")
+        advice = "Metrics begin with the name of a view, as emaopt.views gives it: 'raw/"
+        advice += f"{metric}', 'average/{metric}'."
+        if first:  # "raw/val" of "raw/val/loss"
+            advice = (
+                f"If {view!r} is a part of the metric's name, say metric="
+                f"{rest + '/' + metric!r}."
+            )
         raise Unknown(
-            f"best: the metric {view + '/' + metric!r} ends in {metric!r}, but is of no "
-            f"weights in {path}: {error} If {view!r} is a part of the metric's name, say "
-            f"metric={view.rpartition('/')[2] + '/' + metric!r}.",
+            f"best: the metric {view + '/' + metric!r} is of no weights in {path}: "
+            f"{error} {advice}",
             "metric",
         ) from None
 
@@ -285,7 +298,9 @@ def _recorded_view(path: epath.Path) -> str | None:
     return None
 
 
-def _without(directory: Path, steps: Measured, metric: str) -> ValueError:
+def _without(
+    directory: Path, steps: Measured, metric: str, view: str | None
+) -> ValueError:
     names = sorted({name for _, metrics in steps.values() for name in metrics})
     where = f"best: {directory}"
     if not steps:
@@ -295,6 +310,12 @@ def _without(directory: Path, steps: Measured, metric: str) -> ValueError:
             f"{where} has {len(steps)} steps and no metrics. CheckpointManager keeps "
             "what is given to manager.save(metrics=) only if its options have a best_fn: "
             'ocp.CheckpointManagerOptions(best_fn=lambda found: found["average/loss"]).'
+        )
+    if view is not None and (of := {one for one in names if one.endswith(f"/{metric}")}):
+        return Unknown(
+            f"{where} has no finite value of the metric {metric!r} of the view {view!r}; "
+            f"it has {', '.join(map(repr, sorted(of)))}.",
+            "view",
         )
     if metric in names:
         return ValueError(

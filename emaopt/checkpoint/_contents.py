@@ -332,7 +332,8 @@ def _chosen_at(
     if not found:
         there = listed([s.average for s in served] + others)
         raise Unknown(
-            f"{function}: {files.path} holds no average of what stands at {at!r}; it "
+            f"{function}: {files.path} holds no average of what stands at {at!r}, and "
+            "nothing was given to `served=`, when it was saved, to go with one there; it "
             f"holds the averages of {there}.",
             "at",
         )

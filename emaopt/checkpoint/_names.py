@@ -96,11 +96,17 @@ def _rules(
             (one for one in ways if one and any(is_below(n, one) for n in rests)), None
         )
         if found is not None and after:
-            mine = (one.params + after for one in here)
-            is_mine = any(is_below(n, one) for one in mine for n in targets)
-            # In the whole state only if it is there, and not below the parameters.
-            elsewhere = not is_mine and any(is_below(n, after) for n in targets)
-            (whole if elsewhere else inside)[found] = after
+            # The names of the whole state may lead to parameters: then they are of these.
+            below = [after[len(p.params) :] for p in here if is_below(after, p.params)]
+            mine = [
+                rest
+                for rest in (after, *below)
+                if any(is_below(n, p.params + rest) for p in here for n in targets)
+            ]
+            if mine or not any(is_below(n, after) for n in targets):
+                inside[found] = mine[0] if mine else after
+            else:
+                whole[found] = after
         elif after and any(is_below(n, way) for n in files.saved):
             whole[way] = after
         else:

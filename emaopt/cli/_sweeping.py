@@ -1,6 +1,7 @@
 """The command that judges averages of several widths."""
 
 import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -129,7 +130,14 @@ def sweep(
                 plots.new_axes(), widths, means[1 : len(widths) + 1], raw=float(means[0])
             )
             plots.save(axes, plot)
-    document, tables = _tables.swept(found, str(directory))
+    # What tells the averages of the run, another command needs, too.
+    words = ["emaopt", "synthesize", str(directory)]
+    options = {"every": every if every > 1 else None, "start": start or None}
+    options |= {"clock": clock, "at": at}
+    told = [("recorded", one) for one in recorded or ()] + [*options.items()]
+    for option, value in told:
+        words += [f"--{option}", str(value)] * (value is not None)
+    document, tables = _tables.swept(found, shlex.join(words), str(directory))
     report(as_json, document, tables, plot)
 
 

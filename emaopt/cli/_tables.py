@@ -117,7 +117,9 @@ def description(found: "Description") -> Iterator[RenderableType]:
         yield from combination(found.record)
 
 
-def swept(found: "Sweep", run: str) -> tuple[Json, Iterator[RenderableType]]:
+def swept(
+    found: "Sweep", command: str, run: str
+) -> tuple[Json, Iterator[RenderableType]]:
     """The candidates of a sweep, as JSON and as a table, and which of them was chosen."""
     differences = found.losses - found.losses[0]
     errors = differences.std(1, ddof=1) / math.sqrt(differences.shape[1])
@@ -140,10 +142,12 @@ def swept(found: "Sweep", run: str) -> tuple[Json, Iterator[RenderableType]]:
     ]
     selection = document(found.selection)
     made = {"candidates": rows, "chosen": found.chosen, "selection": selection}
-    return {**made, "step": found.step}, _swept(found, rows, run)
+    return {**made, "step": found.step}, _swept(found, rows, command, run)
 
 
-def _swept(found: "Sweep", rows: list[Json], run: str) -> Iterator[RenderableType]:
+def _swept(
+    found: "Sweep", rows: list[Json], command: str, run: str
+) -> Iterator[RenderableType]:
     count = found.losses.shape[1]
     title = f"{escape(run)}: losses of {count:,} examples, step {found.step:,}"
     table = _table(title, ["weights", "loss", "to the first", "error of\nthe profile"])
@@ -165,7 +169,7 @@ def _swept(found: "Sweep", rows: list[Json], run: str) -> Iterator[RenderableTyp
     )
     if found.chosen is not None:
         yield f"{best} is better than {escape(found.candidates[0])} {judged}."
-        yield f"emaopt synthesize {escape(run)} --target {best} --out DIR makes it."
+        yield f"{escape(command)} --target {best} --out DIR makes it."
     elif one.best == 0:
         yield f"None: {best} is the best in the examples that choose."
     else:
