@@ -199,6 +199,14 @@ def test_missing_parameters_are_listed_with_what_is_left(tmp_path):
         equal(average["Dense_0"], THEIRS["ema_params"]["dense"])
 
 
+def test_restore_says_who_takes_such_an_average_over(tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    with pytest.raises(
+        ValueError, match=r"ema_params.* is taken over by checkpoint.adopt"
+    ):
+        checkpoint.restore(path, start())
+
+
 def test_the_parameters_may_have_another_place_and_another_name(tmp_path):
     path = orbax(tmp_path / "c", THEIRS)
     state = start(params={"Dense_0": THEIRS["params"]["dense"]})

@@ -266,6 +266,9 @@ def _clocks(tree: PyTree) -> set[Names]:
     }
 
 
+_THEIRS = {"ema", "ema_params", "params_ema"}  # what other code calls an average
+
+
 def _advice(
     target: PyTree,
     disk: PyTree,
@@ -308,6 +311,8 @@ def _advice(
                 "with the optimizer that saved it, and then call emaopt.change_mask with "
                 "the new one."
             )
+    if average_nodes(target) and any(_THEIRS & {*names} for names in extra):
+        return "An average that other code has kept is taken over by checkpoint.adopt."
     return ""
 
 
