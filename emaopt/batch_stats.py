@@ -87,6 +87,9 @@ def recalibrate(
             {"params": params, "batch_stats": stats}, x, train=True,
             mutable=["batch_stats"])
 
+        graphdef, params, stats, others = nnx.split(
+            model, nnx.Param, nnx.BatchStat, ...)
+
         def apply_fn(params, stats, x):
             model = nnx.merge(graphdef, params, stats, others, copy=True)
             model.train()

@@ -286,7 +286,8 @@ def load_averaged(
       path: A checkpoint that emaopt wrote, or any other of a training state with an
         average in it. Of a CheckpointManager, a step's directory.
       target: Parameters whose containers, shapes and dtypes the result takes (arrays or
-        `jax.ShapeDtypeStruct`). None: nested dicts and lists, as on disk.
+        `jax.ShapeDtypeStruct`). None: nested dicts and lists, as on disk, with what else
+        stands among the parameters, such as the random numbers of an NNX model.
       sharding: A `jax.sharding.Sharding` for all arrays, or a tree of them like the
         parameters. None: the target's, where it has arrays with one, else the default
         device. The shardings of the run that saved do not matter.
@@ -295,7 +296,8 @@ def load_averaged(
       name: Which average, if there are several. None: the served one, which is under the
         parameters' names.
       at: Where the parameters are, as keys joined with "/". Needed if nothing else tells;
-        also to choose one of several trees, or a part of one: "params/backbone".
+        also to choose one of several trees, or a part of one: "params/backbone"; and for
+        what is served with the average: "batch_stats".
       ignore_extra: Let the target have a part of the parameters; the rest is not read.
 
     Returns:
