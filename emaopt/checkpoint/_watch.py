@@ -137,37 +137,7 @@ class Watch:
         files = _files.open_files("watch", path, lazy=True)
         if files.combination is None:
             raise _Misfit(f"watch: {path} was not published by checkpoint.publish.")
-        params = tuple(files.combination["params"])
-        trees = {
-            key: (as_present(split(key), files.saved), like)
-            for key, like in self._served.items()
-        }
-        trees[""] = params, self._like
-        # Here, so that a damaged file does not pass for another shape.
-        with _files.explained("watch", path):
-            _arrays.open_all(
-                leaf
-                for names, leaf in files.saved.items()
-                if any(is_below(names, way) for way, _ in trees.values())
-            )
-        ways = [tuple(one) for one in files.combination.get("beside", ())]
-        beside = {n for n in files.saved if any(is_below(n, way) for way in ways)}
-        plans: dict[Names, tuple[Names, Leaf]] = {}  # what to read, by key and name
-        likes: dict[Names, _Like] = {}
-        for key, (way, tree) in trees.items():
-            own = dict(leaves_below(way, tree, files.saved))
-            full = {n: x.plan for n, x in own.items() if not _trees.is_empty(x.plan)}
-            there = {n: leaf for n, leaf in files.saved.items() if is_below(n, way)}
-            # `like` may leave out what goes with the parameters, and the others these.
-            there = {
-                n: x for n, x in there.items() if n in own or (n in beside) == bool(key)
-            }
-            try:
-                _match.check_fit("watch", path, full, there)
-            except ValueError as error:
-                raise _Misfit(str(error)) from None
-            likes |= {(key, *n): like for n, like in own.items()}
-            plans |= {(key, *n): (n, plan) for n, plan in full.items()}
+        plans, likes = self._wanted(files)
         values = _read.read("watch", files, plans)
         try:
             for n, (name, plan) in plans.items():
@@ -183,7 +153,7 @@ class Watch:
             key: jax.tree.unflatten(
                 jax.tree.structure(tree), [x for n, x in made.items() if n[0] == key]
             )
-            for key, (_, tree) in trees.items()
+            for key, tree in {"": self._like, **self._served}.items()
         }
         custom = _completion.json_of(path / STEP).get(CUSTOM) or {}
         return Published(
@@ -193,6 +163,45 @@ class Watch:
             {k: value for k, value in custom.items() if k != _record.RECORD},
             str(path),
         )
+
+    def _wanted(
+        self, files: _files.Files
+    ) -> tuple[dict[Names, tuple[Names, Leaf]], dict[Names, "_Like"]]:
+        """What to read as what, and what it is to be like, by key and name."""
+        assert files.combination is not None
+        params = tuple(files.combination["params"])
+        trees = {
+            key: (as_present(split(key), files.saved), like)
+            for key, like in self._served.items()
+        }
+        trees[""] = params, self._like
+        # Here, so that a damaged file does not pass for another shape.
+        with _files.explained("watch", files.path):
+            _arrays.open_all(
+                leaf
+                for names, leaf in files.saved.items()
+                if any(is_below(names, way) for way, _ in trees.values())
+            )
+        ways = [tuple(one) for one in files.combination.get("beside", ())]
+        beside = {n for n in files.saved if any(is_below(n, way) for way in ways)}
+        plans: dict[Names, tuple[Names, Leaf]] = {}
+        likes: dict[Names, _Like] = {}
+        for key, (way, tree) in trees.items():
+            own = dict(leaves_below(way, tree, files.saved))
+            full = {n: x.plan for n, x in own.items() if not _trees.is_empty(x.plan)}
+            # `like` may leave out what goes with the parameters, and the others these.
+            there = {
+                n: leaf
+                for n, leaf in files.saved.items()
+                if is_below(n, way) and (n in own or (n in beside) == bool(key))
+            }
+            try:
+                _match.check_fit("watch", files.path, full, there)
+            except ValueError as error:
+                raise _Misfit(str(error)) from None
+            likes |= {(key, *n): like for n, like in own.items()}
+            plans |= {(key, *n): (n, plan) for n, plan in full.items()}
+        return plans, likes
 
 
 def watch(
