@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.core
-from jax.extend.core.primitives import convert_element_type_p
 
 from emaopt._types import Leaf, PyTree
 
@@ -25,7 +24,10 @@ def traced(tree: PyTree) -> bool:
 
 def weak(array: jax.Array) -> jax.Array:
     """The array as one whose dtype gives way to others, as that of Python's numbers."""
-    # Documented functions make such arrays of numbers, and of no array.
+    # Documented functions make such arrays of numbers, and of no array. Imported here,
+    # because it takes a while.
+    from jax.extend.core.primitives import convert_element_type_p
+
     return convert_element_type_p.bind(
         array, new_dtype=array.dtype, weak_type=True, sharding=None
     )
