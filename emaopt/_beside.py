@@ -72,15 +72,22 @@ def served_values(
             )
     taken = {i for place in places for i, _ in place.pairs}
     roots = {names: _root(tree, names, places) for names in tree.averages}
+
+    def in_optimizer(names: Names) -> bool:
+        return any(num_common(names, n) >= root for n, root in roots.items())
+
     for key, given in served.items():
         way = split(key)
         for names, value in leaves_below(way, given, tree.position):
             where = f"{function}: served[{key!r}]: {joined(names)}"
             if names not in tree.position:
-                raise ValueError(f"{where} is not in the state{_there(tree, way)}")
+                others = [n for n in tree.position if not in_optimizer(n)]
+                raise ValueError(
+                    f"{where} is not in the state{_there(others, way, names)}"
+                )
             if names in values:
                 raise ValueError(f"{where} is given under another key, too.")
-            if any(num_common(names, n) >= root for n, root in roots.items()):
+            if in_optimizer(names):
                 raise ValueError(
                     f"{where} belongs to the optimizer's state, which no reader is "
                     "served."
@@ -163,11 +170,14 @@ def _root(tree: Tree, average: Names, places: Iterable[Place]) -> int:
     return optimizer_root(tree, average, above=max(apart, default=0))
 
 
-def _there(tree: Tree, way: Names) -> str:
-    """What stands near a place, in words."""
-    ends = {n[:i] for n in tree.position for i in range(len(way), len(n) + 1)}
-    if alike := {joined(end) for end in ends if end[len(end) - len(way) :] == way}:
-        return f"; did you mean {' or '.join(sorted(alike))}?"
-    depth = max((num_common(n, way) for n in tree.position), default=0)
-    near = {"/".join(n[: depth + 1]) for n in tree.position if is_below(n, way[:depth])}
+def _there(present: Sequence[Names], way: Names, names: Names) -> str:
+    """What may have been meant by a key, of a leaf that is not present, in words."""
+    rest = names[len(way) :]
+    # Where a leaf of that name stands below another key, or the key below others.
+    alike = {n[: len(n) - len(rest)] for n in present if n[len(n) - len(rest) :] == rest}
+    alike = alike if rest else {n for n in present if n[-len(way) :] == way}
+    if alike:
+        return f"; did you mean {' or '.join(sorted(map(joined, alike)))}?"
+    depth = max((num_common(n, way) for n in present), default=0)
+    near = {"/".join(n[: depth + 1]) for n in present if is_below(n, way[:depth])}
     return f"; there are {', '.join(sorted(near))}." if near else "."

@@ -40,7 +40,7 @@ def test_import_costs_little_over_optax():
     command = [sys.executable, "-c", program]
     shares = []
     # Where Python may write no bytecode, too; on a busy machine one in ten times will do.
-    while not shares or min(shares) > 0.25 and len(shares) < 10:
+    while not shares or (min(shares) > 0.25 and len(shares) < 10):
         shares.append(float(subprocess.check_output(command)))
     assert min(shares) <= 0.25
 

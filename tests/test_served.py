@@ -611,10 +611,15 @@ def test_primal_averaging_serves_it_too(tmp_path):
 
 WRONG = {
     "not in the state": {
-        "stats": OWN,
-        "match": "stats/bn/mean is not in the state; there",
+        "stats": {"other": 1.0},
+        "match": "stats/other is not in the state; there are batch_stats, params, rng",
     },
     "deeper": {"bn": OWN["bn"], "match": "did you mean batch_stats/bn?"},
+    "under another key": {"stats": OWN, "match": r"did you mean batch_stats\?"},
+    "too high": {
+        "batch_stats": {"mean": OWN["bn"]["mean"]},
+        "match": "did you mean batch_stats/bn\\?",
+    },
     "not in the tree": {
         "batch_stats/no": 1.0,
         "match": "there are batch_stats/bn, batch_stats/count",
