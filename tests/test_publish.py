@@ -190,6 +190,7 @@ def test_a_key_may_end_in_value(others, tmp_path):
         jnp.full(2, 7.0),
     )
     checkpoint.publish(tmp_path, state, served={"stats/value": new})
+    assert checkpoint.describe(tmp_path / "1").beside == ["stats"]
     for served in ({"stats/value": new}, {"stats": {"value": new}}):
         got = checkpoint.watch(tmp_path, PARAMS, served=served).poll()
         assert_same(got.served, served)
