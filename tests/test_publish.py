@@ -231,6 +231,17 @@ def test_keys_may_lead_between_the_parameters_and_what_they_have_in_common(
         checkpoint.watch(tmp_path, jnp.ones(2)).poll()
 
 
+def test_a_swapped_state_may_be_published_with_its_names_in_another_order(tmp_path):
+    state, ways = two_networks(), tuple(f"nets/{n}/params" for n in "ab")
+    served = {"nets/a/bs": {"value": jnp.ones(1)}}
+    options = {"name": ("a", "b"), "params": ways}
+    swapped = checkpoint.swap_state(state, served=served, **options)
+    checkpoint.publish(tmp_path, swapped, name=("b", "a"), params=ways[::-1])
+    like = {n: {"params": x["params"]} for n, x in state["nets"].items()}
+    got = checkpoint.watch(tmp_path, like, served=served).poll()
+    assert_same(got.served, served)
+
+
 def test_what_is_beside_may_be_read_with_the_parameters_once_more(tmp_path):
     state = {
         "model": {"params": PARAMS, "bs": jnp.zeros(3)},
