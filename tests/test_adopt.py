@@ -199,6 +199,15 @@ def test_missing_parameters_are_listed_with_what_is_left(tmp_path):
         equal(average["Dense_0"], THEIRS["ema_params"]["dense"])
 
 
+def test_a_parameter_may_go_out_of_the_parameters(tmp_path):
+    path = orbax(tmp_path / "c", THEIRS)
+    dense = THEIRS["params"]["dense"]
+    target = start(params={"dense": {"kernel": dense["kernel"]}})
+    target["offset"] = jnp.zeros_like(dense["bias"])
+    found = checkpoint.adopt(path, target, rename={"dense/bias": "offset"})
+    equal(found["offset"], dense["bias"])
+
+
 def test_restore_says_who_takes_such_an_average_over(tmp_path):
     path = orbax(tmp_path / "c", THEIRS)
     with pytest.raises(
