@@ -197,6 +197,37 @@ def test_metrics_without_a_view_are_of_the_recorded_weights(tmp_path):
             checkpoint.best(run, "loss")
 
 
+def test_the_way_to_one_of_several_averages_may_be_in_a_metrics_name(tmp_path):
+    plain = ocp.CheckpointManagerOptions(best_fn=lambda found: found["raw/loss"])
+    with ocp.CheckpointManager(tmp_path, options=plain) as manager:
+        state = {"params": PARAMS, "opt_state": TX.init(PARAMS)}
+        metrics = {"raw/loss": 1.0, "opt_state/long/loss": 0.5}
+        manager.save(1, args=ocp.args.StandardSave(state), metrics=metrics)
+    for metric in ("loss", "opt_state/long/loss"):
+        assert checkpoint.best(tmp_path, metric).view == "opt_state/long"
+
+
+@pytest.mark.parametrize("of", ["raw", "averaged", None])
+def test_a_view_in_a_metrics_name_goes_before_what_is_recorded(of, tmp_path):
+    tx = emaopt.averaged(optax.sgd(0.1), 0.5, zero_init=True)
+    state = {"params": PARAMS, "opt_state": tx.init(PARAMS)}
+    plain = ocp.CheckpointManagerOptions(best_fn=lambda found: found["raw/val/loss"])
+    registry = checkpoint.handler_registry(metrics_of=of)
+    with ocp.CheckpointManager(
+        tmp_path, options=plain, handler_registry=registry
+    ) as manager:
+        metrics = {"raw/val/loss": 0.5, "average/val/loss": 0.25}
+        manager.save(1, args=ocp.args.StandardSave(state), metrics=metrics)
+    trees = {"raw": PARAMS, "average": emaopt.get_average(state["opt_state"], PARAMS)}
+    for view, tree in trees.items():
+        for found in (
+            checkpoint.best(tmp_path, f"{view}/val/loss"),
+            checkpoint.best(tmp_path, "val/loss", view=view),
+        ):
+            assert (found.view, found.value) == (view, metrics[f"{view}/val/loss"])
+            same(found.load(target=PARAMS), tree)
+
+
 def test_views_of_an_average_of_the_center_are_named_by_what_they_are():
     outer = emaopt.averaged(optax.sgd(0.7), 0.9)
     tx = emaopt.diloco(optax.sgd(0.1), outer, period=2)

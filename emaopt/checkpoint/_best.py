@@ -262,10 +262,25 @@ def _views_of(
     end = f"/{metric}"
     found = [(n.removesuffix(end), x) for n, x in metrics.items() if n.endswith(end)]
     if not found and metric in metrics:
-        # The name of the view, too: "average/loss".
-        view = _recorded_view(path) or metric.rpartition("/")[0]
+        view = _named_view(path, metric) or _recorded_view(path)
+        view = view or metric.rpartition("/")[0]  # to be refused by its name
         found = [(view, metrics[metric])] * bool(view)
     return found
+
+
+def _named_view(path: epath.Path, metric: str) -> str | None:
+    """The view that a metric's whole name begins with, as in "average/val/loss"."""
+    ends = [i for i, letter in enumerate(metric) if letter == "/"]
+    # Of two, the longer one says no more: it leads to the only average below the shorter.
+    return next((metric[:i] for i in ends if _has_view(path, metric[:i])), None)
+
+
+def _has_view(path: epath.Path, view: str) -> bool:
+    try:
+        _selection.select("best", str(path), view)
+    except ValueError:  # none of that name, or several; `_check_view` says which
+        return False
+    return True
 
 
 def _check_view(view: str, path: epath.Path, metric: str) -> None:
