@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from emaopt._checks import check_mapping
-from emaopt._leaves import key_kind, kind_of
+from emaopt._leaves import kind_of
 from emaopt._names import (
     Names,
     is_below,
@@ -100,11 +100,10 @@ def served_values(
             alike = here == there or (
                 tree.stacked and None not in (here, there) and here == there[1:]
             )
-            kinds = [key_kind(leaf) or kind_of(leaf) for leaf in (value, own)]
-            if not alike or kinds[0] != kinds[1]:
+            if not alike or kind_of(value) != kind_of(own):
                 raise ValueError(
-                    f"{where} is {kinds[0]} of shape {here}, in the state {kinds[1]} of "
-                    f"shape {there}."
+                    f"{where} is {kind_of(value)} of shape {here}, in the state "
+                    f"{kind_of(own)} of shape {there}."
                 )
             values[names] = value
     return values

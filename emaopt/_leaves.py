@@ -36,26 +36,27 @@ def dtype_of(leaf: Leaf) -> np.dtype:
 
 
 def kind_of(leaf: object) -> str | None:
-    """What kind of numbers a leaf holds; None if it holds none."""
+    """What kind of numbers a leaf holds; None if it holds none.
+
+    Of keys of random numbers it is their dtype, which tells their algorithm.
+    """
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and isinstance(leaf, (bool, int, float, complex)):
         dtype = jnp.result_type(type(leaf))
     if dtype is None:
         return None
-    return next((k.__name__ for k in _KINDS if jnp.issubdtype(dtype, k)), "key")
+    return next((k.__name__ for k in _KINDS if jnp.issubdtype(dtype, k)), str(dtype))
 
 
-def key_kind(leaf: Leaf) -> str:
-    """The dtype of keys of random numbers, which tells their algorithm; else ""."""
+def is_key(leaf: object) -> bool:
+    """Whether a leaf holds keys of random numbers, with a type of their own."""
     dtype = getattr(leaf, "dtype", None)
-    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
-    return str(dtype) if is_key else ""
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def key_data(leaf: jax.Array) -> jax.Array:
     """The integers of keys of random numbers; other leaves as they are."""
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:

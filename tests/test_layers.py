@@ -566,6 +566,7 @@ LAYERS = {
         "_checks",
         "_fragments",
         "_leaves",
+        "_likeness",
         "_local_checks",
         "_names",
         "_nodes",
@@ -734,9 +735,9 @@ LAYERS = {
         "orbax",
     },
     "checkpoint._watch": {
-        "",
         "_beside",
         "_checks",
+        "_likeness",
         "_names",
         "_paths",
         "_types",
@@ -745,6 +746,7 @@ LAYERS = {
         "checkpoint._orbax",
         "checkpoint._publish",
     },
+    "_likeness": {"", "_leaves", "_types"},
 }
 
 

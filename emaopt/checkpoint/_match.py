@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._leaves import kind_of
+from emaopt._leaves import is_key, kind_of
 from emaopt._names import is_below, joined
 from emaopt._nodes import as_state, average_nodes, field_of
 from emaopt._optimizer_states import optimizer_roots
@@ -347,7 +347,7 @@ def _kind(leaf: Leaf) -> str:
 
 def _shape(leaf: Leaf) -> Any:
     """The shape on disk of a leaf of the target; of a key, that of its integers."""
-    if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.prng_key):
+    if is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     shape = shape_of(leaf)
     return None if shape is None else tuple(shape)
@@ -365,7 +365,7 @@ def _keeps_kind(here: Leaf, there: Leaf) -> bool:
     kinds = kind_of(here), kind_of(there)
     if None in kinds:
         return True
-    if "key" in kinds:
+    if is_key(here) or is_key(there):
         return not (isinstance(there, DiskArray) and there.whole)
     if kinds[0] != kinds[1]:
         return False

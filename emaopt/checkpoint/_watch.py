@@ -8,14 +8,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
-from emaopt import _jax_internals
 from emaopt._beside import as_present, check_served, leaves_below
 from emaopt._checks import check_callable, check_number
+from emaopt._likeness import Likeness, likeness
 from emaopt._names import is_below, joined, leaves_with_keys, split
 from emaopt._paths import check_readable
 from emaopt._types import Json, Leaf, Path, PyTree, Report
@@ -62,8 +61,8 @@ class Watch:
         self._poll_seconds, self._report = poll_seconds, report
         # What the arrays are like, without the arrays: the reader's first weights would
         # stay in memory beside the two versions.
-        self._like = jax.tree.map(_likeness, like)
-        self._served = {k: jax.tree.map(_likeness, x) for k, x in served.items()}
+        self._like = jax.tree.map(_like, like)
+        self._served = {k: jax.tree.map(_like, x) for k, x in served.items()}
         self._last: _replacement.Identity = None  # of the version that was read last
         self._failures: dict[_replacement.Identity, int] = {}  # to read a version
         self._closed = threading.Event()
@@ -276,44 +275,21 @@ class _Misfit(ValueError):
     """A version that is not what its reader asked for."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)  # a NamedTuple would be a tree
 class _Like:
-    """What a leaf is to be like; to jit, each difference is another kind of argument."""
+    """What a leaf is to be read as, and made of what was read."""
 
-    plan: Leaf  # what to read it as
-    place: Sharding | None = None  # of the array that is made; None: as it was read
-    committed: bool = True  # whether it was put there, or is there by default
-    weak: bool = False  # whether its dtype gives way to others, as that of a number
-    # Of a typed key, its algorithm, and of a scalar of NumPy's its type.
-    impl: Any = None
-    scalar: type[Any] | None = None
+    plan: Leaf
+    likeness: Likeness | None = None  # None: as it was read
+    scalar: type[Any] | None = None  # of a scalar of NumPy's, its type
 
     def made(self, value: Leaf) -> Leaf:
-        """The value that was read, as it is wanted."""
         if self.scalar is not None:
             return self.scalar(value)
-        if self.place is None:
-            return value
-        if self.impl is not None:
-            value = np.asarray(jax.random.key_data(value))
-        place = self.place if self.committed else None
-        device = None if self.committed else next(iter(self.place.device_set))
-        with jax.default_device(device):
-            array = jax.device_put(value, place)
-            if self.impl is not None:
-                return jax.random.wrap_key_data(array, impl=self.impl)
-            if not self.weak:
-                return array
-            if array.ndim:
-                made = _jax_internals.weak(array)
-            else:
-                made = jax.device_put(jnp.asarray(array.item()), place)
-        # With x64 a number has 64 bits, and in a mesh that is set it goes there.
-        same = (made.dtype, made.sharding) == (array.dtype, array.sharding)
-        return made if same else array
+        return value if self.likeness is None else self.likeness.made(value)
 
 
-def _likeness(leaf: Leaf) -> _Like:
+def _like(leaf: Leaf) -> _Like:
     # Arrays of NumPy's that nobody writes to take no memory.
     if isinstance(leaf, np.generic):
         return _Like(np.empty((), leaf.dtype), scalar=type(leaf))
@@ -321,11 +297,8 @@ def _likeness(leaf: Leaf) -> _Like:
         return _Like(np.empty(leaf.shape, leaf.dtype))
     if not isinstance(leaf, jax.Array):
         return _Like(_trees.as_plan(leaf))
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        # One sharding of a key is several of its bits, which are what jit looks at.
-        place, impl = jax.random.key_data(leaf).sharding, jax.random.key_impl(leaf)
-        return _Like(_trees.as_plan(leaf), place, leaf.committed, impl=impl)
-    if leaf.committed and not leaf.weak_type:
-        return _Like(_trees.as_plan(leaf))
-    plan = _trees.as_plan(leaf) if leaf.committed else np.empty(leaf.shape, leaf.dtype)
-    return _Like(plan, leaf.sharding, leaf.committed, leaf.weak_type)
+    found = likeness(leaf)
+    if not found.committed and found.impl is None:
+        return _Like(np.empty(leaf.shape, leaf.dtype), found)
+    as_read = found.impl is None and not found.weak
+    return _Like(_trees.as_plan(leaf), None if as_read else found)

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
 
 from emaopt._checks import check_number
 from emaopt._fragments import column_of
 from emaopt._leaves import is_averaged, key_data
+from emaopt._likeness import likeness
 from emaopt._local_checks import HEAVIEST, LIGHTEST, Settings
 from emaopt._names import leaves_with_keys
 from emaopt._nodes import replace
 from emaopt._states import LocalUpdatesState
 from emaopt._types import PyTree
 from emaopt.elastic._attempt import Plan
-from emaopt.elastic._layout import Arena, Array, Row, sum_dtype
+from emaopt.elastic._layout import Arena, Row, sum_dtype
 from emaopt.elastic._programs import (
     Counts,
     Handed,
@@ -337,28 +337,20 @@ def _written(row: Row, like: PyTree) -> PyTree:
     """What has been written to a row, as a tree like another."""
     leaves, treedef = jax.tree.flatten(like)
     arrays = [
-        _cooked(array.reshape(np.shape(key_data(leaf))), leaf)
+        _placed(array.reshape(np.shape(key_data(leaf))), leaf)
         for array, leaf in zip(row.arrays, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _cooked(row: Array, like: jax.Array) -> jax.Array:
-    """The numbers as a leaf like another, where that is."""
-    value: Any = row
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
-    return _placed(value, like)
-
-
 def _placed(value: Any, like: jax.Array) -> jax.Array:
-    """The value as an array where another one is."""
-    # On one device it is bound to it only if the other one is: else all programs would
-    # be compiled anew for the arrays that come of it.
-    if not isinstance(like, jax.Array):
-        return jax.device_put(value)
-    bound = like.committed or not isinstance(like.sharding, SingleDeviceSharding)
-    return jax.device_put(value, like.sharding if bound else None)
+    """The value as an array like another; of typed keys, the value is their integers."""
+    # Else all programs would be compiled anew for the arrays that come of it.
+    return (
+        likeness(like).made(value)
+        if isinstance(like, jax.Array)
+        else jax.device_put(value)
+    )
 
 
 def _beside(new: PyTree, old: PyTree) -> PyTree:
