@@ -1,5 +1,6 @@
 """Leaves of a tree: which can be averaged, in which dtype, on which devices."""
 
+import sys
 from collections.abc import Callable
 
 import jax
@@ -33,6 +34,16 @@ def is_masked(node: object) -> bool:
 def dtype_of(leaf: Leaf) -> np.dtype:
     """The dtype of an array, or the one that JAX gives to a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+
+
+def opened(tree: PyTree) -> PyTree:
+    """The tree with states of NNX modules that JAX takes for leaves (pytree=False)."""
+    nnx = sys.modules.get("flax.nnx")  # imported by whoever has a module of it
+    if nnx is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf: nnx.state(leaf) if isinstance(leaf, nnx.Pytree) else leaf, tree
+    )
 
 
 def kind_of(leaf: object) -> str | None:

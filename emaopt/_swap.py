@@ -4,6 +4,7 @@ import jax
 
 from emaopt._beside import Served, check_served, put, served_values
 from emaopt._checks import check_flag, check_text
+from emaopt._leaves import opened
 from emaopt._names import is_below, joined, leaves_with_keys
 from emaopt._nodes import (
     as_state,
@@ -116,7 +117,8 @@ def swap_state(
 
     Returns:
       The state with the averages under the parameters' names and the raw parameters in a
-      `SwappedState`; from a swapped state, the original, without what else was served.
+      `SwappedState`; from a swapped state, the original, without what else was served. An
+      NNX module with pytree=False, which is one leaf to JAX, comes as its `nnx.state`.
 
     Raises:
       ValueError: As for `save`.
@@ -132,6 +134,7 @@ def swap_state(
     check_flag("swap_state", "optional", optional)
     check_choices("swap_state", name, params)
     check_served("swap_state", served)
+    state, served = opened(state), opened(served)
     if optional and not served_nodes(state):
         return state
     places = located("swap_state", state, name, params)

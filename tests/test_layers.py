@@ -233,7 +233,16 @@ LAYERS = {
         "_tree_checks",
         "_types",
     },
-    "_swap": {"_beside", "_checks", "_names", "_nodes", "_places", "_reading", "_types"},
+    "_swap": {
+        "_beside",
+        "_checks",
+        "_leaves",
+        "_names",
+        "_nodes",
+        "_places",
+        "_reading",
+        "_types",
+    },
     "checkpoint._average_names": {
         "_checks",
         "_masks",
@@ -277,6 +286,7 @@ LAYERS = {
     },
     "checkpoint._best": {
         "_checks",
+        "_leaves",
         "_names",
         "_paths",
         "_reading",
@@ -415,6 +425,7 @@ LAYERS = {
         "checkpoint._worker_rows",
     },
     "checkpoint._restore": {
+        "_leaves",
         "_places",
         "_swap",
         "_types",
@@ -617,6 +628,7 @@ LAYERS = {
     "checkpoint._adopt": {
         "_checks",
         "_clock",
+        "_leaves",
         "_names",
         "_nodes",
         "_paths",
@@ -737,6 +749,7 @@ LAYERS = {
     "checkpoint._watch": {
         "_beside",
         "_checks",
+        "_leaves",
         "_likeness",
         "_names",
         "_paths",

@@ -6,6 +6,7 @@ import numpy as np
 
 from emaopt._checks import check_callable, check_mapping, check_number, check_text
 from emaopt._clock import split as split_time
+from emaopt._leaves import opened
 from emaopt._names import Names, is_below, joined, split
 from emaopt._nodes import average_nodes, center_nodes
 from emaopt._paths import check_readable
@@ -113,6 +114,7 @@ def adopt(
         check_number("adopt", "elapsed", elapsed, 0)
     check_callable("adopt", "report", report, 1)
     files = _sources.open_source("adopt", source, layout=layout)
+    target = opened(target)
     plain, _ = _trees.raw("adopt", _trees.plain(target), params)
     if center_nodes(plain):
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from emaopt._checks import check_choice, check_dtype, check_flag, check_text
+from emaopt._leaves import opened
 from emaopt._names import Unknown
 from emaopt._paths import check_readable
 from emaopt._reading import RAW
@@ -66,6 +67,7 @@ class Best(NamedTuple):
         check_dtype("Best.load", "dtype", dtype)
         check_text("Best.load", "at", at, optional=True)
         check_flag("Best.load", "ignore_extra", ignore_extra)
+        target = opened(target)
         found = _selection.select("Best.load", self.path, self.view, at)
         raw = found
         if self.view != RAW:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from emaopt._leaves import opened
 from emaopt._places import Ways, placed, shape_of
 from emaopt._swap import exchange
 from emaopt._types import DTypeLike, Leaf, Path, PyTree, Report
@@ -42,6 +43,7 @@ def restored(
     of metadata gets the leaves as they were read, unchecked. `told` says of some leaves,
     by their names in the target, where they stand in the saved state.
     """
+    target = opened(target)
     for way in [scope] if scope else {names[:1] for names in names_of(target)}:
         files.refuse_without_raw(function, way)
     plain, swapped = _trees.raw(function, _trees.plain(target), params)
@@ -124,7 +126,7 @@ def averages(
     ignore_extra: bool,
 ) -> PyTree:
     """The averages, with the target's containers or those on disk."""
-    function = "load_averaged"
+    function, target = "load_averaged", opened(target)
     prefix, averaged, there = _contents.averages_at(
         function, files, name, at, option="name"
     )

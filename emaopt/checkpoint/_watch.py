@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 
 from emaopt._beside import as_present, check_served, leaves_below
 from emaopt._checks import check_callable, check_number
+from emaopt._leaves import opened
 from emaopt._likeness import Likeness, likeness
 from emaopt._names import is_below, joined, leaves_with_keys, split
 from emaopt._paths import check_readable
@@ -259,7 +260,8 @@ def watch(
     check_served("watch", served)
     check_number("watch", "poll_seconds", poll_seconds, 0, above=True)
     check_callable("watch", "report", report, 1)
-    for argument, tree in (("like", like), ("served", served or {})):
+    like, beside = opened(like), opened(dict(served or {}))
+    for argument, tree in (("like", like), ("served", beside)):
         for names, leaf in leaves_with_keys({argument: tree}):
             place = getattr(leaf, "sharding", None)
             if isinstance(place, Sharding) and not place.is_fully_addressable:
@@ -268,7 +270,7 @@ def watch(
                     "to take the same version. Give each process arrays of its own "
                     "devices."
                 )
-    return Watch(directory, like, served or {}, poll_seconds, report)
+    return Watch(directory, like, beside, poll_seconds, report)
 
 
 class _Misfit(ValueError):
