@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -119,6 +119,12 @@ def nested(leaves: Mapping[Names, Leaf]) -> PyTree:
             raise ValueError(f"{joined(names)} is an array there, and has others below")
         nodes[names[:-1]][names[-1]] = leaf
     return tree
+
+
+def outermost(ways: Iterable[Names]) -> list[Names]:
+    """The ways that lead below no other one of them, each once, in order."""
+    found = {*ways}
+    return sorted(w for w in found if not any(w[:i] in found for i in range(len(w))))
 
 
 def named_leaves(tree: PyTree) -> list[tuple[Names, Leaf]]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from emaopt._names import Names, leaves_with_keys, path_leaves
+from emaopt._names import Names, leaves_with_keys, outermost, path_leaves
 from emaopt._nodes import (
     as_state,
     average_nodes,
@@ -73,8 +73,7 @@ def optimizer_roots(state: PyTree, *, typed: bool) -> list[Names]:
             found |= {(*way, str(i)) for i in range(len(node))}
         elif named or _is_state(node):
             found.add(way)
-    outermost = [w for w in found if not any(w[:i] in found for i in range(len(w)))]
-    return sorted(outermost)
+    return outermost(found)
 
 
 def optimizer_root(tree: Tree, average: Names, above: int = 0) -> int:

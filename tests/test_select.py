@@ -121,7 +121,7 @@ def test_on_digits_an_average_is_chosen_at_a_constant_rate_and_none_at_a_cosine(
     names, held_out_losses = digits_run(0.02)
     # Releases of JAX draw other runs: 400 examples judge, so that all of them are clear.
     found = posthoc.select(held_out_losses, fraction=0.2)
-    assert names[found.chosen].startswith("ema:") and found.p_value < 0.01
+    assert names[found.chosen].startswith("ema:") and found.p_value < 0.005
     means = [float(loss.mean()) for loss in held_out_losses]
     assert means[found.chosen] < 0.5 * means[0]
     # The schedule has done the averaging.

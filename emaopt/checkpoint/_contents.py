@@ -85,10 +85,10 @@ def averages_at(
         return Averaged(prefix, set(places), places)
     beside = files.marker.beside if files.marker else frozenset()
     # Of a tree that goes with the averages, and has none of its own.
-    nodes = served_nodes(_files.whole_tree(files), name)
-    ours = name is None or any(one.average in nodes for one in _served(files))
-    if ours and way and any(is_below(n, way) for n in beside):
-        if not any(_related(way, one) for one in _served(files)):
+    if way and any(is_below(n, way) for n in beside):
+        nodes, served = served_nodes(_files.whole_tree(files), name), _served(files)
+        goes = name is None or any(one.average in nodes for one in served)
+        if goes and not any(_related(way, one) for one in served):
             places = {n[len(way) :]: n for n in present if is_below(n, way)}
             return Averaged(way, set(places), places)
     chosen = _chosen(function, files, name, at, way, option)

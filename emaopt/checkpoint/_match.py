@@ -14,7 +14,7 @@ from emaopt._optimizer_states import optimizer_roots
 from emaopt._places import Ways, shape_of
 from emaopt._states import WEIGHT
 from emaopt._types import Leaf, Path, PyTree
-from emaopt.checkpoint import _begun
+from emaopt.checkpoint import _begun, _layouts
 from emaopt.checkpoint._arrays import DiskArray
 from emaopt.checkpoint._files import Names, listed, names_of
 from emaopt.checkpoint._renaming import told_by
@@ -266,9 +266,6 @@ def _clocks(tree: PyTree) -> set[Names]:
     }
 
 
-_THEIRS = {"ema", "ema_params", "params_ema"}  # what other code calls an average
-
-
 def _advice(
     target: PyTree,
     disk: PyTree,
@@ -311,8 +308,13 @@ def _advice(
                 "with the optimizer that saved it, and then call emaopt.change_mask with "
                 "the new one."
             )
-    if average_nodes(target) and any(_THEIRS & {*names} for names in extra):
-        return "An average that other code has kept is taken over by checkpoint.adopt."
+    if extra and average_nodes(target):
+        for found in _layouts.averages_in(names_of(disk)):
+            if any(is_below(names, found.average) for names in extra):
+                return (
+                    "checkpoint.adopt takes over the average that other code has kept at "
+                    f"{joined(found.average)} ({found.layout})."
+                )
     return ""
 
 

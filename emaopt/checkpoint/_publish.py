@@ -6,7 +6,7 @@ still at them.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from emaopt._beside import as_present, check_served, names_beside, whole_trees
-from emaopt._checks import (
-    check_integer,
-    check_json,
-)
-from emaopt._names import is_below, joined, nested, num_common
+from emaopt._checks import check_integer, check_json
+from emaopt._names import joined, nested, num_common, outermost
 from emaopt._optimizer_states import Tree
 from emaopt._output import is_url, naming
 from emaopt._paths import check_writable
@@ -108,8 +105,7 @@ def publish(
     whole = Tree(state)
     beside = [n for place in places for n in names_beside(state, place.average)]
     more = whole_trees(beside, whole.position)
-    parts = {way: whole.node(way) for way in sorted(more.union(ways))}
-    tree = nested({way: x for way, x in parts.items() if not _is_inside(way, parts)})
+    tree = nested({way: whole.node(way) for way in outermost(more.union(ways))})
     tree = jax.tree.map(lambda leaf: _cast(leaf, cast), tree)
     place = _files.absolute(directory)
 
@@ -161,11 +157,6 @@ def _cast(leaf: Leaf, cast: Any) -> Leaf:
 def _shared(ways: Sequence[Names]) -> Names:
     """The names that several ways have in common."""
     return ways[0][: min(num_common(ways[0], way) for way in ways)]
-
-
-def _is_inside(way: Names, ways: Iterable[Names]) -> bool:
-    """Whether a way leads below another one of several."""
-    return any(way != other and is_below(way, other) for other in ways)
 
 
 def numbered(directory: epath.Path) -> dict[int, epath.Path]:
